@@ -1,0 +1,86 @@
+"""What the prompt phase has gathered for one conversation: energies and token counts, over chunks and turns."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from griffin import statistic
+
+# The statistic belongs to the tokens in a key/value cache, so it travels with that cache (also through copy.deepcopy, the
+# usual way to reuse a prompt).
+_ATTRIBUTE = "_griffin_conversation"
+
+
+@dataclass(eq=False)
+class Conversation:
+    """Energies of the flocking statistic, of all prompt tokens so far.
+
+    Args:
+        energies: by layer, each (B, D_ff), float32.
+        tokens: by layer, the number of real tokens behind every row, (B,), int64.
+    """
+
+    energies: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, z: Tensor, mask: Tensor | None) -> None:
+        """Add the tokens of one forward pass.
+
+        Shapes:
+            z: (B, S, D_ff). mask: (B, S), true where a token is real; `None` means all are.
+
+        Raises:
+            ValueError: the batch has another size than the conversation's earlier tokens.
+        """
+        energies = statistic.energy(z, mask)
+        counts = torch.full(z.shape[:1], z.shape[1]) if mask is None else mask.sum(dim=1).cpu()
+        if layer not in self.energies:
+            self.energies[layer], self.tokens[layer] = energies, counts
+            return
+        if self.energies[layer].shape != energies.shape:
+            raise ValueError(
+                f"the conversation has {self.energies[layer].shape[0]} sequences, but this prompt has {z.shape[0]}; "
+                "continue it with the same batch, or start a new prompt phase"
+            )
+        self.energies[layer] = self.energies[layer] + energies
+        self.tokens[layer] = self.tokens[layer] + counts
+
+    def copy(self) -> Conversation:
+        """An independent copy: `add` replaces tensors and never writes into them, so the dicts are enough."""
+        return Conversation(dict(self.energies), dict(self.tokens))
+
+
+def cached_tokens(cache: Any) -> int:
+    """Number of tokens that a Transformers cache holds; 0 for no cache."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def of_cache(cache: Any) -> Conversation:
+    """The conversation that a cache holds, to be continued; a new one for an empty cache or none.
+
+    Warns (`UserWarning`) where the cache holds tokens that GRIFFIN has not seen: their statistic is missing, and experts
+    are then selected from the new tokens alone.
+    """
+    if cached_tokens(cache) == 0:
+        return Conversation()
+    known = getattr(cache, _ATTRIBUTE, None)
+    if known is None:
+        warnings.warn(
+            f"the key/value cache holds {cached_tokens(cache)} tokens that were computed before GRIFFIN was attached; "
+            "their statistic is unknown, so experts are selected from the new tokens alone",
+            stacklevel=2,
+        )
+        return Conversation()
+    assert isinstance(known, Conversation)
+    return known.copy()
+
+
+def keep_with_cache(conversation: Conversation, cache: Any) -> None:
+    """Let the conversation travel with the cache that holds its tokens."""
+    if cache is not None:
+        setattr(cache, _ATTRIBUTE, conversation)

@@ -1,0 +1,298 @@
+"""The handle of an attached model: its phases, its statistic, its experts."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from griffin import backends, selection, statistic
+from griffin.attach.conversation import Conversation
+from griffin.attach.patching import patch
+from griffin.config import GriffinConfig
+from griffin.layouts import FFBlock, Layout, find_ff_blocks
+
+logger = logging.getLogger("griffin")
+
+_MARK = "_griffin_attached"
+
+
+class Phase(enum.Enum):
+    """What the FF blocks do with the tokens that come. It is said, never guessed from a tensor's shape."""
+
+    FULL = "full"  # outside of any phase: the untouched model
+    PROMPT = "prompt"  # the full model, and the statistic is gathered
+    GENERATION = "generation"  # the experts only
+
+
+class Griffin:
+    """A model with GRIFFIN attached. Made by `griffin.attach`; also a context manager that detaches at its end.
+
+    Outside of a phase the model computes what it always does. `model.generate` says its phases itself; own loops say
+    them with `prompt_phase` and `generation_phase`.
+
+    Not thread-safe: one handle serves one batch at a time.
+    """
+
+    def __init__(self, model: nn.Module, config: GriffinConfig, layout: Layout | None = None) -> None:
+        self.model = model
+        self.config = config
+        self.backend = backends.resolve(config.backend)
+        self.blocks: tuple[FFBlock, ...] = _chosen(find_ff_blocks(model, layout), config)
+        self.selection_s = 0.0  # seconds that the last selection took, copying included
+        self._phase = Phase.FULL
+        self._conversation = Conversation()
+        self._mask: Tensor | None = None
+        self._masks_given: Tensor | None = None
+        self._batch: int | None = None
+        self._tokens_seen: dict[int, int] = {}
+        self._experts: dict[int, tuple[Tensor, ...]] = {}
+        self._sparse: dict[int, backends.SparseFF] = {
+            block.layer: self.backend.make(block)
+            for block in self.blocks
+            if config.experts_of(block.width) < block.width
+        }
+        self._undo = ExitStack()
+        self._attached = False
+        self._static = config.selection == "magnitude"  # experts that do not depend on the prompt
+        _refuse_attached(self.blocks)
+
+    # -- what was measured ------------------------------------------------------------------------------------------
+
+    @property
+    def experts(self) -> Mapping[int, Tensor | list[Tensor]]:
+        """Experts by layer: int64 (k,), ascending; with per-sequence experts a list of B of them. Empty before a prompt."""
+        per_sequence = self.config.batch == "per_sequence" and not self._static
+        return MappingProxyType({layer: list(own) if per_sequence else own[0] for layer, own in self._experts.items()})
+
+    @property
+    def statistic(self) -> Mapping[int, Tensor]:
+        """Flocking statistic by layer, float32: (D_ff,), or (B, D_ff) with per-sequence experts.
+
+        Empty before a prompt, and with the static selection `magnitude`.
+        """
+        return MappingProxyType({layer: self._scores(layer) for layer in self._conversation.energies})
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that was said last."""
+        return self._phase
+
+    @property
+    def conversation(self) -> Conversation:
+        """Energies and token counts of the prompt tokens so far."""
+        return self._conversation
+
+    @property
+    def sparse_calls(self) -> int:
+        """Number of FF blocks computed for experts only since `attach`: the proof that this path ran."""
+        return sum(sparse.calls for sparse in self._sparse.values())
+
+    # -- phases -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def prompt_phase(
+        self, *, attention_mask: Tensor | None = None, conversation: Conversation | None = None
+    ) -> Iterator[None]:
+        """Run prompt tokens through the full model and gather their statistic; experts are selected at the end.
+
+        Several forward calls inside are chunks of one prompt. Left or right padding never counts: the two-dimensional
+        `attention_mask` that the model is called with is read, or the one given here.
+
+        Args:
+            attention_mask: which of the phase's tokens are real, for a model that is called without a two-dimensional
+                mask. Shape (B, S), S being all tokens of the phase.
+            conversation: what earlier turns gathered (`handle.conversation`), to be continued; `None` starts anew.
+
+        Raises:
+            ValueError: inside another phase, in training mode, after `detach`, or no prompt token came.
+        """
+        self._enter(Phase.PROMPT)
+        self._conversation = Conversation() if conversation is None else conversation.copy()
+        self._masks_given, self._mask, self._batch, self._tokens_seen = attention_mask, None, None, {}
+        if not self._static:
+            self._experts = {}
+        try:
+            yield
+            if not self._static:
+                self._select()
+        finally:
+            self._phase = Phase.FULL
+            self._mask = self._masks_given = None
+
+    @contextmanager
+    def generation_phase(self) -> Iterator[None]:
+        """Compute the experts only.
+
+        Raises:
+            ValueError: inside another phase, in training mode, after `detach`, or before a prompt phase.
+        """
+        self._enter(Phase.GENERATION)
+        try:
+            if not self._experts:
+                raise ValueError("there are no experts yet: run the prompt inside handle.prompt_phase() first")
+            yield
+        finally:
+            self._phase = Phase.FULL
+
+    def detach(self) -> None:
+        """Put the model back exactly as it was. Calling it twice does nothing."""
+        self._phase = Phase.FULL
+        self._attached = False
+        self._undo.close()
+
+    def __enter__(self) -> Griffin:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _patch(self, stack: ExitStack) -> None:
+        """Patch the FF blocks until `stack` closes."""
+        for block in self.blocks:
+            for which, projection in enumerate(block.inputs):
+                patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
+            patch(stack, block.output, "forward", self._output_forward(block, block.output.forward))
+        stack.callback(self.model.register_forward_pre_hook(self._see_mask, with_kwargs=True).remove)
+
+    def _begin(self, undo: ExitStack) -> None:
+        """Everything is patched, and `undo` takes it off again."""
+        self._undo = undo
+        self._attached = True
+        if self._static:
+            self._select()
+        logger.info(
+            "attached to %d FF blocks, backend %s (%s)",
+            len(self.blocks),
+            self.backend.name,
+            self.backend.reason,
+        )
+
+    def _input_forward(self, block: FFBlock, which: int, full: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        sparse = self._sparse.get(block.layer)
+
+        def forward(x: Tensor) -> Tensor:
+            if sparse is not None and self._phase is Phase.GENERATION:
+                return sparse.read(which, x)
+            return full(x)
+
+        setattr(forward, _MARK, True)
+        return forward
+
+    def _output_forward(self, block: FFBlock, full: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        sparse = self._sparse.get(block.layer)
+
+        def forward(z: Tensor) -> Tensor:
+            if sparse is not None and self._phase is Phase.GENERATION:
+                return sparse.write(z)
+            if self._phase is Phase.PROMPT and not self._static:
+                self._gather(block, z)
+            return full(z)
+
+        setattr(forward, _MARK, True)
+        return forward
+
+    @torch.compiler.disable
+    def _gather(self, block: FFBlock, z: Tensor) -> None:
+        """Add the tokens of one forward pass to the statistic of one layer."""
+        if self._batch is not None:
+            z = z.reshape(self._batch, -1, z.shape[-1])  # OPT flattens its tokens
+        tokens, seen = z.shape[1], self._tokens_seen.get(block.layer, 0)
+        mask = self._mask
+        if self._masks_given is not None:
+            mask = self._masks_given[:, seen : seen + tokens]
+        self._tokens_seen[block.layer] = seen + tokens
+        self._conversation.add(block.layer, z.detach(), mask)
+
+    @torch.compiler.disable
+    def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn batch size and padding from the arguments of the model's forward."""
+        if self._phase is not Phase.PROMPT:
+            return
+        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        assert isinstance(tokens, Tensor)
+        self._batch = tokens.shape[0]
+        mask = given.get("attention_mask")
+        if mask is None or self._masks_given is not None:
+            self._mask = None
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            self._mask = mask[:, -tokens.shape[1] :].bool()
+        else:
+            raise ValueError(
+                "the prompt phase cannot tell padding from an attention mask that is not two-dimensional; say it: "
+                "handle.prompt_phase(attention_mask=mask) with a mask of shape (B, S)"
+            )
+
+    def _enter(self, phase: Phase) -> None:
+        if not self._attached:
+            raise ValueError("this handle is detached; call griffin.attach again")
+        if self._phase is not Phase.FULL:
+            raise ValueError(f"already in the {self._phase.value} phase; phases do not nest")
+        refuse_training(self.model)
+        self._phase = phase
+
+    def _scores(self, layer: int) -> Tensor:
+        energies = self._conversation.energies[layer]
+        if self.config.batch == "per_sequence":
+            return statistic.flocking(energies)
+        return statistic.shared(energies, self._conversation.tokens[layer])
+
+    @torch.no_grad()
+    def _select(self) -> None:
+        """Select the experts of every layer and hand them to the backend."""
+        start = time.perf_counter()
+        experts: dict[int, tuple[Tensor, ...]] = {}
+        for block in self.blocks:
+            if self._static:
+                scores = selection.magnitude_scores(block.input_weights())[None]
+            elif block.layer not in self._conversation.energies:
+                raise ValueError("no prompt token came: call the model inside handle.prompt_phase()")
+            else:
+                scores = torch.atleast_2d(self._scores(block.layer))
+            k = self.config.experts_of(block.width)
+            # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
+            experts[block.layer] = tuple(
+                selection.select(own, k, self.config.selection, self._generator(block.layer)) for own in scores
+            )
+            if block.layer in self._sparse:
+                self._sparse[block.layer].select(experts[block.layer])
+        self._experts = experts
+        self.selection_s = time.perf_counter() - start
+
+    def _generator(self, layer: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + layer) % 2**63)
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Raise `ValueError` for a model in training mode: dropout would spoil the statistic."""
+    if model.training:
+        raise ValueError("the model is in training mode; GRIFFIN is for generation: call model.eval() first")
+
+
+def _chosen(blocks: list[FFBlock], config: GriffinConfig) -> tuple[FFBlock, ...]:
+    if config.layers is None:
+        return tuple(blocks)
+    if config.layers[-1] >= len(blocks):
+        raise ValueError(f"layers names layer {config.layers[-1]}; this model has layers 0 to {len(blocks) - 1}")
+    return tuple(blocks[layer] for layer in config.layers)
+
+
+def _refuse_attached(blocks: tuple[FFBlock, ...]) -> None:
+    for block in blocks:
+        if getattr(vars(block.output).get("forward"), _MARK, False):
+            raise ValueError(
+                "GRIFFIN is attached to this model already; call detach() on the first handle, or leave its with-block"
+            )

@@ -1,0 +1,71 @@
+"""How the experts are computed in the generation phase. One module a backend, one class of one shape in each.
+
+`reference` is the truth that the others are tested against. `resolve` says once which backend `auto` means and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from griffin.backends import gather, reference
+from griffin.layouts import FFBlock
+
+
+class SparseFF(Protocol):
+    """One FF block computed for its experts only.
+
+    The model's own forward stays in charge: it calls `read` where it would call an input projection and `write` where it
+    would call the output projection. What lies between works on k values instead of D_ff.
+    """
+
+    def select(self, experts: Sequence[Tensor]) -> None:
+        """Take a new selection: one set of experts for all rows, or one for each sequence of the batch.
+
+        Shapes: each (k,), int64, ascending, all of the same k.
+        """
+
+    def read(self, which: int, x: Tensor) -> Tensor:
+        """Input projection number `which`, for the experts.
+
+        Shapes: x is (B, S, D), or (B * S, D) where the model flattens its tokens. Returns the same with k for D, and 2k
+        where gate and up are fused.
+        """
+
+    def write(self, z: Tensor) -> Tensor:
+        """Output projection from the experts.
+
+        Shapes: z is (B, S, k) or (B * S, k). Returns the same with D for k.
+        """
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's name, why it was taken, and what makes its FF blocks."""
+
+    name: str
+    reason: str
+    make: type[reference.ReferenceFF] | type[gather.GatherFF]
+
+
+_BACKENDS = {"reference": reference.ReferenceFF, "gather": gather.GatherFF}
+
+
+def resolve(name: str) -> Backend:
+    """The backend that a name means.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name == "auto":
+        return Backend(
+            "gather",
+            "auto: experts are copied once per selection, then read like a dense block",
+            gather.GatherFF,
+        )
+    if name not in _BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected auto or one of {', '.join(_BACKENDS)}")
+    return Backend(name, "asked for by name", _BACKENDS[name])

@@ -1,0 +1,70 @@
+"""The truth: the experts' rows and columns are taken out of the weights at every step. Slow, exact, any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from griffin.layouts import FFBlock, rows
+
+_Project = Callable[[Tensor, Tensor], Tensor]
+
+
+class ReferenceFF:
+    """`y = W_2[:, E] (act(W_g[E] x) * (W_1[E] x)) + b_2`, sequence by sequence, by `index_select`."""
+
+    def __init__(self, block: FFBlock) -> None:
+        self._block = block
+        self._experts: tuple[Tensor, ...] = ()
+        self.calls = 0  # tests read it to know which path ran
+
+    def select(self, experts: Sequence[Tensor]) -> None:
+        """See `SparseFF.select`."""
+        self._experts = tuple(experts)
+
+    def read(self, which: int, x: Tensor) -> Tensor:
+        """See `SparseFF.read`."""
+        weight, bias = rows(self._block.inputs[which])
+
+        def project(part: Tensor, experts: Tensor) -> Tensor:
+            if self._block.layout.fused:
+                experts = torch.cat([experts, experts + self._block.width])
+            own_bias = None if bias is None else bias.index_select(0, experts)
+            return F.linear(part, weight.index_select(0, experts), own_bias)
+
+        return self._each(x, project)
+
+    def write(self, z: Tensor) -> Tensor:
+        """See `SparseFF.write`."""
+        self.calls += 1
+        weight, bias = rows(self._block.output)
+        return self._each(z, lambda part, experts: F.linear(part, weight.index_select(1, experts), bias))
+
+    def _each(self, x: Tensor, project: _Project) -> Tensor:
+        if len(self._experts) == 1:
+            return project(x, self._experts[0])
+        parts = split_rows(x, len(self._experts))
+        return torch.cat([project(part, own) for part, own in zip(parts, self._experts, strict=True)]).view(
+            *x.shape[:-1], -1
+        )
+
+
+def split_rows(x: Tensor, sequences: int) -> Tensor:
+    """View the tokens of a batch sequence by sequence, also where the model flattens them (OPT).
+
+    Shapes:
+        x: (B, S, D) or (B * S, D), with B = `sequences`. Returns (B, S, D).
+
+    Raises:
+        ValueError: the rows are not a multiple of the sequences that experts were selected for.
+    """
+    tokens = x.shape[:-1].numel()
+    if (x.dim() == 3 and x.shape[0] != sequences) or tokens % sequences:
+        raise ValueError(
+            f"experts were selected for a batch of {sequences} sequences, but the generation phase got tokens of shape "
+            f"{tuple(x.shape[:-1])}; run the prompt phase and the generation phase on the same batch"
+        )
+    return x.reshape(sequences, tokens // sequences, x.shape[-1])

@@ -1,0 +1,99 @@
+"""The one configuration object. Standard library only, so that every integration can import it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+SELECTIONS = ("topk", "sample", "topk_sample", "random", "magnitude")
+BATCHES = ("shared", "per_sequence")
+BACKENDS = ("auto", "reference", "gather")
+
+
+@dataclass(frozen=True)
+class GriffinConfig:
+    """What to keep of every FF block during generation, and how.
+
+    The field names are the same everywhere: keyword arguments of `attach`, command-line flags, keys of an integration.
+
+    Args:
+        density: share of the FF neurons kept in the generation phase, 0 < density <= 1. 1.0 is the full model.
+        selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control) or
+            `magnitude` (the paper's static baseline, which ignores the prompt).
+        layers: indices of the layers to prune; `None` means all of them. The others stay whole.
+        batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
+        backend: `auto`, or the name of one (`reference`, `gather`).
+        seed: seed of the random selections. The same seed, prompt and layer give the same experts.
+
+    Raises:
+        ValueError: a field has a value outside of the above.
+    """
+
+    density: float = 0.5
+    selection: str = "topk"
+    layers: tuple[int, ...] | None = None
+    batch: str = "shared"
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "density", _density(self.density))
+        _choice("selection", self.selection, SELECTIONS)
+        _choice("batch", self.batch, BATCHES)
+        _choice("backend", self.backend, BACKENDS)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _layers(self.layers))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**63 - 1")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> GriffinConfig:
+        """Build a config from outside data (JSON, model arguments), refusing unknown keys.
+
+        Raises:
+            ValueError: an unknown key (with the nearest known one), or a value that a field refuses.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in mapping:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown GRIFFIN setting {key!r}{hint} Known: {', '.join(known)}")
+        return cls(**mapping)
+
+    def experts_of(self, width: int) -> int:
+        """Number of experts k = floor(density * width), at least 1, for an FF block of `width` neurons.
+
+        The product is rounded to 6 decimals first: 0.29 * 100 is 28.999999999999996 in binary, and 29 is meant.
+        """
+        return max(1, math.floor(round(self.density * width, 6)))
+
+
+def _density(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"density is {value!r}; expected a number above 0 and at most 1: the share of FF neurons to keep, "
+            "for example 0.5"
+        )
+    return float(value)
+
+
+def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{field} is {value!r}{hint}; expected one of {', '.join(allowed)}")
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    if isinstance(value, str | bytes | int) or not hasattr(value, "__iter__"):
+        raise ValueError(f"layers is {value!r}; expected a list of layer indices such as [0, 1, 2], or None for all")
+    layers = tuple(value)
+    if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
+        raise ValueError(f"layers is {value!r}; expected whole numbers from 0")
+    if not layers:
+        raise ValueError("layers is empty, so nothing would be pruned; leave it out to prune all layers")
+    return tuple(sorted(set(layers)))

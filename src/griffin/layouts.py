@@ -1,0 +1,237 @@
+"""Where a model's FF blocks are. A family is a row of data, not a class.
+
+A `Layout` names the projections of one FF block: those that read the block's input and the one that writes its output.
+That is all that GRIFFIN has to know: the input projections are computed for the experts only, whatever the model puts
+between them (activation, gate, clamp) works on the experts alone, and the output projection reads the experts only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row: the names of the projections of an FF block.
+
+    Args:
+        inputs: attribute names of the projections that read the block's input; two when gated.
+        output: attribute name of the projection that writes the block's output.
+        fused: the only input projection holds the gate's rows and then the up projection's rows (Phi-3).
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.inputs or (self.fused and len(self.inputs) != 1):
+            raise ValueError(f"{self} needs one input projection or more, and exactly one if it is fused")
+
+    def __str__(self) -> str:
+        return f"{' + '.join(self.inputs)}{' (gate and up fused)' if self.fused else ''} -> {self.output}"
+
+
+# Tried in this order: a block that has gate_proj must not be taken for an ungated one.
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, OLMo, Cohere, StableLM, Granite, ...
+    Layout(("gate_up_proj",), "down_proj", fused=True),  # Phi-3, GLM
+    Layout(("up_proj",), "down_proj"),  # Nemotron, Arcee, MPT
+    Layout(("c_fc",), "c_proj"),  # GPT-2 and GPT-BigCode (Conv1D or Linear), Starcoder 2, GPT-Neo
+    Layout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+    Layout(("fc1",), "fc2"),  # OPT (in the decoder layer itself), Phi
+    Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon, Persimmon
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FFBlock:
+    """One FF block of a model, found by a layout.
+
+    Args:
+        layer: index of the decoder layer.
+        path: name of the module that holds the projections, from the model's root.
+        layout: the row that found it.
+        module: the module that holds the projections.
+        inputs: the input projections, in the layout's order.
+        output: the output projection.
+        width: D_ff, the number of neurons.
+    """
+
+    layer: int
+    path: str
+    layout: Layout
+    module: nn.Module
+    inputs: tuple[nn.Module, ...]
+    output: nn.Module
+    width: int
+
+    @property
+    def gated(self) -> bool:
+        """Whether the block has a gate."""
+        return self.layout.fused or len(self.inputs) > 1
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights that belong to neurons: the rows of the input projections, the columns of the output."""
+        own = sum(weight.numel() + (0 if bias is None else bias.numel()) for weight, bias in map(rows, self.inputs))
+        return own + rows(self.output)[0].numel()
+
+    def input_weights(self) -> list[Tensor]:
+        """Weights that read the block's input, one tensor for the gate (if there is one) and one for `W_1`.
+
+        Shapes: each (D_ff, D).
+        """
+        weights = [rows(module)[0] for module in self.inputs]
+        return list(weights[0].chunk(2)) if self.layout.fused else weights
+
+
+def rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a projection, the weight as a view of shape (out_features, in_features).
+
+    `nn.Linear` stores it so; the Conv1D of GPT-2 stores the transpose.
+    """
+    weight, bias = projection.weight, projection.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    return (weight if isinstance(projection, nn.Linear) else weight.T), bias
+
+
+def find_ff_blocks(model: nn.Module, layout: Layout | None = None) -> list[FFBlock]:
+    """Find the FF block of every decoder layer.
+
+    Args:
+        model: a Transformers causal language model, or its decoder.
+        layout: a row of one's own, tried instead of `LAYOUTS`.
+
+    Returns:
+        One block for each decoder layer, in order.
+
+    Raises:
+        ValueError: the model is an encoder-decoder or a mixture of experts, a layer has no FF block or several of
+            them, or its projections are not plain ones. The message says what was found and what to add.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", None) or type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; GRIFFIN prunes decoder-only models")
+    prefix, layers = _decoder_layers(model, name)
+    candidates = LAYOUTS if layout is None else (layout,)
+    return [_block_of(index, f"{prefix}.{index}", layer, candidates, name) for index, layer in enumerate(layers)]
+
+
+def _decoder_layers(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of layers: the ModuleList of the decoder that is as long as the config says."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else model
+    decoder = model if decoder is None else decoder
+    text_config = getattr(decoder, "config", None)
+    count = getattr(text_config, "num_hidden_layers", None)
+    paths = {id(module): path for path, module in model.named_modules()}
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    found = [modules for modules in lists if len(modules) == count]
+    if not found:
+        lengths = sorted({len(modules) for modules in lists})
+        raise ValueError(
+            f"{name}: found no list of {count} decoder layers (lists of modules here have lengths {lengths}); "
+            "GRIFFIN needs a Transformers decoder with its layers in one nn.ModuleList"
+        )
+    return paths[id(found[0])], found[0]
+
+
+def _block_of(index: int, path: str, layer: nn.Module, candidates: Sequence[Layout], name: str) -> FFBlock:
+    _refuse_moe(index, layer, name)
+    for layout in candidates:
+        owners = [(p, module) for p, module in layer.named_modules() if _has(module, (*layout.inputs, layout.output))]
+        if len(owners) > 1:
+            listed = ", ".join(p for p, _ in owners[:4]) + (", ..." if len(owners) > 4 else "")
+            raise ValueError(
+                f"{name}: layer {index} has {len(owners)} FF blocks ({listed}); GRIFFIN prunes dense models, with "
+                "exactly one FF block a layer"
+            )
+        if owners:
+            inner, module = owners[0]
+            return _checked(index, f"{path}.{inner}" if inner else path, layer, module, layout, name)
+    shapes = ", ".join(
+        f"{p} {tuple(module.weight.shape)}"
+        for p, module in layer.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    )
+    tried = "; ".join(str(layout) for layout in candidates)
+    raise ValueError(
+        f"{name}: layer {index} has no FF block of a known layout. Found: {shapes}. Tried: {tried}. If it has one, name "
+        "its projections: griffin.attach(model, layout=griffin.Layout(inputs=('gate', 'up'), output='down'))"
+    )
+
+
+def _refuse_moe(index: int, layer: nn.Module, name: str) -> None:
+    for path, module in layer.named_modules():
+        kind = type(module).__name__
+        if path and any(word in f"{path} {kind}".lower() for word in ("expert", "router", "moe")):
+            raise ValueError(
+                f"{name}: layer {index} is a mixture of experts (found {path!r}, a {kind}); GRIFFIN prunes dense "
+                "models, with exactly one FF block a layer"
+            )
+
+
+def _has(module: nn.Module, names: Sequence[str]) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+def _checked(index: int, path: str, layer: nn.Module, module: nn.Module, layout: Layout, name: str) -> FFBlock:
+    inputs = tuple(getattr(module, attribute) for attribute in layout.inputs)
+    output = getattr(module, layout.output)
+    for attribute, projection in zip((*layout.inputs, layout.output), (*inputs, output), strict=True):
+        if not _is_plain(projection):
+            raise ValueError(
+                f"{name}: {path}.{attribute} is a {type(projection).__module__}.{type(projection).__name__}, not a plain "
+                "Linear or Conv1D of floating-point weights; load the model unquantised and without adapters"
+            )
+    for child, other in _others(layer, module, layout):
+        if any(parameter.numel() > 1 for parameter in other.parameters()):
+            raise ValueError(
+                f"{name}: {path}.{child} ({type(other).__name__}) has weights of its own inside the FF block, so the "
+                "neurons are not independent of each other; this family is not supported"
+            )
+    width = rows(output)[0].shape[1]
+    expected = 2 * width if layout.fused else width
+    for attribute, projection in zip(layout.inputs, inputs, strict=True):
+        if rows(projection)[0].shape[0] != expected:
+            raise ValueError(
+                f"{name}: {path}.{attribute} writes {rows(projection)[0].shape[0]} values, but {layout.output} reads "
+                f"{width}; expected {expected} for the layout {layout}"
+            )
+    return FFBlock(index, path, layout, module, inputs, output, width)
+
+
+def _others(layer: nn.Module, module: nn.Module, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
+    """Children of the FF block beside its projections. A block that is the decoder layer itself (OPT) has none.
+
+    Only scalars are allowed in them (the xIELU activation learns two): a norm between the projections would tie the
+    neurons to each other.
+    """
+    if module is layer:
+        return iter(())
+    named = {*layout.inputs, layout.output}
+    return ((child, other) for child, other in module.named_children() if child not in named)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    if type(projection).__name__ not in (
+        "Linear",
+        "NonDynamicallyQuantizableLinear",
+        "Conv1D",
+        "FalconLinear",
+    ):
+        return False
+    weight = getattr(projection, "weight", None)
+    return isinstance(weight, Tensor) and weight.dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    )
