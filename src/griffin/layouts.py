@@ -48,6 +48,19 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
+# Projections that do no more than multiply and add. By full name: the adapters of PEFT are called Linear too.
+_PLAIN = (
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
+    "transformers.pytorch_utils.Conv1D",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+)
+
+# Families that a row would fit, but whose neurons are not independent of each other: model_type and why.
+_TOP_NEURONS = "its gate is cut at a threshold over all neurons of a token (activation_sparsity_pattern)"
+_NOT_INDEPENDENT = {"gemma3n": _TOP_NEURONS, "gemma3n_text": _TOP_NEURONS}
+
+
 @dataclass(frozen=True, eq=False)
 class FFBlock:
     """One FF block of a model, found by a layout.
@@ -80,6 +93,11 @@ class FFBlock:
         """Number of weights that belong to neurons: the rows of the input projections, the columns of the output."""
         own = sum(weight.numel() + (0 if bias is None else bias.numel()) for weight, bias in map(rows, self.inputs))
         return own + rows(self.output)[0].numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those weights."""
+        return self.parameters * rows(self.output)[0].element_size()
 
     def input_weights(self) -> list[Tensor]:
         """Weights that read the block's input, one tensor for the gate (if there is one) and one for `W_1`.
@@ -119,6 +137,11 @@ def find_ff_blocks(model: nn.Module, layout: Layout | None = None) -> list[FFBlo
     name = getattr(config, "model_type", None) or type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; GRIFFIN prunes decoder-only models")
+    if name in _NOT_INDEPENDENT:
+        raise ValueError(
+            f"{name}: {_NOT_INDEPENDENT[name]}, so the neurons are not independent of each other; this family is not "
+            "supported"
+        )
     prefix, layers = _decoder_layers(model, name)
     candidates = LAYOUTS if layout is None else (layout,)
     return [_block_of(index, f"{prefix}.{index}", layer, candidates, name) for index, layer in enumerate(layers)]
@@ -130,7 +153,8 @@ def _decoder_layers(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
     decoder = get_decoder() if callable(get_decoder) else model
     decoder = model if decoder is None else decoder
     text_config = getattr(decoder, "config", None)
-    count = getattr(text_config, "num_hidden_layers", None)
+    # BART's num_hidden_layers counts the encoder's.
+    count = getattr(text_config, "decoder_layers", None) or getattr(text_config, "num_hidden_layers", None)
     paths = {id(module): path for path, module in model.named_modules()}
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     found = [modules for modules in lists if len(modules) == count]
@@ -163,8 +187,8 @@ def _block_of(index: int, path: str, layer: nn.Module, candidates: Sequence[Layo
     )
     tried = "; ".join(str(layout) for layout in candidates)
     raise ValueError(
-        f"{name}: layer {index} has no FF block of a known layout. Found: {shapes}. Tried: {tried}. If it has one, name "
-        "its projections: griffin.attach(model, layout=griffin.Layout(inputs=('gate', 'up'), output='down'))"
+        f"{name}: layer {index} has no FF block of a known layout. Found: {shapes}. Tried: {tried}. If it has one, "
+        "name its projections: griffin.attach(model, layout=griffin.Layout(inputs=('gate', 'up'), output='down'))"
     )
 
 
@@ -188,8 +212,8 @@ def _checked(index: int, path: str, layer: nn.Module, module: nn.Module, layout:
     for attribute, projection in zip((*layout.inputs, layout.output), (*inputs, output), strict=True):
         if not _is_plain(projection):
             raise ValueError(
-                f"{name}: {path}.{attribute} is a {type(projection).__module__}.{type(projection).__name__}, not a plain "
-                "Linear or Conv1D of floating-point weights; load the model unquantised and without adapters"
+                f"{name}: {path}.{attribute} is a {type(projection).__module__}.{type(projection).__name__}, not a "
+                "plain Linear or Conv1D of floating-point weights; load the model unquantised and without adapters"
             )
     for child, other in _others(layer, module, layout):
         if any(parameter.numel() > 1 for parameter in other.parameters()):
@@ -221,17 +245,11 @@ def _others(layer: nn.Module, module: nn.Module, layout: Layout) -> Iterator[tup
 
 
 def _is_plain(projection: nn.Module) -> bool:
-    if type(projection).__name__ not in (
-        "Linear",
-        "NonDynamicallyQuantizableLinear",
-        "Conv1D",
-        "FalconLinear",
-    ):
-        return False
+    kind = type(projection)
     weight = getattr(projection, "weight", None)
-    return isinstance(weight, Tensor) and weight.dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
+    # The exact type of the weight: torchao's quantised tensors are subclasses that call themselves bfloat16.
+    return (
+        f"{kind.__module__}.{kind.__qualname__}" in _PLAIN
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     )

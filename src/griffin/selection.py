@@ -1,7 +1,7 @@
 """From a statistic to experts: which k neurons of an FF block are kept. Pure functions on tensors.
 
-`SELECTIONS` maps a name to a function `(scores (D_ff,), k, generator) -> (k,) int64, ascending`. All randomness is drawn
-on the CPU from the generator given, so that a seed means the same experts on every device.
+`SELECTIONS` maps a name to a function `(scores (D_ff,), k, generator) -> (k,) int64, ascending`. All randomness is
+drawn on the CPU from the generator given, so that a seed means the same experts on every device.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def random(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
         scores: (D_ff,). Returns (k,), int64, ascending.
     """
     order = torch.randperm(scores.shape[0], generator=generator)
-    return order[:k].sort().values.to(scores.device)
+    drawn: Tensor = order[:k].sort().values
+    return drawn.to(scores.device)
 
 
 SELECTIONS: dict[str, Selection] = {
@@ -105,4 +106,5 @@ def select(scores: Tensor, k: int, selection: str, generator: torch.Generator) -
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
-    return scores.sort(descending=True, stable=True).indices[:k].sort().values
+    best: Tensor = scores.sort(descending=True, stable=True).indices[:k]
+    return best.sort().values

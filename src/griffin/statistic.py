@@ -15,8 +15,8 @@ from torch import Tensor
 # A row whose norm is below this counts as zero: it adds nothing instead of dividing by it.
 EPS = 1e-12
 
-# Tokens handled at a time: the float32 copies of this many rows stay in a CPU core's cache.
-_TOKENS_AT_A_TIME = 64
+# Values handled at a time: the float32 copies of so many stay in a CPU core's cache.
+_VALUES_AT_A_TIME = 2**18
 
 
 def energy(z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,16 +36,16 @@ def energy(z: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None and mask.shape != z.shape[:2]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {tuple(z.shape[:2])}, as z has")
     total = z.new_zeros((z.shape[0], 1, z.shape[2]), dtype=torch.float32)
-    for start in range(0, z.shape[1], _TOKENS_AT_A_TIME):
-        chunk = z[:, start : start + _TOKENS_AT_A_TIME].float()
-        squares = chunk * chunk
+    tokens = max(1, _VALUES_AT_A_TIME // (z.shape[0] * z.shape[2]))
+    for start in range(0, z.shape[1], tokens):
+        squares = z[:, start : start + tokens].to(torch.float32, copy=True).square_()
         norms = squares.sum(dim=-1, keepdim=True)
         weights = torch.where(norms > EPS**2, norms.reciprocal(), 0.0)
         if mask is not None:
-            keep = mask[:, start : start + _TOKENS_AT_A_TIME].to(device=z.device, dtype=torch.bool)
+            keep = mask[:, start : start + tokens].to(device=z.device, dtype=torch.bool)
             weights = torch.where(keep[..., None], weights, 0.0)
             squares = torch.where(keep[..., None], squares, 0.0)  # a padded row may hold inf or nan
-        total.baddbmm_(weights.transpose(1, 2), squares)
+        total += torch.bmm(weights.transpose(1, 2), squares)
     return total.squeeze(1)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +18,13 @@ from griffin.layouts import FFBlock
 class SparseFF(Protocol):
     """One FF block computed for its experts only.
 
-    The model's own forward stays in charge: it calls `read` where it would call an input projection and `write` where it
-    would call the output projection. What lies between works on k values instead of D_ff.
+    The model's own forward stays in charge: it calls `read` where it would call an input projection and `write` where
+    it would call the output projection. What lies between works on k values instead of D_ff.
     """
+
+    calls: int  # how often `write` ran, so that tests know which path did
+
+    def __init__(self, block: FFBlock) -> None: ...
 
     def select(self, experts: Sequence[Tensor]) -> None:
         """Take a new selection: one set of experts for all rows, or one for each sequence of the batch.
@@ -48,10 +52,10 @@ class Backend:
 
     name: str
     reason: str
-    make: type[reference.ReferenceFF] | type[gather.GatherFF]
+    make: Callable[[FFBlock], SparseFF]
 
 
-_BACKENDS = {"reference": reference.ReferenceFF, "gather": gather.GatherFF}
+_BACKENDS: dict[str, type[SparseFF]] = {"reference": reference.ReferenceFF, "gather": gather.GatherFF}
 
 
 def resolve(name: str) -> Backend:

@@ -45,7 +45,8 @@ class GatherFF:
 
     def write(self, z: Tensor) -> Tensor:
         """See `SparseFF.write`."""
-        self.calls += 1
+        if not torch.compiler.is_compiling():  # a count that changes would recompile every step
+            self.calls += 1
         assert self._out is not None
         bias = rows(self._block.output)[1]
         return _project(z, self._out, None if bias is None else bias.view(1, 1, -1))
@@ -70,7 +71,10 @@ def _buffer(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Shapes: x (B, S, in) or (B * S, in); weight (n, out, in), n = 1 or B; bias (n or 1, 1, out). Returns x's, with out."""
+    """Shapes: x (B, S, in) or (B * S, in); weight (n, out, in), n = 1 or B; bias (n or 1, 1, out).
+
+    Returns x's shape with out for in.
+    """
     if weight.shape[0] == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0, 0])
     y = torch.bmm(split_rows(x, weight.shape[0]), weight.transpose(1, 2))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from griffin import backends, selection, statistic
-from griffin.attach.conversation import Conversation
-from griffin.attach.patching import patch
+from griffin.attachment.conversation import Conversation
+from griffin.attachment.patching import patch
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock, Layout, find_ff_blocks
 
@@ -45,7 +45,9 @@ class Griffin:
         self.model = model
         self.config = config
         self.backend = backends.resolve(config.backend)
-        self.blocks: tuple[FFBlock, ...] = _chosen(find_ff_blocks(model, layout), config)
+        found = find_ff_blocks(model, layout)
+        self.blocks: tuple[FFBlock, ...] = _chosen(found, config)
+        self._whole_bytes = sum(block.nbytes for block in found) - sum(block.nbytes for block in self.blocks)
         self.selection_s = 0.0  # seconds that the last selection took, copying included
         self._phase = Phase.FULL
         self._conversation = Conversation()
@@ -68,7 +70,10 @@ class Griffin:
 
     @property
     def experts(self) -> Mapping[int, Tensor | list[Tensor]]:
-        """Experts by layer: int64 (k,), ascending; with per-sequence experts a list of B of them. Empty before a prompt."""
+        """Experts by layer: int64 (k,), ascending; with per-sequence experts a list of B of them.
+
+        Empty before a prompt.
+        """
         per_sequence = self.config.batch == "per_sequence" and not self._static
         return MappingProxyType({layer: list(own) if per_sequence else own[0] for layer, own in self._experts.items()})
 
@@ -95,6 +100,12 @@ class Griffin:
         """Number of FF blocks computed for experts only since `attach`: the proof that this path ran."""
         return sum(sparse.calls for sparse in self._sparse.values())
 
+    @property
+    def ff_bytes_per_token(self) -> int:
+        """Bytes of FF weights that one sequence's next token reads in the generation phase."""
+        kept = sum(block.nbytes * self.config.experts_of(block.width) // block.width for block in self.blocks)
+        return self._whole_bytes + kept
+
     # -- phases -----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -119,11 +130,13 @@ class Griffin:
         self._masks_given, self._mask, self._batch, self._tokens_seen = attention_mask, None, None, {}
         if not self._static:
             self._experts = {}
+        hook = self.model.register_forward_pre_hook(self._see_mask, with_kwargs=True)
         try:
             yield
             if not self._static:
                 self._select()
         finally:
+            hook.remove()
             self._phase = Phase.FULL
             self._mask = self._masks_given = None
 
@@ -164,7 +177,6 @@ class Griffin:
             for which, projection in enumerate(block.inputs):
                 patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
             patch(stack, block.output, "forward", self._output_forward(block, block.output.forward))
-        stack.callback(self.model.register_forward_pre_hook(self._see_mask, with_kwargs=True).remove)
 
     def _begin(self, undo: ExitStack) -> None:
         """Everything is patched, and `undo` takes it off again."""
@@ -203,7 +215,7 @@ class Griffin:
         setattr(forward, _MARK, True)
         return forward
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gather(self, block: FFBlock, z: Tensor) -> None:
         """Add the tokens of one forward pass to the statistic of one layer."""
         if self._batch is not None:
@@ -215,11 +227,9 @@ class Griffin:
         self._tokens_seen[block.layer] = seen + tokens
         self._conversation.add(block.layer, z.detach(), mask)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn batch size and padding from the arguments of the model's forward."""
-        if self._phase is not Phase.PROMPT:
-            return
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -261,7 +271,8 @@ class Griffin:
             elif block.layer not in self._conversation.energies:
                 raise ValueError("no prompt token came: call the model inside handle.prompt_phase()")
             else:
-                scores = torch.atleast_2d(self._scores(block.layer))
+                scores = self._scores(block.layer)
+                scores = scores if scores.dim() == 2 else scores[None]
             k = self.config.experts_of(block.width)
             # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
             experts[block.layer] = tuple(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from griffin import statistic
 
-# The statistic belongs to the tokens in a key/value cache, so it travels with that cache (also through copy.deepcopy, the
-# usual way to reuse a prompt).
+# The statistic belongs to the tokens in a key/value cache, so it travels with that cache, also through copy.deepcopy,
+# the usual way to reuse a prompt.
 _ATTRIBUTE = "_griffin_conversation"
 
 
@@ -63,8 +63,8 @@ def cached_tokens(cache: Any) -> int:
 def of_cache(cache: Any) -> Conversation:
     """The conversation that a cache holds, to be continued; a new one for an empty cache or none.
 
-    Warns (`UserWarning`) where the cache holds tokens that GRIFFIN has not seen: their statistic is missing, and experts
-    are then selected from the new tokens alone.
+    Warns (`UserWarning`) where the cache holds tokens that GRIFFIN has not seen: their statistic is missing, and
+    experts are then selected from the new tokens alone.
     """
     if cached_tokens(cache) == 0:
         return Conversation()

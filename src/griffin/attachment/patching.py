@@ -12,8 +12,8 @@ _MISSING = object()
 def patch(stack: ExitStack, instance: Any, name: str, replacement: Callable[..., Any]) -> None:
     """Set `instance.name` until `stack` closes.
 
-    What the instance itself held under that name (accelerate's device hooks hold their forward so) is put back; where it
-    held nothing, nothing stays.
+    What the instance itself held under that name (accelerate's device hooks hold their forward so) is put back; where
+    it held nothing, nothing stays.
     """
     before = vars(instance).get(name, _MISSING)
     vars(instance)[name] = replacement

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.generation.configuration_utils import GenerationMode
 
-from griffin.attach import conversation as conversations
-from griffin.attach.handle import Griffin, Phase, refuse_training
-from griffin.attach.patching import patch
+from griffin.attachment import conversation as conversations
+from griffin.attachment.handle import Griffin, Phase, refuse_training
+from griffin.attachment.patching import patch
 
 _MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -75,8 +75,8 @@ def attach_generate(handle: Griffin, stack: ExitStack) -> None:
             raise ValueError(f"generate was called inside the {handle.phase.value} phase; it says its phases itself")
         if kwargs.get("custom_generate") is not None:
             raise ValueError(
-                "generate was called with custom_generate, whose phases GRIFFIN does not know; detach first, or say them "
-                "with handle.prompt_phase() and handle.generation_phase()"
+                "generate was called with custom_generate, whose phases GRIFFIN does not know; detach first, or say "
+                "them with handle.prompt_phase() and handle.generation_phase()"
             )
         try:
             return generate(*args, **kwargs)
@@ -85,7 +85,7 @@ def attach_generate(handle: Griffin, stack: ExitStack) -> None:
 
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            "continuous batching mixes prompt and generation in one pass; GRIFFIN cannot follow it: detach first"
+            "continuous batching mixes prompt and generation in one pass, which GRIFFIN cannot follow: detach first"
         )
 
     patch(stack, model, "_validate_generation_mode", validated)

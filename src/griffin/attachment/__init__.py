@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from griffin.attach.conversation import Conversation
-from griffin.attach.generating import attach_generate
-from griffin.attach.handle import Griffin, Phase, refuse_training
+from griffin.attachment.conversation import Conversation
+from griffin.attachment.generating import attach_generate
+from griffin.attachment.handle import Griffin, Phase, refuse_training
 from griffin.config import GriffinConfig
 from griffin.layouts import Layout
 

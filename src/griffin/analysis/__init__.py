@@ -1,0 +1,1 @@
+"""Measuring: flocking pictures, perplexity, benchmarks."""

@@ -1,0 +1,151 @@
+"""`griffin demo`: the full model and GRIFFIN side by side on a real passage, everything measured in this run."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from griffin.cli.arguments import add_model_arguments, load_model
+from griffin.config import GriffinConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from griffin.generation.generate import Result
+
+DENSITIES = (0.75, 0.5)
+_STATISTIC_TOKENS = 1024
+_REPEATS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_model_arguments(parser)
+    parser.add_argument("-f", "--file", type=Path, help="the passage to continue, instead of the one shipped")
+    parser.add_argument("--max-tokens", type=int, default=80, help="tokens to generate for each text (default: 80)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("griffin-flocking.png"),
+        help="where to write the picture of the flocking (default: griffin-flocking.png)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: the passage is missing, empty or too long.
+        GriffinError: the model cannot be fetched, or the picture cannot be written.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    from griffin.analysis.flocking import relative_activations
+    from griffin.analysis.plots import flocking_heat_map
+    from griffin.generation.generate import generate
+    from griffin.generation.step import Sampling
+    from griffin.generation.text import encode, pad
+
+    passage = _passage(args.file)
+    sampling = Sampling(max_tokens=args.max_tokens)
+    model, tokenizer = load_model(args)
+    ids, _ = pad(encode(model, tokenizer, [passage]), 0, model.device)
+    console = Console()
+
+    console.print(f"\n[bold]{args.model}[/bold] continues a passage of {ids.shape[1]} tokens, which ends:")
+    console.print(f"… {escape(passage.strip()[-200:])}\n", style="dim")
+    generate(model, tokenizer, passage, max_tokens=2)  # warm up: the first pass of a process is slower
+    results = {}
+    for density in (1.0, *DENSITIES):
+        config = None if density == 1.0 else GriffinConfig(density=density)
+        result = generate(model, tokenizer, passage, griffin=config, sampling=sampling)
+        assert not isinstance(result, list)
+        results[density] = result
+        name = "full model" if density == 1.0 else f"GRIFFIN, density {density}"
+        console.print(Panel(escape(result.text.strip() or "(no text)"), title=name, title_align="left"))
+    console.print(_table(results, _agreements(model, ids, results[1.0].tokens)))
+
+    full_s, attached_s, selection_s, tokens = _prompt_cost(model, ids)
+    console.print(
+        f"Cost of the statistic in the prompt phase, {tokens} tokens: {attached_s / full_s - 1:+.1%} "
+        f"({full_s * 1e3:.0f} ms full, {attached_s * 1e3:.0f} ms with it; medians of {_REPEATS}, interleaved). "
+        f"Selecting and copying the experts at density 0.5: {selection_s * 1e3:.0f} ms, once a prompt."
+    )
+    layer = len(relative := relative_activations(model, ids, range(model.config.get_text_config().num_hidden_layers)))
+    layer //= 2
+    flocking_heat_map(relative[layer], f"Flocking in layer {layer} of {args.model}", args.picture)
+    console.print(f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}")
+    return 0
+
+
+def _passage(path: Path | None) -> str:
+    if path is None:
+        return (Path(__file__).parent / "passage.txt").read_text(encoding="utf-8")
+    from griffin.cli.arguments import read_text
+
+    return read_text(path)
+
+
+def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[int, ...]) -> dict[float, float]:
+    """How often GRIFFIN predicts the full model's next token, along the full model's own continuation."""
+    import torch
+
+    from griffin.analysis.agreement import teacher_forced_logits, top1_agreement
+    from griffin.attachment import attach
+
+    if not continuation:
+        return {}
+    given = torch.tensor([continuation], device=ids.device)
+    full = teacher_forced_logits(model, ids, given)
+    agreements = {}
+    for density in DENSITIES:
+        with attach(model, density=density) as handle:
+            agreements[density] = top1_agreement(teacher_forced_logits(model, ids, given, handle), full)
+    return agreements
+
+
+def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float, float, int]:
+    """Medians of the prompt phase's seconds without and with the statistic, of the selection's, and the tokens run."""
+    import torch
+
+    from griffin.attachment import attach
+
+    tokens = ids.repeat(1, -(-_STATISTIC_TOKENS // ids.shape[1]))[:, :_STATISTIC_TOKENS]
+    full, attached, selections = [], [], []
+    with torch.no_grad(), attach(model, density=0.5) as handle:
+        for repeat in range(_REPEATS + 1):
+            start = time.perf_counter()
+            model(tokens, use_cache=True, logits_to_keep=1)
+            middle = time.perf_counter()
+            with handle.prompt_phase():
+                model(tokens, use_cache=True, logits_to_keep=1)
+            end = time.perf_counter()
+            if repeat:  # the first round warms up
+                full.append(middle - start)
+                attached.append(end - middle - handle.selection_s)
+                selections.append(handle.selection_s)
+    return statistics.median(full), statistics.median(attached), statistics.median(selections), tokens.shape[1]
+
+
+def _table(results: dict[float, Result], agreements: dict[float, float]) -> object:
+    from rich.table import Table
+
+    table = Table("", "prompt tok/s", "generation tok/s", "speed-up", "FF read per token", "agrees with full")
+    base = results[1.0].generation_tokens_per_s
+    for density, result in results.items():
+        size = "?" if result.ff_bytes_per_token is None else f"{result.ff_bytes_per_token / 1e6:.0f} MB"
+        table.add_row(
+            "full model" if density == 1.0 else f"density {density}",
+            f"{result.prompt_tokens_per_s:.0f}",
+            f"{result.generation_tokens_per_s:.1f}",
+            f"{result.generation_tokens_per_s / base:.2f}x" if base else "-",
+            size,
+            f"{agreements[density]:.0%}" if density in agreements else "-",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Loading models and generating text with them."""

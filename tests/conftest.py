@@ -1,0 +1,46 @@
+"""Tiny random models, and the small real one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64, **settings: object) -> LlamaForCausalLM:
+    """A random Llama whose logits are far apart, so that greedy tokens do not hang on rounding."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 97,
+            "initializer_range": 0.3,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            **settings,
+        }
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The real default model, in float32 so that results do not hang on rounding."""
+    import griffin
+
+    return griffin.load("smollm2-135m", dtype=torch.float32)
