@@ -87,11 +87,12 @@ _BLOOM_OUT = "transformer.h.{}.mlp.dense_4h_to_h"
 # become nan (XGLM: an OverflowError). Transformers is made for float32 and below.
 _FLOAT32 = torch.float32
 
-# Left out, though a row claims them. recurrent_gemma: keeps its state in its modules, has no key/value cache, and
-# `generate` refuses it. openai-gpt: has no cache at all. phi4_multimodal, emu3, fuyu, got_ocr2, mllama,
-# moss_transcribe_diarize, gemma3, gemma4, gemma4_unified, qwen3_5: built with image or audio towers; their text decoders
-# are those of families below. cohere_compass_text: its rotary positions need settings that are not worth a tiny model.
-# deepseek_v32 and afmoe-like families without experts: never published so.
+# Left out, though a row claims them:
+# - recurrent_gemma returns no cache from its forward (CausalLMOutput), and openai-gpt has none: no own loop can go on
+#   from a prompt, and `generate` is refused.
+# - phi4_multimodal, emu3, fuyu, got_ocr2, mllama, moss_transcribe_diarize, gemma3, gemma4, gemma4_unified, qwen3_5 come
+#   with image or audio towers (seconds to build); most have the text decoder of a family below.
+# - cohere_compass_text needs rotary settings for each layer type: no tiny config made yet.
 FAMILIES: tuple[Family, ...] = (
     # gate_proj + up_proj -> down_proj
     Family("llama", _LLAMA),
@@ -177,6 +178,17 @@ FAMILIES: tuple[Family, ...] = (
         model_type="bailing_hybrid",
     ),
     Family("gemma4_unified_text", _HEAD | _SLIDING | {"global_head_dim": 8, "num_kv_shared_layers": 0}),
+    Family(
+        "deepseek_v32-dense",
+        _MLA | {"first_k_dense_replace": 2, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 64},
+        model_type="deepseek_v32",
+    ),
+    Family(
+        "bamba",
+        _LLAMA | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "attn_layer_indices": [1]},
+        output="model.layers.{}.feed_forward.down_proj",
+        steps=(1,),
+    ),
     # gate_up_proj -> down_proj
     Family("phi3", _LLAMA),
     Family("glm", _HEAD),

@@ -250,6 +250,7 @@ def _is_plain(projection: nn.Module) -> bool:
     # The exact type of the weight: torchao's quantised tensors are subclasses that call themselves bfloat16.
     return (
         f"{kind.__module__}.{kind.__qualname__}" in _PLAIN
+        and isinstance(weight, Tensor)
         and type(weight) in (Tensor, nn.Parameter)
         and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     )
