@@ -100,7 +100,8 @@ def select(scores: Tensor, k: int, selection: str, generator: torch.Generator) -
         raise ValueError(f"cannot select k = {k} experts from scores of shape {tuple(scores.shape)}")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError(
-            "the scores hold inf or nan, so the model's activations overflowed; load it in bfloat16 or float32"
+            "the scores hold inf or nan, which come from the model's FF activations; float16 overflows in some models: "
+            "load it in bfloat16 or float32"
         )
     return SELECTIONS[selection](scores, k, generator)
 

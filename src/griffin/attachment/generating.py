@@ -55,8 +55,8 @@ def attach_generate(handle: Griffin, stack: ExitStack) -> None:
     ) -> Any:
         if model_kwargs.get("use_cache") is False:
             raise ValueError(
-                "generate was called with use_cache=False, so every step would run the prompt again, with the experts "
-                "only; leave use_cache on"
+                "the key/value cache is off (use_cache=False, from the call or from the model's own config), so every "
+                "step would run the prompt again with the experts only; pass use_cache=True to generate"
             )
         cache = model_kwargs.get("past_key_values")
         mask = model_kwargs.get("attention_mask")
