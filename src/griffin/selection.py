@@ -79,9 +79,9 @@ def magnitude_scores(inputs: list[Tensor]) -> Tensor:
     Shapes:
         inputs: the input projections' weights, each (D_ff, D). Returns (D_ff,), float32.
     """
-    scores = inputs[0].float().norm(dim=1)
-    for weight in inputs[1:]:
-        scores = scores * weight.float().norm(dim=1)
+    scores = torch.ones(inputs[0].shape[0], device=inputs[0].device)
+    for weight in inputs:
+        scores = scores * torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
     return scores
 
 
