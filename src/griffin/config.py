@@ -61,7 +61,7 @@ class GriffinConfig:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown GRIFFIN setting {key!r}{hint} Known: {', '.join(known)}")
+                raise ValueError(f"unknown GRIFFIN setting {key!r}{hint}; known are {', '.join(known)}")
         return cls(**mapping)
 
     def experts_of(self, width: int) -> int:

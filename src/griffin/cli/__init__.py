@@ -1,1 +1,84 @@
-"""The command line."""
+"""The command line. One module a command; each has `add_arguments(parser)` and `run(args)`.
+
+Text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 something outside failed (`GriffinError`), 2 wrong
+usage (`ValueError`), 130 interrupted, 141 the reader of stdout went away. `GRIFFIN_DEBUG=1` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from griffin.cli.parser import Parser
+from griffin.errors import GriffinError
+from griffin.version import __version__
+
+COMMANDS = {
+    "generate": "answer one prompt",
+    "chat": "talk with a model",
+    "info": "this machine, and a model's FF blocks",
+    "demo": "the full model and GRIFFIN side by side",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to fail
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except (ValueError, GriffinError, OSError, RuntimeError, MemoryError) as error:
+        failure = _code(error)
+        if failure is None or os.environ.get("GRIFFIN_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"griffin: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _drop_stdout()  # what could not be written now cannot be written at exit either
+        return failure
+
+
+def _run(argv: list[str]) -> int:
+    parser = Parser(prog="griffin", usage="griffin COMMAND [options]", description="Faster LLM generation by GRIFFIN.")
+    parser.add_argument("--version", action="version", version=f"griffin {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, prog=f"griffin {name}", usage=f"griffin {name} [options]")
+        if name in argv:  # only the module of the command that was asked for is imported
+            module = importlib.import_module(f"griffin.cli.{name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # --help, --version, wrong usage
+        return int(stop.code or 0)
+    code: int = args.run(args)
+    return code
+
+
+def _code(error: BaseException) -> int | None:
+    """Exit code of an error that is not a defect of this program; `None` for one that is."""
+    if isinstance(error, GriffinError | OSError | MemoryError):
+        return 1
+    if isinstance(error, ValueError):
+        return 2
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return 1 if any(word in str(error) for word in words) else None
+
+
+def _drop_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

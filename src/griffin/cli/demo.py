@@ -1,4 +1,4 @@
-"""`griffin demo`: the full model and GRIFFIN side by side on a real passage, everything measured in this run."""
+"""The full model and GRIFFIN side by side on a real passage, everything measured in this run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,16 @@ _ROUNDS, _ROUND_TOKENS = 3, 24
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_model_arguments(parser)
-    parser.add_argument("-f", "--file", type=Path, help="the passage to continue, instead of the one shipped")
-    parser.add_argument("--max-tokens", type=int, default=80, help="tokens to generate for each text (default: 80)")
+    parser.add_argument(
+        "-f", "--file", type=Path, metavar="FILE", help="the passage to continue, instead of the one shipped"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=80, metavar="N", help="tokens to generate for each text (default: 80)"
+    )
     parser.add_argument(
         "--picture",
         type=Path,
+        metavar="PNG",
         default=Path("griffin-flocking.png"),
         help="where to write the picture of the flocking (default: griffin-flocking.png)",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,7 @@ def stream_generate(
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
     **settings: Any,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Generate, yielding each piece of text as soon as it is certain.
 
     Args:

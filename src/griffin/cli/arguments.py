@@ -1,0 +1,165 @@
+"""Arguments that several commands share, and what is made of them.
+
+The flags of `GriffinConfig` come from its fields. Those of `Sampling` are listed here, as its module imports torch; a
+test holds the two together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from griffin.config import BACKENDS, BATCHES, SELECTIONS, GriffinConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from griffin.generation.step import Sampling
+
+BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m")
+_MOST_LAYERS = 10_000
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer indices such as `0,1,2`, `0-5` or `0-5,8`."""
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last >= _MOST_LAYERS:
+            raise argparse.ArgumentTypeError(f"found {text!r}; expected layer indices such as 0,1,2 or 0-5,8")
+        layers.extend(range(first, last + 1))
+    return tuple(layers)
+
+
+# By field: what reads the value, the metavar, the help.
+_CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "density": (float, "D", "share of the FF neurons kept in the generation phase, 0 < D <= 1; 1 is the full model"),
+    "selection": (str, "NAME", f"how experts are selected: {', '.join(SELECTIONS)}"),
+    "layers": (parse_layers, "LIST", "layers to prune, such as 0,1,2 or 0-5,8; the others stay whole (default: all)"),
+    "batch": (str, "NAME", f"experts of a batch: {', '.join(BATCHES)}"),
+    "backend": (str, "NAME", f"what computes the experts: {', '.join(BACKENDS)}"),
+    "seed": (int, "N", "seed of random selections (default: 0) and of sampling (default: a new one each time)"),
+}
+_SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "max_tokens": (int, "N", "most tokens to generate for an answer (default: 256)"),
+    "temperature": (float, "T", "0 is greedy; above, logits are divided by it before drawing (default: 0.0)"),
+    "top_p": (float, "P", "draw from the smallest set of tokens whose probability reaches P (default: 1.0, off)"),
+    "top_k": (int, "K", "draw from the K most likely tokens (default: 0, off)"),
+    "min_p": (float, "P", "drop tokens less likely than this share of the likeliest (default: 0.0, off)"),
+    "repetition_penalty": (float, "R", "above 1, tokens that have occurred become less likely (default: 1.0, off)"),
+    "stop": (str, "TEXT", "a text that ends an answer, not part of it; may be given several times"),
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare which model to load and how."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m",
+        "--model",
+        default=BUILTIN_MODELS[0],
+        metavar="MODEL",
+        help=f"a built-in model ({', '.join(BUILTIN_MODELS)}), a .gguf file, a model folder or a Hugging Face Hub id "
+        f"such as org/name (default: {BUILTIN_MODELS[0]})",
+    )
+    group.add_argument("--dtype", metavar="TYPE", help="bf16, f16 or f32 (default: as stored)")
+    group.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda or mps (default: cuda if there is one)")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare one flag for each field of `GriffinConfig`."""
+    group = parser.add_argument_group("GRIFFIN")
+    for field in fields(GriffinConfig):
+        read, metavar, text = _CONFIG[field.name]
+        if field.name in ("layers", "seed"):
+            group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text)
+        else:
+            text = f"{text} (default: {field.default})"
+            group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text, default=field.default)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare one flag for each field of `Sampling` but the seed, which `add_config_arguments` declares."""
+    group = parser.add_argument_group("sampling")
+    for name, (read, metavar, text) in _SAMPLING.items():
+        action = "append" if name == "stop" else "store"
+        group.add_argument(f"--{name.replace('_', '-')}", type=read, metavar=metavar, help=text, action=action)
+
+
+def config_from(args: argparse.Namespace) -> GriffinConfig:
+    """The `GriffinConfig` that was asked for.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(GriffinConfig)}
+    return GriffinConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def sampling_from(args: argparse.Namespace) -> Sampling:
+    """The `Sampling` that was asked for. Imports torch.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    from griffin.generation.step import Sampling
+
+    given = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
+    return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+
+def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that was asked for.
+
+    Raises:
+        ValueError: no such model, dtype or device.
+        GriffinError: no network, a damaged file, a full disk.
+    """
+    from griffin.generation.load import load
+
+    # On the command line an error is one line, and transformers' advice is for programs.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return load(args.model, dtype=args.dtype, device=args.device, revision=args.revision)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, or it is not UTF-8.
+    """
+    try:
+        return decode(path.read_bytes(), str(path))
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ValueError(f"{path} cannot be read: {reason}; expected a text file") from error
+
+
+def read_stdin() -> str:
+    """All of stdin.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    return decode(sys.stdin.buffer.read(), "stdin")
+
+
+def decode(data: bytes, source: str) -> str:
+    """UTF-8 text of `data`.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error

@@ -1,0 +1,246 @@
+"""This machine, a model's FF blocks, and how much faster GRIFFIN can make it at most."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from griffin.cli.arguments import add_model_arguments, load_model
+from griffin.config import BACKENDS, GriffinConfig
+from griffin.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from griffin.layouts import FFBlock
+
+_DENSITIES = (0.75, 0.5)
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "asimd", "sve")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Consecutive layers whose FF blocks are alike.
+
+    Args:
+        first, last: indices of the layers.
+        path: module of the FF block, with `{}` for the index of the layer.
+        layout: names of the projections.
+        d_ff: FF width, the number of neurons.
+        d: model width.
+        gated: whether there is a gate.
+        bytes_per_layer: bytes of the weights of one FF block.
+    """
+
+    first: int
+    last: int
+    path: str
+    layout: str
+    d_ff: int
+    d: int
+    gated: bool
+    bytes_per_layer: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--density",
+        action="append",
+        type=_densities,
+        metavar="D",
+        help="give the ceiling for this density, 0 < D <= 1; a list or several times (default: 0.75,0.5)",
+    )
+    parser.add_argument("--backend", default="auto", metavar="NAME", help=f"{', '.join(BACKENDS)} (default: auto)")
+    parser.add_argument("--no-model", action="store_true", help="this machine only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: wrong arguments, or a model that GRIFFIN cannot prune.
+        GriffinError: the model cannot be fetched.
+    """
+    given = _DENSITIES if args.density is None else [density for some in args.density for density in some]
+    densities = [GriffinConfig(density=density, backend=args.backend).density for density in given]
+    about: dict[str, Any] = {"machine": machine(args.backend)}
+    if not args.json:
+        _print_pairs("machine", _machine_rows(about["machine"]))
+    if not args.no_model:
+        model, _ = load_model(args)
+        about["model"] = describe(model, args.model, densities)
+        if not args.json:
+            _print_model(about["model"])
+    if args.json:
+        print(json.dumps(about, indent=2))
+    return 0
+
+
+def machine(backend: str) -> dict[str, Any]:
+    """Versions, CPU and backend."""
+    import torch
+    import transformers
+
+    from griffin import backends
+
+    found = backends.resolve(backend)
+    name, flags = _cpu()
+    return {
+        "griffin": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": name,
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": [flag for flag in _FEATURES if flag in flags],
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backend": found.name,
+        "backend_reason": found.reason,
+    }
+
+
+def describe(model: PreTrainedModel, name: str, densities: Iterable[float]) -> dict[str, Any]:
+    """A model's FF blocks, and the ceiling of each density.
+
+    Raises:
+        ValueError: the model has no FF blocks that GRIFFIN can prune.
+    """
+    from griffin.layouts import find_ff_blocks
+
+    blocks = find_ff_blocks(model)
+    ff_bytes = sum(block.nbytes for block in blocks)
+    read_bytes = bytes_read_per_token(model)
+    share = ff_bytes / read_bytes
+    return {
+        "name": name,
+        "family": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "layers": [asdict(layers) for layers in _fold(blocks)],
+        "ff_bytes": ff_bytes,
+        "read_bytes_per_token": read_bytes,
+        "ff_share": share,
+        "ceilings": [{"density": density, "speedup": 1 / (1 - share * (1 - density))} for density in densities],
+    }
+
+
+def bytes_read_per_token(model: nn.Module) -> int:
+    """Bytes of all weights that the full model reads to generate one token.
+
+    An embedding is looked up, which reads one row of it; one that is tied to the output projection is read there.
+    """
+    from torch import nn
+
+    read: dict[int, int] = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding):
+            read |= {parameter.data_ptr(): parameter.nbytes for parameter in module.parameters(recurse=False)}
+    return sum(read.values())
+
+
+def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
+    """Join consecutive FF blocks that are alike."""
+    from griffin.layouts import rows
+
+    folded: list[Layers] = []
+    for block in blocks:
+        own = Layers(
+            first=block.layer,
+            last=block.layer,
+            path=".".join("{}" if part == str(block.layer) else part for part in block.path.split(".")),
+            layout=str(block.layout),
+            d_ff=block.width,
+            d=rows(block.output)[0].shape[0],
+            gated=block.gated,
+            bytes_per_layer=block.nbytes,
+        )
+        if folded and asdict(folded[-1]) | {"first": own.first, "last": own.last} == asdict(own):
+            own = Layers(**asdict(own) | {"first": folded.pop().first})
+        folded.append(own)
+    return folded
+
+
+def _densities(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers such as 0.5 or 0.75,0.5") from None
+
+
+def _cpu() -> tuple[str, frozenset[str]]:
+    """Name and feature flags of the CPU, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), frozenset()
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = known.get("flags") or known.get("Features") or ""
+    return known.get("model name") or platform.processor() or platform.machine(), frozenset(flags.split())
+
+
+def _machine_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("versions", ", ".join(f"{name} {about[name]}" for name in ("griffin", "torch", "transformers", "python"))),
+        ("system", about["system"]),
+        ("CPU", f"{about['cpu']}, {about['cpu_cores']} cores, {about['torch_threads']} torch threads"),
+        ("CPU features", f"{', '.join(about['cpu_features']) or 'unknown'} (torch: {about['torch_cpu_capability']})"),
+        ("accelerator", about["accelerator"] or "none"),
+        ("backend", f"{about['backend']} ({about['backend_reason']})"),
+    ]
+
+
+def _print_model(about: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    of = f"{about['ff_bytes'] / 1e6:.1f} of {about['read_bytes_per_token'] / 1e6:.1f} MB"
+    pairs = [
+        ("name", about["name"]),
+        ("family", about["family"]),
+        ("parameters", f"{about['parameters'] / 1e6:.1f} M, {about['dtype']}, on {about['device']}"),
+        ("FF share", f"{about['ff_share']:.1%} of the weights read per generated token ({of})"),
+    ]
+    pairs += [
+        (f"ceiling at {row['density']:g}", f"{row['speedup']:.2f}x generation speed at most")
+        for row in about["ceilings"]
+    ]
+    _print_pairs("model", pairs)
+    table = Table("layers", "FF block", "layout", "D_ff", "D", "gated", "MB a layer", title="FF blocks")
+    for row in about["layers"]:
+        span = str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
+        size = f"{row['bytes_per_layer'] / 1e6:.2f}"
+        gated = "yes" if row["gated"] else "no"
+        table.add_row(span, row["path"], row["layout"], str(row["d_ff"]), str(row["d"]), gated, size)
+    _print(table)
+
+
+def _print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    for name, value in pairs:
+        table.add_row(name, escape(str(value)))
+    _print(table)
+
+
+def _print(table: object) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
