@@ -81,7 +81,7 @@ def magnitude_scores(inputs: list[Tensor]) -> Tensor:
     """
     scores = torch.ones(inputs[0].shape[0], device=inputs[0].device)
     for weight in inputs:
-        scores = scores * torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        scores = scores * torch.linalg.vector_norm(weight.float(), dim=1)
     return scores
 
 

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     full = config.density == 1.0  # nothing to prune, so a model of any layout will do
     pieces = []
     stream = stream_generate(model, tokenizer, prompt, griffin=None if full else config, sampling=sampling)
-    with closing(stream):  # type: ignore[type-var]
+    with closing(stream):
         for piece in stream:
             pieces.append(piece)
             if not args.json:
