@@ -311,19 +311,47 @@ def quantise_ff(
     scales = torch.ones(d_ff, n, dtype=torch.float32) if format == "int8" else None
     for i, part in enumerate(parts):
         _pack(format, part, records[:, i * row_bytes :], scales[:, i:] if scales is not None else None)
+    biases = {"gate_bias": gate_bias, "up_bias": up_bias, "out_bias": out_bias}
+    return ff_records(records, scales, d_model=d, gated=gate is not None, activation=activation, **biases)
+
+
+def ff_records(
+    records: Tensor,
+    scales: Tensor | None,
+    *,
+    d_model: int,
+    gated: bool,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+) -> Block:
+    """A block over records that were quantised before (`quantise_ff(...).tensors`), read where they are.
+
+    Shapes:
+        records: (D_ff, bytes of a record) uint8: gate, up and down row of a neuron, without gate if not `gated`
+        scales: int8: (D_ff, 3), or 2 if not gated, float32; None says int4
+    """
+    d_ff, d, n = records.shape[0], d_model, 3 if gated else 2
+    format = "int4" if scales is None else "int8"
+    row_bytes = _row_bytes(format, d)
+    _check_rows("records", records, torch.Size((d_ff, n * row_bytes)), torch.uint8)
+    if scales is not None and not scales.is_contiguous():
+        raise ValueError("scales: expected a contiguous tensor")
+    if scales is not None:
+        _check_rows("scales", scales, torch.Size((d_ff, n)), torch.float32)
     struct = _Block(d, d_ff, FORMATS.index(format), _activation(activation))
-    bases = [records.data_ptr() + i * row_bytes for i in range(n)]
-    struct.gate, struct.up, struct.down = bases if gate is not None else (None, *bases)
+    ungated = [] if gated else [None]
+    struct.gate, struct.up, struct.down = ungated + [records.data_ptr() + i * row_bytes for i in range(n)]
     struct.gate_stride = struct.up_stride = struct.down_stride = records.stride(0)
     if scales is not None:
-        addresses = [scales.data_ptr() + 4 * i for i in range(n)]
-        struct.gate_scale, struct.up_scale, struct.down_scale = addresses if gate is not None else (None, *addresses)
+        struct.gate_scale, struct.up_scale, struct.down_scale = ungated + [scales.data_ptr() + 4 * i for i in range(n)]
         struct.scale_stride = 4 * n
     biases = _bias("gate_bias", gate_bias, d_ff), _bias("up_bias", up_bias, d_ff), _bias("out_bias", out_bias, d)
     struct.gate_bias, struct.up_bias, struct.out_bias = map(_address, biases)
     data = (records,) if scales is None else (records, scales)
     kept = data + tuple(b for b in biases if b is not None)
-    return Block(d, d_ff, format, gate is not None, sum(t.numel() * t.element_size() for t in data), struct, kept)
+    return Block(d, d_ff, format, gated, sum(t.numel() * t.element_size() for t in data), struct, kept)
 
 
 def matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
