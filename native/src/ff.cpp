@@ -3,6 +3,7 @@
 // down rows together into an accumulator of its own of D floats a row of input, so that a visit of the accumulator
 // serves several experts. After a barrier the threads add their accumulators up, each in its share of the columns.
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "inputs.h"
@@ -75,13 +76,19 @@ class Part {
     }
   }
 
-  void leave() {
+  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the experts that come next, `ahead`, are
+  // prefetched, as gate and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
+  void leave(const uint8_t* const* ahead, int n_ahead) {
     const int d = block_.d_model;
     for (int begin = 0; begin < d; begin += kColumns) {
       const int end = begin + kColumns < d ? begin + kColumns : d;
-      for (int r = 0; r < rows_; r++)
-        if (listed_[r])
-          kernels_.axpy[block_.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end);
+      int rest = n_ahead;  // the first row of input prefetches for all
+      for (int r = 0; r < rows_; r++) {
+        if (!listed_[r]) continue;
+        kernels_.axpy[block_.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead,
+                                     rest);
+        rest = 0;
+      }
     }
     memset(listed_, 0, sizeof listed_);
   }
@@ -155,14 +162,19 @@ void griffin_ff_part(const griffin_ff_block* block, const griffin_rows* rows, vo
   const int64_t k = rows->experts ? rows->n_experts : block->d_ff;
   const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
   const Experts expert{*rows};
+  static const int chunk = getenv("CHUNK") ? atoi(getenv("CHUNK")) : kExperts;
   const uint32_t all = (1u << n_rows) - 1;
   Part part(*block, set, inputs, n_rows, mine);
   for (int64_t i = begin; i < end; i++) {
     const int64_t j = expert[i];
     part.enter(j, i + 1 < end ? expert[i + 1] : j, rows->row_mask ? rows->row_mask[i] & all : all);
-    if ((i - begin) % kExperts == kExperts - 1) part.leave();
+    if ((i - begin) % chunk != chunk - 1 && i + 1 < end) continue;
+    const uint8_t* ahead[kExperts];
+    int n_ahead = 0;
+    for (; n_ahead < chunk && i + 1 + n_ahead < end; n_ahead++)
+      ahead[n_ahead] = static_cast<const uint8_t*>(block->down) + expert[i + 1 + n_ahead] * block->down_stride;
+    part.leave(ahead, n_ahead);
   }
-  part.leave();
   griffin_barrier_wait(barrier, threads);
 
   const bool bf16 = rows->y_type == GRIFFIN_BF16;

@@ -28,7 +28,9 @@ struct Input {
 using DotFn = void (*)(const uint8_t* const* w, int m, const Input* const* x, int n, int d, float* out,
                        const uint8_t* const* next);
 // acc[c] += sum over i < n of z[i] * w[i][c], for columns c in [begin, end); begin is a multiple of 128, end too or d.
-using AxpyFn = void (*)(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end);
+// The same columns of ahead[0 .. n_ahead) are prefetched meanwhile.
+using AxpyFn = void (*)(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end,
+                        const uint8_t* const* ahead, int n_ahead);
 
 struct Kernels {
   const char* name;

@@ -122,10 +122,13 @@ struct Int4Dot {
   }
 };
 
-void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end) {
+void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end,
+               const uint8_t* const* ahead, int n_ahead) {
   const int p = (int)round_up(d, 64);
   const int stop = end < p ? (int)round_up(end, 64) : p;
   for (int c = begin; c < stop; c += 32) {
+    if (c % 128 == 0)
+      for (int i = 0; i < n_ahead; i++) V::prefetch(ahead[i] + c / 2);
     __m256 a[4];
     for (int j = 0; j < 4; j++) a[j] = V::load(acc + c + 8 * j);
     for (int i = 0; i < n; i++) {

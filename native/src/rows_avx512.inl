@@ -97,16 +97,17 @@ struct Int8Dot {
   }
 };
 
-// 64 weights as bytes 0..15, in order, from the half of a 128-block that starts at weight i; p: weights of the row.
-inline __m512i nibbles(const uint8_t* row, int i, int p) {
-  const __m512i low = _mm512_set1_epi8(15);
-  const int block = i & ~127;
-  if (p - block >= 128) {
-    const __m512i bytes = _mm512_loadu_si512(row + block / 2);
-    return _mm512_and_si512(i & 64 ? _mm512_srli_epi16(bytes, 4) : bytes, low);
+// Integer dot products of 64 int4 weights (bytes 0..15) with x at column i, into acc; s: their scales, a lane each.
+template <int M, int N>
+inline void int4_step(const __m512i (&wv)[M], const __m512 (&s)[M], const Input* const* x, int i, __m512 (&acc)[M][N]) {
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) {
+    const __m512i q = _mm512_loadu_si512(x[n]->q + i);
+    const __m512 lanes = _mm512_loadu_ps(x[n]->lane_scale + i / 4);
+#pragma GCC unroll 2
+    for (int m = 0; m < M; m++)
+      acc[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot_bytes(wv[m], q)), _mm512_mul_ps(s[m], lanes), acc[m][n]);
   }
-  const __m256i bytes = _mm256_loadu_si256((const __m256i*)(row + block / 2));
-  return _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1), low);
 }
 
 struct Int4Dot {
@@ -114,40 +115,53 @@ struct Int4Dot {
   template <int M, int N>
   static void run(const uint8_t* const* w, const Input* const* x, int d, float* out, const uint8_t* const* next) {
     const int p = (int)round_up(d, 64);
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     __m512 acc[M][N];
     for (int m = 0; m < M; m++)
       for (int n = 0; n < N; n++) acc[m][n] = _mm512_setzero_ps();
-    const __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     for (int i = 0; i < p; i += 512) {  // 512 weights have 16 scales
       const int count = p - i < 512 ? p - i : 512;
-      const __mmask16 mask = (__mmask16)((1u << (count / 32)) - 1);
       __m512 scale[M];
 #pragma GCC unroll 2
       for (int m = 0; m < M; m++) {
-        for (int b = 0; b < 288; b += 64) V::prefetch(next[m] + i / 512 * 288 + b);
         const uint16_t* scales = (const uint16_t*)(w[m] + p / 2) + i / 32;
-        scale[m] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales));
-        for (int n = 0; n < N; n++)
+        scale[m] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << (count / 32)) - 1), scales));
+        for (int n = 0; n < N; n++)  // the nibbles are 8 too large
           acc[m][n] = _mm512_fnmadd_ps(scale[m], _mm512_loadu_ps(x[n]->group_sum8 + i / 32), acc[m][n]);
+        V::prefetch(next[m] + p / 2 + i / 16);
       }
-#pragma GCC unroll 2
-      for (int j = 0; j < count; j += 64) {
-        const __m512i pick = _mm512_add_epi32(first, _mm512_set1_epi32(j / 32));
-        __m512i wv[M];
+      int j = 0;
+#pragma GCC unroll 4
+      for (; j + 128 <= count; j += 128) {
+        __m512i bytes[M], wv[M];
         __m512 s[M];
+        const __m512i pick = _mm512_add_epi32(first, _mm512_set1_epi32(j / 32));
 #pragma GCC unroll 2
         for (int m = 0; m < M; m++) {
-          wv[m] = nibbles(w[m], i + j, p);
+          V::prefetch(next[m] + (i + j) / 2);
+          bytes[m] = _mm512_loadu_si512(w[m] + (i + j) / 2);
+          wv[m] = _mm512_and_si512(bytes[m], low);
           s[m] = _mm512_permutexvar_ps(pick, scale[m]);
         }
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) {
-          const __m512i q = _mm512_loadu_si512(x[n]->q + i + j);
-          const __m512 lanes = _mm512_loadu_ps(x[n]->lane_scale + (i + j) / 4);
+        int4_step<M, N>(wv, s, x, i + j, acc);
 #pragma GCC unroll 2
-          for (int m = 0; m < M; m++)
-            acc[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot_bytes(wv[m], q)), _mm512_mul_ps(s[m], lanes), acc[m][n]);
+        for (int m = 0; m < M; m++) {
+          wv[m] = _mm512_and_si512(_mm512_srli_epi16(bytes[m], 4), low);
+          s[m] = _mm512_permutexvar_ps(_mm512_add_epi32(pick, _mm512_set1_epi32(2)), scale[m]);
         }
+        int4_step<M, N>(wv, s, x, i + j + 64, acc);
+      }
+      if (j < count) {  // the last block of an odd multiple of 64
+        __m512i wv[M];
+        __m512 s[M];
+        for (int m = 0; m < M; m++) {
+          const __m256i bytes = _mm256_loadu_si256((const __m256i*)(w[m] + (i + j) / 2));
+          const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+          wv[m] = _mm512_and_si512(both, low);
+          s[m] = _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(j / 32)), scale[m]);
+        }
+        int4_step<M, N>(wv, s, x, i + j, acc);
       }
     }
     for (int m = 0; m < M; m++)
@@ -155,34 +169,41 @@ struct Int4Dot {
   }
 };
 
-// A permutation looks at an index's low four bits only, so a table of -8..7 turns a byte's low nibble into a float.
-void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end) {
-  const int p = (int)round_up(d, 64);
+// One block of 32 * G columns, G = 4 or 2 groups, half of them in low nibbles. A permutation looks at an index's low four
+// bits only, so a table of -8..7 turns a byte's low nibble into a float, whatever its high nibble is.
+template <int G> inline void axpy_int4_block(float* a, const uint8_t* const* w, const float* z, int n, int c, int p) {
   const __m512 table = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-  for (int c = begin; c < end; c += 128) {
-    const int half = p - c >= 128 ? 64 : 32;  // weights in low nibbles
-    const __mmask8 groups = half == 64 ? 0xf : 0x3;
-    for (int q = 0; q < half; q += 32) {
-      float* a = acc + c + q;
-      __m512 a0 = V::load(a), a1 = V::load(a + 16), a2 = V::load(a + half), a3 = V::load(a + half + 16);
-      for (int i = 0; i < n; i++) {
-        const __m128i raw = _mm_maskz_loadu_epi16(groups, w[i] + p / 2 + c / 16);
-        const __m128 scale = _mm_mul_ps(_mm_cvtph_ps(raw), _mm_set1_ps(z[i]));
-        const int low = q / 32, high = low + half / 32;
-        const __m512 s0 = _mm512_permutexvar_ps(_mm512_set1_epi32(low), _mm512_castps128_ps512(scale));
-        const __m512 s1 = _mm512_permutexvar_ps(_mm512_set1_epi32(high), _mm512_castps128_ps512(scale));
-        const __m512i b0 = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w[i] + (c + 2 * q) / 2)));
-        const __m512i b1 = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w[i] + (c + 2 * q) / 2 + 16)));
-        a0 = V::fma(_mm512_permutexvar_ps(b0, table), s0, a0);
-        a1 = V::fma(_mm512_permutexvar_ps(b1, table), s0, a1);
-        a2 = V::fma(_mm512_permutexvar_ps(_mm512_srli_epi32(b0, 4), table), s1, a2);
-        a3 = V::fma(_mm512_permutexvar_ps(_mm512_srli_epi32(b1, 4), table), s1, a3);
-      }
-      V::store(a, a0);
-      V::store(a + 16, a1);
-      V::store(a + half, a2);
-      V::store(a + half + 16, a3);
+  __m512 v[2 * G];
+#pragma GCC unroll 8
+  for (int j = 0; j < 2 * G; j++) v[j] = V::load(a + 16 * j);
+  for (int i = 0; i < n; i++) {
+    const __m128i raw = _mm_maskz_loadu_epi16((__mmask8)((1 << G) - 1), w[i] + p / 2 + c / 16);
+    const __m512 scales = _mm512_castps128_ps512(_mm_mul_ps(_mm_cvtph_ps(raw), _mm_set1_ps(z[i])));
+    __m512 s[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) s[g] = _mm512_permutexvar_ps(_mm512_set1_epi32(g), scales);
+#pragma GCC unroll 4
+    for (int j = 0; j < G; j++) {
+      const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(w[i] + c / 2 + 16 * j)));
+      v[j] = V::fma(_mm512_permutexvar_ps(bytes, table), s[j / 2], v[j]);
+      v[j + G] = V::fma(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table), s[(j + G) / 2], v[j + G]);
     }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 2 * G; j++) V::store(a + 16 * j, v[j]);
+}
+
+void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end,
+               const uint8_t* const* ahead, int n_ahead) {
+  const int p = (int)round_up(d, 64);
+  for (int c = begin; c < end; c += 128) {
+    for (int i = 0; i < n_ahead; i++) V::prefetch(ahead[i] + c / 2);
+    if (c % 1024 == 0)
+      for (int i = 0; i < n_ahead; i++) V::prefetch(ahead[i] + p / 2 + c / 16);
+    if (p - c >= 128)
+      axpy_int4_block<4>(acc + c, w, z, n, c, p);
+    else
+      axpy_int4_block<2>(acc + c, w, z, n, c, p);
   }
 }
 

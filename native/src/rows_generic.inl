@@ -84,12 +84,16 @@ void dot_rows(const uint8_t* const* w, int m, const Input* const* x, int n, int 
 }
 
 template <class V, int kFormat>
-void axpy_rows(float* acc, const uint8_t* const* w, const float* z, int n, int, int begin, int end) {
-  constexpr int W = V::kWidth, U = 4;
+void axpy_rows(float* acc, const uint8_t* const* w, const float* z, int n, int, int begin, int end,
+               const uint8_t* const* ahead, int n_ahead) {
+  constexpr int W = V::kWidth, U = 4, kBytes = element_bytes<kFormat>();
   int c = begin;
   for (; c + U * W <= end; c += U * W) {
     typename V::F a[U];
     for (int u = 0; u < U; u++) a[u] = V::load(acc + c + u * W);
+    if (c * kBytes % 64 == 0)
+      for (int i = 0; i < n_ahead; i++)
+        for (int b = 0; b < U * W * kBytes; b += 64) V::prefetch(ahead[i] + c * kBytes + b);
     for (int i = 0; i < n; i++) {
       const typename V::F zv = V::set1(z[i]);
 #pragma GCC unroll 4

@@ -84,7 +84,8 @@ template <bool kInt4> struct IntDot {
   }
 };
 
-void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end) {
+void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d, int begin, int end,
+               const uint8_t* const*, int) {
   const int p = (int)round_up(d, 64);
   for (int c = begin; c < end; c += kGroup)
     for (int i = 0; i < n; i++) {
