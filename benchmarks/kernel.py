@@ -1,0 +1,166 @@
+"""The native kernel alone: milliseconds, GB/s and the share of the measured read bandwidth, by format, density and rows.
+
+    python benchmarks/kernel.py [--d-model 4096 --d-ff 11008 --formats bf16,int8,int4 --rows 1,4,8 --json FILE]
+
+Each call uses the next layer's weights, more than 1 GB in all, so that no cache holds them. Densities are interleaved and
+medians compared, and the read bandwidth is measured between them, in the same run. Every format is checked against
+float64 first. Rows above 1 have one expert set each; `--overlap` is the part of a set that all rows share, the rest is
+drawn for each row, so that the union of sets (column union) is what has to be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from griffin.backends import kernel
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def make_block(fmt: str, d_ff: int, d: int) -> kernel.Block:
+    """A gated block of random weights. Rows repeat every 256, which no timing can tell."""
+    shape = (d_ff, d)
+    if fmt in DTYPES:
+        parts = []
+        for _ in range(3):
+            weight = torch.empty(shape, dtype=DTYPES[fmt])
+            kernel.advise_huge(weight)
+            slab = (torch.randn(256, d) / d**0.5).to(DTYPES[fmt])
+            for begin in range(0, d_ff, 256):
+                weight[begin : begin + 256] = slab[: min(256, d_ff - begin)]
+            parts.append(weight)
+        return kernel.ff_block(*parts, activation="silu")
+    slab = [torch.randn(256, d) / d**0.5 for _ in range(3)]
+    small = kernel.quantise_ff(*slab, format=fmt, activation="silu")
+    records = torch.empty(d_ff, small.tensors[0].shape[1], dtype=torch.uint8)
+    kernel.advise_huge(records)
+    for begin in range(0, d_ff, 256):
+        records[begin : begin + 256] = small.tensors[0][: min(256, d_ff - begin)]
+    scales = small.tensors[1].repeat(-(-d_ff // 256), 1)[:d_ff].contiguous() if fmt == "int8" else None
+    return kernel.ff_records(records, scales, d_model=d, gated=True, activation="silu")
+
+
+def check(block: kernel.Block, x: Tensor, experts: Tensor, mask: Tensor | None) -> float:
+    """Relative error against float64 over the dequantised weights; raises if it is more than the format's."""
+    y = kernel.ff(block, x, experts, mask, out=torch.full((len(x), block.d_model), float("nan"))).double()
+    gate, up, down = (part[experts.long()].double() for part in kernel.unpack(block))
+    z = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
+    if mask is not None:
+        z *= torch.stack([(mask.int() >> r) & 1 for r in range(len(x))])
+    error = float((y - z @ down).norm() / (z @ down).norm())
+    limit = 0.02 if block.format.startswith("int") else 1e-4  # int: x is rounded to 1/127 of its group's maximum
+    if not error < limit:
+        raise SystemExit(f"{block.format}: relative error {error:.2g} is above {limit}")
+    return error
+
+
+def expert_sets(d_ff: int, density: float, rows: int, overlap: float) -> Tensor:
+    k = int(density * d_ff)
+    order = torch.randperm(d_ff)
+    shared, rest = order[: int(k * overlap)], order[int(k * overlap) :]
+    own = [rest[torch.randperm(len(rest))[: k - len(shared)]] for _ in range(rows)]
+    return torch.stack([torch.cat([shared, part]).sort().values for part in own])
+
+
+def interleaved(runs: dict[Any, Callable[[], object]], repeats: int, percentile: int) -> dict[Any, float]:
+    """Milliseconds at a percentile of each, taking turns."""
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.quantiles(values, n=100)[percentile - 1] for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--d-model", type=int, default=4096)
+    parser.add_argument("--d-ff", type=int, default=11008)
+    parser.add_argument("--formats", default="bf16,int8,int4")
+    parser.add_argument("--densities", default="1.0,0.5,0.25")
+    parser.add_argument("--rows", default="1,4,8")
+    parser.add_argument("--overlap", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--percentile", type=int, default=50, help="50 is the median; lower on a machine with other load")
+    parser.add_argument("--gigabytes", type=float, default=1.2, help="of weights that the calls rotate over")
+    parser.add_argument("--torch", action="store_true", help="also time torch's dense FF (bf16 and f32 formats)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if reason := kernel.available():
+        raise SystemExit(reason)
+    d, d_ff, densities = args.d_model, args.d_ff, [float(v) for v in args.densities.split(",")]
+    buffer = torch.ones(320 * 2**20)
+    kernel.advise_huge(buffer)
+    threads = torch.get_num_threads()
+    print(f"{platform.machine()}, {kernel.isa()}, {threads} threads, {kernel.threading()}, torch {torch.__version__}")
+    print(f"D = {d}, D_ff = {d_ff}, overlap {args.overlap}")
+    print("format  B  density   union        ms     GB/s  of read   ratio   error")
+    table = []
+    for fmt in args.formats.split(","):
+        first = make_block(fmt, d_ff, d)
+        blocks = [first] + [make_block(fmt, d_ff, d) for _ in range(int(args.gigabytes * 1e9 / first.weight_bytes))]
+        turn = 0
+        for rows in (int(v) for v in args.rows.split(",")):
+            x = torch.randn(rows, d)
+            if fmt == "bf16":
+                x = x.bfloat16()
+            runs: dict[Any, Callable[[], object]] = {"read": lambda: kernel.read_bandwidth(buffer)}
+            unions: dict[float, int] = {}
+            errors: dict[float, float] = {}
+            for density in densities:
+                experts, mask = kernel.union(expert_sets(d_ff, density, rows, args.overlap), d_ff)
+                unions[density] = len(experts)
+                shared = mask if rows > 1 and density < 1 else None
+                errors[density] = check(blocks[0], x, experts, shared)
+
+                def call(experts: Tensor = experts, mask: Tensor | None = shared, x: Tensor = x) -> None:
+                    nonlocal turn
+                    turn += 1
+                    kernel.ff(blocks[turn % len(blocks)], x, experts, mask)
+
+                runs[density] = call
+            if args.torch and fmt in DTYPES:
+
+                def dense(x: Tensor = x.to(DTYPES[fmt])) -> None:
+                    nonlocal turn
+                    turn += 1
+                    gate, up, down = blocks[turn % len(blocks)].tensors[:3]
+                    linear = torch.nn.functional.linear
+                    linear(torch.nn.functional.silu(linear(x, gate)) * linear(x, up), down.T)
+
+                runs["torch"] = dense
+            ms = interleaved(runs, args.repeats, args.percentile)
+            read = buffer.numel() * 4 / ms["read"] / 1e6  # GB/s
+            for name in [*densities, *(["torch"] if "torch" in ms else [])]:
+                share = unions.get(name, d_ff) / d_ff
+                speed = first.weight_bytes * share / ms[name] / 1e6
+                row = {"format": fmt, "rows": rows, "density": name, "union": share, "ms": ms[name], "gb_per_s": speed}
+                row |= {"read_gb_per_s": read, "share_of_read_bandwidth": speed / read, "ratio": ms[name] / ms[densities[0]]}
+                table.append(row)
+                print(
+                    f"{fmt:6} {rows:2} {name!s:>8} {share:7.3f} {ms[name]:9.3f} {speed:8.2f} {speed / read:8.1%} "
+                    f"{row['ratio']:7.3f} {errors.get(name, 0):7.1g}",
+                    flush=True,
+                )
+        print(f"        read bandwidth {read:.2f} GB/s")
+        del blocks, first
+    if args.json:
+        machine = {"isa": kernel.isa(), "threads": threads, "torch": torch.__version__, "d_model": d, "d_ff": d_ff}
+        args.json.write_text(json.dumps({"machine": machine, "rows": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

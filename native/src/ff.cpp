@@ -1,0 +1,206 @@
+// The fused feedforward call. Each thread takes a contiguous share of the experts (so the order of summation, and the
+// result to the bit, depend on the thread count alone), a few experts at a time: gate and up products first, then their
+// down rows together into an accumulator of its own of D floats a row of input, so that a visit of the accumulator
+// serves several experts. After a barrier the threads add their accumulators up, each in its share of the columns.
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "inputs.h"
+#include "parallel.h"
+
+namespace griffin {
+namespace {
+
+constexpr int kExperts = 8;     // whose down rows are added together
+constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
+
+float activate(int activation, float v) {
+  switch (activation) {
+    case GRIFFIN_SILU: return v / (1.f + expf(-v));
+    case GRIFFIN_GELU: return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
+    case GRIFFIN_GELU_TANH: return 0.5f * v * (1.f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case GRIFFIN_RELU: return v < 0.f ? 0.f : v;  // a NaN stays one
+    default: return v < 0.f ? 0.f : v * v;
+  }
+}
+
+int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }  // off the 4096-byte multiples that share a cache set
+
+struct Experts {
+  const griffin_rows& rows;
+  int64_t operator[](int64_t i) const {
+    if (!rows.experts) return i;
+    return rows.index_bytes == 4 ? static_cast<const int32_t*>(rows.experts)[i]
+                                 : static_cast<const int64_t*>(rows.experts)[i];
+  }
+};
+
+class Part {
+ public:
+  Part(const griffin_ff_block& block, const Kernels& kernels, const Inputs& inputs, int rows, float* acc)
+      : block_(block), kernels_(kernels), inputs_(inputs), rows_(rows), acc_(acc) {}
+
+  // gate and up products of neuron j for the rows in `mask`; the down row joins the lists of the rows it matters to.
+  void enter(int64_t j, int64_t next_j, uint32_t mask) {
+    const bool gated = block_.gate != nullptr;
+    const uint8_t* w[2] = {row(block_.up, block_.up_stride, j), nullptr};
+    const uint8_t* next[2] = {row(block_.up, block_.up_stride, next_j), nullptr};
+    if (gated) {
+      w[1] = row(block_.gate, block_.gate_stride, j);
+      next[1] = row(block_.gate, block_.gate_stride, next_j);
+    }
+    const uint8_t* const down = row(block_.down, block_.down_stride, j);
+    const float up_scale = scale(block_.up_scale, j), down_scale = scale(block_.down_scale, j);
+    const float gate_scale = gated ? scale(block_.gate_scale, j) : 1.f;
+    const float up_bias = block_.up_bias ? block_.up_bias[j] : 0.f;
+    const float gate_bias = block_.gate_bias ? block_.gate_bias[j] : 0.f;
+    int wanted[GRIFFIN_MAX_ROWS], count = 0;
+    for (int r = 0; r < rows_; r++)
+      if (mask >> r & 1) wanted[count++] = r;
+    for (int first = 0; first < count; first += kMaxRows) {
+      const int n = count - first < kMaxRows ? count - first : kMaxRows;
+      const Input* x[kMaxRows];
+      float out[2 * kMaxRows];
+      for (int i = 0; i < n; i++) x[i] = &inputs_[wanted[first + i]];
+      inputs_.dot()(w, gated ? 2 : 1, x, n, block_.d_model, out, next);
+      for (int i = 0; i < n; i++) {
+        const int r = wanted[first + i];
+        const float up = out[i] * up_scale + up_bias;
+        const float z = gated ? activate(block_.activation, out[n + i] * gate_scale + gate_bias) * up
+                              : activate(block_.activation, up);
+        if (z == 0.f) continue;  // ReLU: nothing to add, nothing to read
+        z_[r][listed_[r]] = z * down_scale;
+        down_[r][listed_[r]++] = down;
+      }
+    }
+  }
+
+  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the experts that come next, `ahead`, are
+  // prefetched, as gate and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
+  void leave(const uint8_t* const* ahead, int n_ahead) {
+    const int d = block_.d_model;
+    for (int begin = 0; begin < d; begin += kColumns) {
+      const int end = begin + kColumns < d ? begin + kColumns : d;
+      int rest = n_ahead;  // the first row of input prefetches for all
+      for (int r = 0; r < rows_; r++) {
+        if (!listed_[r]) continue;
+        kernels_.axpy[block_.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead,
+                                     rest);
+        rest = 0;
+      }
+    }
+    memset(listed_, 0, sizeof listed_);
+  }
+
+ private:
+  static const uint8_t* row(const void* base, int64_t stride, int64_t j) {
+    return static_cast<const uint8_t*>(base) + j * stride;
+  }
+  float scale(const float* base, int64_t j) const {
+    return base ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + j * block_.scale_stride) : 1.f;
+  }
+
+  const griffin_ff_block& block_;
+  const Kernels& kernels_;
+  const Inputs& inputs_;
+  const int rows_;
+  float* const acc_;
+  int listed_[GRIFFIN_MAX_ROWS] = {};
+  float z_[GRIFFIN_MAX_ROWS][kExperts];
+  const uint8_t* down_[GRIFFIN_MAX_ROWS][kExperts];
+};
+
+bool valid_rows(const griffin_rows& rows) {
+  const bool types = (rows.x_type == GRIFFIN_F32 || rows.x_type == GRIFFIN_BF16) &&
+                     (rows.y_type == GRIFFIN_F32 || rows.y_type == GRIFFIN_BF16);
+  return rows.x && rows.y && types && rows.rows >= 1 && rows.rows <= GRIFFIN_MAX_ROWS;
+}
+
+bool valid(const griffin_ff_block& block, const griffin_rows& rows) {
+  if (!valid_rows(rows) || !block.up || !block.down || block.d_model < 1 || block.d_ff < 1) return false;
+  if (block.format < GRIFFIN_F32 || block.format > GRIFFIN_INT4) return false;
+  if (block.activation < GRIFFIN_SILU || block.activation > GRIFFIN_RELU2) return false;
+  if (block.format == GRIFFIN_INT8 && (!block.up_scale || !block.down_scale || (block.gate && !block.gate_scale)))
+    return false;
+  if (!rows.experts) return !rows.row_mask;
+  return rows.n_experts >= 0 && (rows.index_bytes == 4 || rows.index_bytes == 8);
+}
+
+struct Call {
+  const griffin_ff_block* block;
+  const griffin_rows* rows;
+  void* workspace;
+  griffin_barrier barrier;
+};
+
+}  // namespace
+}  // namespace griffin
+
+using namespace griffin;
+
+extern "C" {
+
+int64_t griffin_ff_workspace(const griffin_ff_block* block, int rows, int threads) {
+  return Inputs::bytes(block->d_model, rows) + int64_t{4} * threads * rows * accumulator_stride(block->d_model);
+}
+
+void griffin_ff_part(const griffin_ff_block* block, const griffin_rows* rows, void* workspace, griffin_barrier* barrier,
+                     int thread, int threads) {
+  const Kernels& set = kernels();
+  const int d = block->d_model, n_rows = rows->rows;
+  const int64_t stride = accumulator_stride(d), team_stride = stride * n_rows;
+  Inputs inputs(set, *rows, block->format, d, workspace);
+  float* const accumulators =
+      reinterpret_cast<float*>(static_cast<char*>(workspace) + Inputs::bytes(d, n_rows));
+  float* const mine = accumulators + thread * team_stride;
+  inputs.prepare(thread, threads);
+  memset(mine, 0, sizeof(float) * team_stride);
+  griffin_barrier_wait(barrier, threads);
+  inputs.open();
+
+  const int64_t k = rows->experts ? rows->n_experts : block->d_ff;
+  const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
+  const Experts expert{*rows};
+  static const int chunk = getenv("CHUNK") ? atoi(getenv("CHUNK")) : kExperts;
+  const uint32_t all = (1u << n_rows) - 1;
+  Part part(*block, set, inputs, n_rows, mine);
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t j = expert[i];
+    part.enter(j, i + 1 < end ? expert[i + 1] : j, rows->row_mask ? rows->row_mask[i] & all : all);
+    if ((i - begin) % chunk != chunk - 1 && i + 1 < end) continue;
+    const uint8_t* ahead[kExperts];
+    int n_ahead = 0;
+    for (; n_ahead < chunk && i + 1 + n_ahead < end; n_ahead++)
+      ahead[n_ahead] = static_cast<const uint8_t*>(block->down) + expert[i + 1 + n_ahead] * block->down_stride;
+    part.leave(ahead, n_ahead);
+  }
+  griffin_barrier_wait(barrier, threads);
+
+  const bool bf16 = rows->y_type == GRIFFIN_BF16;
+  const int64_t blocks = round_up(d, 64) / 64;
+  const int first = static_cast<int>(blocks * thread / threads * 64);
+  const int64_t stop = blocks * (thread + 1) / threads * 64;
+  const int count = static_cast<int>(stop < d ? stop : d) - first;
+  if (count <= 0) return;
+  for (int r = 0; r < n_rows; r++)
+    set.reduce(accumulators + r * stride + first, team_stride, threads, block->out_bias ? block->out_bias + first : nullptr,
+               static_cast<char*>(rows->y) + r * rows->y_stride + first * element_size(rows->y_type), bf16, count);
+}
+
+int griffin_ff(const griffin_ff_block* block, const griffin_rows* rows, int threads) {
+  if (!block || !rows || threads < 1 || !valid(*block, *rows)) return GRIFFIN_BAD_ARGUMENT;
+  Call call{block, rows, scratch(griffin_ff_workspace(block, rows->rows, threads)), {}};
+  if (!call.workspace) return GRIFFIN_NO_MEMORY;
+  parallel(
+      threads,
+      [](void* data, int thread, int team) {
+        Call& c = *static_cast<Call*>(data);
+        griffin_ff_part(c.block, c.rows, c.workspace, &c.barrier, thread, team);
+      },
+      &call);
+  count_call();
+  return GRIFFIN_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,193 @@
+// Products with weight rows, written once over a vector type V; every instruction set's unit includes this inside its
+// anonymous namespace. V provides: F (float vector), kWidth, kMaxN (rows that fit in registers), zero, set1, load, store,
+// fma, add, sum, prefetch, and load<format>(row, i) / load_tail<format>(row, i, count) giving kWidth floats from a row.
+// Nothing else is assumed.
+
+template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : kFormat == 3 ? 1 : 2; }
+
+template <class V, int kFormat> struct FloatDot {
+  static constexpr int kMaxN = V::kMaxN;
+  template <int M, int N>
+  static void run(const uint8_t* const* w, const Input* const* x, int d, float* out, const uint8_t* const* next) {
+    constexpr int W = V::kWidth, U = M * N >= 4 ? 1 : 4 / (M * N), kBytes = element_bytes<kFormat>();
+    typename V::F acc[U][M][N];
+    for (int u = 0; u < U; u++)
+      for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) acc[u][m][n] = V::zero();
+    int i = 0;
+    for (; i + U * W <= d; i += U * W) {
+      for (int m = 0; m < M; m++)
+        for (int b = 0; b < U * W * kBytes; b += 64) V::prefetch(next[m] + i * kBytes + b);
+  #pragma GCC unroll 4
+      for (int u = 0; u < U; u++) {
+        typename V::F wv[M];
+  #pragma GCC unroll 2
+        for (int m = 0; m < M; m++) wv[m] = V::template load_row<kFormat>(w[m], i + u * W);
+  #pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+          const typename V::F xv = V::load(x[n]->f32 + i + u * W);
+  #pragma GCC unroll 2
+          for (int m = 0; m < M; m++) acc[u][m][n] = V::fma(wv[m], xv, acc[u][m][n]);
+        }
+      }
+    }
+    for (; i < d; i += W) {
+      for (int m = 0; m < M; m++) {
+        const typename V::F wv = V::template load_tail<kFormat>(w[m], i, d - i);
+        for (int n = 0; n < N; n++) acc[0][m][n] = V::fma(wv, V::load(x[n]->f32 + i), acc[0][m][n]);
+      }
+    }
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) {
+        typename V::F total = acc[0][m][n];
+        for (int u = 1; u < U; u++) total = V::add(total, acc[u][m][n]);
+        out[m * N + n] = V::sum(total);
+      }
+  }
+};
+
+// From a kernel K of fixed M and N to the run-time ones. Rows beyond K::kMaxN, which fills the registers, take another
+// pass, over weights that are in the first-level cache by then.
+template <class K, int M>
+void dot_rows_m(const uint8_t* const* w, const Input* const* x, int n, int d, float* out, const uint8_t* const* next) {
+  switch (n) {
+    case 1: return K::template run<M, 1>(w, x, d, out, next);
+    case 2: return K::template run<M, 2>(w, x, d, out, next);
+    case 3: return K::template run<M, 3>(w, x, d, out, next);
+    case 4: return K::template run<M, 4>(w, x, d, out, next);
+    default: break;
+  }
+  if constexpr (K::kMaxN >= 8) {
+    switch (n) {
+      case 5: return K::template run<M, 5>(w, x, d, out, next);
+      case 6: return K::template run<M, 6>(w, x, d, out, next);
+      case 7: return K::template run<M, 7>(w, x, d, out, next);
+      default: return K::template run<M, 8>(w, x, d, out, next);
+    }
+  }
+  float part[M * 4];
+  for (int r = 0; r < n; r += 4) {
+    const int count = n - r < 4 ? n - r : 4;
+    dot_rows_m<K, M>(w, x + r, count, d, part, next);
+    for (int m = 0; m < M; m++)
+      for (int j = 0; j < count; j++) out[m * n + r + j] = part[m * count + j];
+  }
+}
+
+template <class K>
+void dot_rows(const uint8_t* const* w, int m, const Input* const* x, int n, int d, float* out,
+              const uint8_t* const* next) {
+  if (m == 2)
+    dot_rows_m<K, 2>(w, x, n, d, out, next);
+  else
+    dot_rows_m<K, 1>(w, x, n, d, out, next);
+}
+
+template <class V, int kFormat>
+void axpy_rows(float* acc, const uint8_t* const* w, const float* z, int n, int, int begin, int end,
+               const uint8_t* const* ahead, int n_ahead) {
+  constexpr int W = V::kWidth, U = 4, kBytes = element_bytes<kFormat>();
+  int c = begin;
+  for (; c + U * W <= end; c += U * W) {
+    typename V::F a[U];
+    for (int u = 0; u < U; u++) a[u] = V::load(acc + c + u * W);
+    if (c * kBytes % 64 == 0)
+      for (int i = 0; i < n_ahead; i++)
+        for (int b = 0; b < U * W * kBytes; b += 64) V::prefetch(ahead[i] + c * kBytes + b);
+    for (int i = 0; i < n; i++) {
+      const typename V::F zv = V::set1(z[i]);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++) a[u] = V::fma(V::template load_row<kFormat>(w[i], c + u * W), zv, a[u]);
+    }
+    for (int u = 0; u < U; u++) V::store(acc + c + u * W, a[u]);
+  }
+  for (; c < end; c += W) {  // acc is padded, the row is not
+    typename V::F a = V::load(acc + c);
+    for (int i = 0; i < n; i++) a = V::fma(V::template load_tail<kFormat>(w[i], c, end - c), V::set1(z[i]), a);
+    V::store(acc + c, a);
+  }
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// The three below are plain loops: the unit's compiler flags make vectors of them.
+float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_sum8) {
+  float sum128 = 0;
+  for (int g = 0; g < d_pad / kGroup; g++) {
+    const float* xg = x + g * kGroup;
+    uint32_t top = 0;  // of |x|, as bits: they order as the values do
+    for (int i = 0; i < kGroup; i++) {
+      const uint32_t bits = to_bits(xg[i]) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+    const bool finite = top < 0x7f800000u;
+    const float scale = finite ? from_bits(top) / 127.f : from_bits(0x7fc00000u);  // NaN and infinity come out as NaN
+    // 127 / max rather than 1 / scale: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
+    const float inverse = finite && top > 0x0da24260u ? 127.f / from_bits(top) : 0.f;
+    int32_t total = 0;
+    if (finite) {
+      for (int i = 0; i < kGroup; i++) {
+        const int32_t value = (int32_t)__builtin_rintf(xg[i] * inverse);
+        q[g * kGroup + i] = (int8_t)value;
+        total += value;
+      }
+    } else {
+      memset(q + g * kGroup, 0, kGroup);
+    }
+    for (int i = 0; i < 8; i++) lane_scale[g * 8 + i] = scale;
+    group_sum8[g] = 8.f * scale * (float)total;
+    sum128 += 128.f * scale * (float)total;
+  }
+  return sum128;
+}
+
+inline uint16_t round_bf16(float value) {  // to nearest, ties to even
+  const uint32_t bits = to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void reduce_parts(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count) {
+  float block[64];
+  for (int c = 0; c < count; c += 64) {
+    const int n = count - c < 64 ? count - c : 64;
+    for (int i = 0; i < n; i++) block[i] = part[c + i];
+    for (int t = 1; t < parts; t++)
+      for (int i = 0; i < n; i++) block[i] += part[t * stride + c + i];
+    if (bias)
+      for (int i = 0; i < n; i++) block[i] += bias[c + i];
+    if (bf16) {
+      uint16_t* y = (uint16_t*)out + c;
+      for (int i = 0; i < n; i++) y[i] = round_bf16(block[i]);
+    } else {
+      memcpy((float*)out + c, block, sizeof(float) * (size_t)n);
+    }
+  }
+}
+
+void widen_bf16(const uint16_t* bf16, float* out, int count) {
+  for (int i = 0; i < count; i++) out[i] = from_bits((uint32_t)bf16[i] << 16);
+}
+
+template <class V> float sum_floats(const float* data, int64_t count) {
+  constexpr int W = V::kWidth, U = 8;
+  typename V::F acc[U];
+  for (int u = 0; u < U; u++) acc[u] = V::zero();
+  int64_t i = 0;
+  for (; i + U * W <= count; i += U * W)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++) acc[u] = V::add(acc[u], V::load(data + i + u * W));
+  for (int u = 1; u < U; u++) acc[0] = V::add(acc[0], acc[u]);
+  float total = V::sum(acc[0]);
+  for (; i < count; i++) total += data[i];
+  return total;
+}
