@@ -1,0 +1,67 @@
+/* One generation step of a decoder of the common shape, in one parallel region: RMSNorm, rotary attention with grouped
+ * key/value heads over a cache, gated or ungated feedforward over experts, language-model head.
+ *
+ * Words as in griffin_native.h; H query heads, K key/value heads (H a multiple of K), E values a head. */
+#ifndef GRIFFIN_DECODE_H
+#define GRIFFIN_DECODE_H
+#include "griffin_native.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* y = x / sqrt(mean(x^2) + eps) * weight; weight NULL: the norm is left out (y = x). */
+typedef struct {
+  const float *weight;
+  float eps;
+  int32_t reserved;
+} griffin_norm;
+
+typedef struct {
+  griffin_norm attention, query, key, after_attention, feedforward, after_feedforward; /* query and key: a head each */
+  griffin_matrix q, k, v, o;
+  griffin_ff_block ff;
+  int32_t rope;   /* which of the decoder's rotary tables; -1: none */
+  int32_t window; /* keys that a token sees, itself included; 0: all */
+} griffin_layer;
+
+typedef struct {
+  int32_t n_layers, d_model, heads, kv_heads, head_size, vocabulary;
+  int32_t rotary;           /* values of a head that are rotated, pairs (i, i + rotary / 2) */
+  int32_t embedding_format; /* GRIFFIN_F32, GRIFFIN_BF16 or GRIFFIN_F16 */
+  float attention_scale;    /* of q . k */
+  float embedding_scale, residual_scale, logits_scale;
+  float attention_softcap, logits_softcap; /* 0: none */
+  const griffin_layer *layers;
+  const void *embedding; /* (V, D) */
+  int64_t embedding_stride;
+  griffin_norm final;
+  griffin_matrix head;
+  const float *cosines[2], *sines[2]; /* rotary tables, (positions, rotary / 2) */
+} griffin_decoder;
+
+/* Keys and values of every layer, each (B, K, capacity, E), with room for one more token. */
+typedef struct {
+  void *const *keys, *const *values; /* (n_layers,) */
+  int64_t row_stride, head_stride;   /* bytes */
+  int32_t type;                      /* GRIFFIN_F32 or GRIFFIN_BF16 */
+  int32_t length;                    /* tokens in it; this step's are written behind them */
+  const int32_t *start;              /* (B,) first token of each row that is no padding, or NULL: 0 */
+} griffin_cache;
+
+/* One layer's experts, as in griffin_rows. */
+typedef struct {
+  const void *experts;
+  int64_t n_experts;
+  const uint16_t *row_mask;
+  int32_t index_bytes, reserved;
+} griffin_experts;
+
+/* Run one token of each of `rows` sequences. experts: (n_layers,). logits: (rows, V), float32. */
+GRIFFIN_API int griffin_decode(const griffin_decoder *decoder, const griffin_cache *cache, const griffin_experts *experts,
+                               const int64_t *tokens, int rows, float *logits, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,92 @@
+// Plain loops that the compiler vectorises for the flags of the unit that includes this (-fopenmp-simd for the sums).
+#include <math.h>
+#include <string.h>
+
+#include "attend.h"
+
+namespace griffin {
+namespace {
+
+constexpr int kMaxSize = 512;
+
+inline float widened(float value) { return value; }
+inline float widened(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+// exp(x) for x <= 0 to 2 units in the last place: 2^n times a polynomial on |f| <= ln 2 / 2, in steps that vectorise.
+inline float exponential(float x) {
+  x = x < -87.f ? -87.f : x;
+  const float n = floorf(x * 1.44269504f + 0.5f);
+  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+template <class T>
+void attend(const Attend& a) {
+  const T* const k = static_cast<const T*>(a.k);
+  const T* const v = static_cast<const T*>(a.v);
+  const int size = a.size, count = a.count;
+  float row[kMaxSize];
+  for (int t = 0; t < count; t++) {
+    const T* const key = k + static_cast<int64_t>(t) * size;
+    for (int i = 0; i < size; i++) row[i] = widened(key[i]);
+    for (int h = 0; h < a.heads; h++) {
+      const float* const q = a.q + h * size;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < size; i++) sum += q[i] * row[i];
+      a.scores[static_cast<int64_t>(h) * count + t] = sum;
+    }
+  }
+  for (int h = 0; h < a.heads; h++) {
+    float* const s = a.scores + static_cast<int64_t>(h) * count;
+    if (a.softcap > 0)
+      for (int t = 0; t < count; t++) s[t] = a.softcap * tanhf(s[t] / a.softcap);
+    float max = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : max)
+    for (int t = 0; t < count; t++) max = s[t] > max ? s[t] : max;
+#pragma omp simd reduction(+ : sum)
+    for (int t = 0; t < count; t++) {
+      s[t] = exponential(s[t] - max);
+      sum += s[t];
+    }
+    a.max[h] = max;
+    a.sum[h] = sum;
+  }
+  memset(a.out, 0, sizeof(float) * a.heads * size);
+  for (int t = 0; t < count; t++) {
+    const T* const value = v + static_cast<int64_t>(t) * size;
+    for (int i = 0; i < size; i++) row[i] = widened(value[i]);
+    for (int h = 0; h < a.heads; h++) {
+      const float p = a.scores[static_cast<int64_t>(h) * count + t];
+      float* const out = a.out + h * size;
+#pragma omp simd
+      for (int i = 0; i < size; i++) out[i] += p * row[i];
+    }
+  }
+}
+
+}  // namespace
+
+void GRIFFIN_ATTEND(const Attend& part, bool bf16) {
+  if (bf16)
+    attend<uint16_t>(part);
+  else
+    attend<float>(part);
+}
+
+}  // namespace griffin

@@ -1,0 +1,2 @@
+#define GRIFFIN_ATTEND attend_avx512
+#include "attend.inl"

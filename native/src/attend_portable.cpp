@@ -1,0 +1,2 @@
+#define GRIFFIN_ATTEND attend_portable
+#include "attend.inl"

@@ -1,0 +1,322 @@
+// A whole generation step in one parallel region. The residual stream is float32; thread 0 does what is a vector long,
+// the matrices, the cache and the experts are shared out.
+#include "griffin_decode.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <initializer_list>
+
+#include "attend.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace griffin {
+namespace {
+
+constexpr int kMaxHeadSize = 512;
+
+float widen(const void* row, int format, int64_t i) {
+  if (format == GRIFFIN_F32) return static_cast<const float*>(row)[i];
+  float out;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(row)[i]) << 16;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+uint16_t narrow(float value) {  // to bf16, to nearest even
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+void normalise(const griffin_norm& norm, const float* x, float* y, int n) {
+  if (!norm.weight) {
+    if (x != y) memcpy(y, x, sizeof(float) * n);
+    return;
+  }
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int i = 0; i < n; i++) squares += x[i] * x[i];
+  const float scale = 1.f / sqrtf(squares / n + norm.eps);
+#pragma omp simd
+  for (int i = 0; i < n; i++) y[i] = x[i] * scale * norm.weight[i];
+}
+
+void rotate(const float* cosines, const float* sines, float* head, int rotary) {
+  const int half = rotary / 2;
+  for (int i = 0; i < half; i++) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * cosines[i] - b * sines[i];
+    head[i + half] = b * cosines[i] + a * sines[i];
+  }
+}
+
+struct Sizes {
+  int64_t d, q, kv, partial, scores, part;
+  Sizes(const griffin_decoder& m, int rows, int length, int threads) {
+    d = round_up(static_cast<int64_t>(rows) * m.d_model, 16);
+    q = round_up(static_cast<int64_t>(rows) * m.heads * m.head_size, 16);
+    kv = round_up(static_cast<int64_t>(rows) * m.kv_heads * m.head_size, 16);
+    partial = round_up(static_cast<int64_t>(rows) * m.heads * (m.head_size + 2), 16);
+    scores = round_up(static_cast<int64_t>(m.heads / m.kv_heads) * (length + 1), 16);
+    part = griffin_matvec_workspace(&m.head, rows);
+    for (int l = 0; l < m.n_layers; l++) {
+      const griffin_layer& own = m.layers[l];
+      for (const griffin_matrix* matrix : {&own.q, &own.k, &own.v, &own.o}) {
+        const int64_t bytes = griffin_matvec_workspace(matrix, rows);
+        part = bytes > part ? bytes : part;
+      }
+      const int64_t bytes = griffin_ff_workspace(&own.ff, rows, threads);
+      part = bytes > part ? bytes : part;
+    }
+    part = round_up(part, 64);
+  }
+  int64_t floats(int threads) const { return 3 * d + 2 * q + 2 * kv + threads * (partial + scores); }
+};
+
+class Step {
+ public:
+  Step(const griffin_decoder& m, const griffin_cache& cache, const griffin_experts* experts, const int64_t* tokens,
+       int rows, float* logits, int threads, char* memory)
+      : m_(m), cache_(cache), experts_(experts), tokens_(tokens), rows_(rows), logits_(logits),
+        sizes_(m, rows, cache.length, threads) {
+    attend_ = attend_portable;
+#if defined(GRIFFIN_X86)
+    const char* const isa = kernels().name;
+    if (!strncmp(isa, "avx512", 6)) attend_ = attend_avx512;
+    else if (!strcmp(isa, "avx2")) attend_ = attend_avx2;
+#endif
+    part_ = memory;
+    float* next = reinterpret_cast<float*>(memory + sizes_.part);
+    const auto take = [&next](int64_t floats) { float* const own = next; next += floats; return own; };
+    x_ = take(sizes_.d), h_ = take(sizes_.d), y_ = take(sizes_.d);
+    q_ = take(sizes_.q), attended_ = take(sizes_.q);
+    k_ = take(sizes_.kv), v_ = take(sizes_.kv);
+    partial_ = take(sizes_.partial * threads), scores_ = take(sizes_.scores * threads);
+  }
+
+  static int64_t bytes(const griffin_decoder& m, int rows, int length, int threads) {
+    const Sizes sizes(m, rows, length, threads);
+    return sizes.part + sizes.floats(threads) * 4;
+  }
+
+  // `multiply` and `feedforward` end in a barrier of their own: what they write is whole when they return.
+  void run(int thread, int threads) {
+    if (thread == 0) embed();
+    for (int l = 0; l < m_.n_layers; l++) {
+      const griffin_layer& layer = m_.layers[l];
+      if (thread == 0) norm_rows(layer.attention, x_, h_);
+      wait(threads);
+      multiply(layer.q, h_, m_.d_model, q_, m_.heads * m_.head_size, thread, threads);
+      multiply(layer.k, h_, m_.d_model, k_, m_.kv_heads * m_.head_size, thread, threads);
+      multiply(layer.v, h_, m_.d_model, v_, m_.kv_heads * m_.head_size, thread, threads);
+      if (thread == 0) position_and_store(layer, l);
+      wait(threads);
+      attend(layer, l, thread, threads);
+      wait(threads);
+      if (thread == 0) merge(threads);
+      wait(threads);
+      multiply(layer.o, attended_, m_.heads * m_.head_size, y_, m_.d_model, thread, threads);
+      if (thread == 0) {
+        add(layer.after_attention);
+        norm_rows(layer.feedforward, x_, h_);
+      }
+      wait(threads);
+      feedforward(layer, l, thread, threads);
+      if (thread == 0) add(layer.after_feedforward);
+    }
+    if (thread == 0) norm_rows(m_.final, x_, h_);
+    wait(threads);
+    multiply(m_.head, h_, m_.d_model, logits_, m_.vocabulary, thread, threads);
+    finish(thread, threads);
+  }
+
+ private:
+  void wait(int threads) { griffin_barrier_wait(&barrier_, threads); }
+
+  void embed() {
+    for (int r = 0; r < rows_; r++) {
+      const char* const row = static_cast<const char*>(m_.embedding) + tokens_[r] * m_.embedding_stride;
+      float* const x = x_ + static_cast<int64_t>(r) * m_.d_model;
+      for (int i = 0; i < m_.d_model; i++) x[i] = widen(row, m_.embedding_format, i) * m_.embedding_scale;
+    }
+  }
+
+  void norm_rows(const griffin_norm& norm, const float* x, float* y) const {
+    for (int r = 0; r < rows_; r++) {
+      const int64_t at = static_cast<int64_t>(r) * m_.d_model;
+      normalise(norm, x + at, y + at, m_.d_model);
+    }
+  }
+
+  griffin_rows rows(const float* x, int64_t n_in, float* y, int64_t n_out) const {
+    griffin_rows rows = {};
+    rows.x = x, rows.y = y, rows.x_stride = n_in * 4, rows.y_stride = n_out * 4;
+    rows.x_type = rows.y_type = GRIFFIN_F32, rows.rows = rows_;
+    return rows;
+  }
+
+  void multiply(const griffin_matrix& matrix, const float* x, int64_t n_in, float* y, int64_t n_out, int thread,
+                int threads) {
+    const griffin_rows own = rows(x, n_in, y, n_out);
+    griffin_matvec_part(&matrix, &own, part_, &barrier_, thread, threads);
+  }
+
+  void feedforward(const griffin_layer& layer, int l, int thread, int threads) {
+    griffin_rows own = rows(h_, m_.d_model, y_, m_.d_model);
+    if (experts_) {
+      own.experts = experts_[l].experts, own.n_experts = experts_[l].n_experts;
+      own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes;
+    }
+    griffin_ff_part(&layer.ff, &own, part_, &barrier_, thread, threads);
+  }
+
+  void add(const griffin_norm& after) {
+    for (int r = 0; r < rows_; r++) {
+      float *const x = x_ + static_cast<int64_t>(r) * m_.d_model, *const y = y_ + static_cast<int64_t>(r) * m_.d_model;
+      normalise(after, y, y, m_.d_model);
+      for (int i = 0; i < m_.d_model; i++) x[i] += y[i] * m_.residual_scale;
+    }
+  }
+
+  int start(int r) const { return cache_.start ? cache_.start[r] : 0; }
+
+  char* cached(void* const* base, int l, int r, int head, int token) const {
+    const int64_t element = cache_.type == GRIFFIN_F32 ? 4 : 2;
+    return static_cast<char*>(base[l]) + r * cache_.row_stride + head * cache_.head_stride +
+           token * element * m_.head_size;
+  }
+
+  // Norm and rotate q and k, scale q, and write k and v behind the cached tokens.
+  void position_and_store(const griffin_layer& layer, int l) {
+    const int size = m_.head_size;
+    for (int r = 0; r < rows_; r++) {
+      const int64_t position = cache_.length - start(r);
+      const float *cosines = nullptr, *sines = nullptr;
+      if (layer.rope >= 0) {
+        cosines = m_.cosines[layer.rope] + position * (m_.rotary / 2);
+        sines = m_.sines[layer.rope] + position * (m_.rotary / 2);
+      }
+      for (int h = 0; h < m_.heads; h++) {
+        float* const q = q_ + (static_cast<int64_t>(r) * m_.heads + h) * size;
+        normalise(layer.query, q, q, size);
+        if (cosines) rotate(cosines, sines, q, m_.rotary);
+        for (int i = 0; i < size; i++) q[i] *= m_.attention_scale;
+      }
+      for (int h = 0; h < m_.kv_heads; h++) {
+        float* const k = k_ + (static_cast<int64_t>(r) * m_.kv_heads + h) * size;
+        normalise(layer.key, k, k, size);
+        if (cosines) rotate(cosines, sines, k, m_.rotary);
+        store(k, cached(cache_.keys, l, r, h, cache_.length));
+        store(v_ + (static_cast<int64_t>(r) * m_.kv_heads + h) * size, cached(cache_.values, l, r, h, cache_.length));
+      }
+    }
+  }
+
+  void store(const float* from, char* to) const {
+    if (cache_.type == GRIFFIN_F32) {
+      memcpy(to, from, sizeof(float) * m_.head_size);
+    } else {
+      for (int i = 0; i < m_.head_size; i++) reinterpret_cast<uint16_t*>(to)[i] = narrow(from[i]);
+    }
+  }
+
+  float* partial(int thread, int r, int head) const {
+    return partial_ + thread * sizes_.partial + (static_cast<int64_t>(r) * m_.heads + head) * m_.head_size;
+  }
+  float* partial_max(int thread, int r, int head) const {
+    return partial_ + thread * sizes_.partial + static_cast<int64_t>(rows_) * m_.heads * m_.head_size + r * m_.heads + head;
+  }
+  float* partial_sum(int thread, int r, int head) const { return partial_max(thread, r, head) + rows_ * m_.heads; }
+
+  // Each thread takes a share of every row's tokens, so that the work is even however few the heads are.
+  void attend(const griffin_layer& layer, int l, int thread, int threads) {
+    const int group = m_.heads / m_.kv_heads, end = cache_.length + 1;
+    for (int r = 0; r < rows_; r++) {
+      int begin = start(r);
+      if (layer.window > 0 && end - layer.window > begin) begin = end - layer.window;
+      const int from = begin + static_cast<int>(static_cast<int64_t>(end - begin) * thread / threads);
+      const int to = begin + static_cast<int>(static_cast<int64_t>(end - begin) * (thread + 1) / threads);
+      for (int h = 0; h < m_.kv_heads; h++) {
+        Attend part;
+        part.q = q_ + (static_cast<int64_t>(r) * m_.heads + h * group) * m_.head_size;
+        part.k = cached(cache_.keys, l, r, h, from), part.v = cached(cache_.values, l, r, h, from);
+        part.heads = group, part.size = m_.head_size, part.count = to - from;
+        part.softcap = m_.attention_softcap;
+        part.scores = scores_ + thread * sizes_.scores;
+        part.out = partial(thread, r, h * group);
+        part.max = partial_max(thread, r, h * group), part.sum = partial_sum(thread, r, h * group);
+        attend_(part, cache_.type != GRIFFIN_F32);
+      }
+    }
+  }
+
+  void merge(int threads) {
+    for (int r = 0; r < rows_; r++) {
+      for (int h = 0; h < m_.heads; h++) {
+        float max = -INFINITY, sum = 0;
+        for (int t = 0; t < threads; t++) max = fmaxf(max, *partial_max(t, r, h));
+        float* const out = attended_ + (static_cast<int64_t>(r) * m_.heads + h) * m_.head_size;
+        memset(out, 0, sizeof(float) * m_.head_size);
+        for (int t = 0; t < threads; t++) {
+          const float weight = expf(*partial_max(t, r, h) - max);  // 0 for a thread without tokens
+          sum += weight * *partial_sum(t, r, h);
+          const float* const own = partial(t, r, h);
+          for (int i = 0; i < m_.head_size; i++) out[i] += weight * own[i];
+        }
+        for (int i = 0; i < m_.head_size; i++) out[i] /= sum;
+      }
+    }
+  }
+
+  void finish(int thread, int threads) {
+    if (m_.logits_scale == 1.f && m_.logits_softcap <= 0) return;
+    const int64_t count = static_cast<int64_t>(rows_) * m_.vocabulary;
+    for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; i++) {
+      logits_[i] *= m_.logits_scale;
+      if (m_.logits_softcap > 0) logits_[i] = m_.logits_softcap * tanhf(logits_[i] / m_.logits_softcap);
+    }
+  }
+
+  const griffin_decoder& m_;
+  const griffin_cache& cache_;
+  const griffin_experts* const experts_;
+  const int64_t* const tokens_;
+  const int rows_;
+  float* const logits_;
+  const Sizes sizes_;
+  AttendFn attend_;
+  griffin_barrier barrier_ = {};
+  char* part_;
+  float *x_, *h_, *y_, *q_, *attended_, *k_, *v_, *partial_, *scores_;
+};
+
+bool valid(const griffin_decoder& m, const griffin_cache& cache, const int64_t* tokens, int rows) {
+  if (rows < 1 || rows > GRIFFIN_MAX_ROWS || m.n_layers < 1 || m.d_model < 1 || m.heads < 1 || m.kv_heads < 1) return false;
+  if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize || m.rotary > m.head_size) return false;
+  if (!m.layers || !m.embedding || !cache.keys || !cache.values || cache.length < 0) return false;
+  if (m.embedding_format != GRIFFIN_F32 && m.embedding_format != GRIFFIN_BF16) return false;
+  if (cache.type != GRIFFIN_F32 && cache.type != GRIFFIN_BF16) return false;
+  for (int r = 0; r < rows; r++)
+    if (tokens[r] < 0 || tokens[r] >= m.vocabulary) return false;
+  return true;
+}
+
+}  // namespace
+}  // namespace griffin
+
+extern "C" int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache, const griffin_experts* experts,
+                              const int64_t* tokens, int rows, float* logits, int threads) {
+  using namespace griffin;
+  if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, tokens, rows)) return GRIFFIN_BAD_ARGUMENT;
+  // The team may turn out smaller than asked for; never larger.
+  threads = threads < 1 ? 1 : threads;
+  char* const memory = static_cast<char*>(scratch(Step::bytes(*decoder, rows, cache->length, threads)));
+  if (!memory) return GRIFFIN_NO_MEMORY;
+  Step step(*decoder, *cache, experts, tokens, rows, logits, threads, memory);
+  parallel(threads, [](void* data, int thread, int team) { static_cast<Step*>(data)->run(thread, team); }, &step);
+  count_call();
+  return GRIFFIN_OK;
+}
