@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from griffin.backends import gather, reference
+from griffin.backends import gather, native, reference
 from griffin.layouts import FFBlock
 
 
@@ -24,7 +25,8 @@ class SparseFF(Protocol):
 
     calls: int  # how often `write` ran, so that tests know which path did
 
-    def __init__(self, block: FFBlock) -> None: ...
+    def __init__(self, block: FFBlock, undo: ExitStack) -> None:
+        """What is changed of the model's own weights is put back when `undo` closes."""
 
     def select(self, experts: Sequence[Tensor]) -> None:
         """Take a new selection: one set of experts for all rows, or one for each sequence of the batch.
@@ -52,19 +54,26 @@ class Backend:
 
     name: str
     reason: str
-    make: Callable[[FFBlock], SparseFF]
+    make: Callable[[FFBlock, ExitStack], SparseFF]
 
 
-_BACKENDS: dict[str, type[SparseFF]] = {"reference": reference.ReferenceFF, "gather": gather.GatherFF}
+_BACKENDS: dict[str, type[SparseFF]] = {
+    "reference": reference.ReferenceFF,
+    "gather": gather.GatherFF,
+    "native": native.NativeFF,
+}
 
 
-def resolve(name: str) -> Backend:
-    """The backend that a name means.
+def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
+    """The backend that a name means for these blocks.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it cannot compute these blocks.
     """
     if name == "auto":
+        unusable = next((reason for block in blocks if (reason := native.unusable(block)) is not None), None)
+        if unusable is None:
+            return Backend("native", f"auto: experts are read in place ({native.kernel.isa()})", native.NativeFF)
         return Backend(
             "gather",
             "auto: experts are copied once per selection, then read like a dense block",

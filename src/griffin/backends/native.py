@@ -1,0 +1,151 @@
+"""Experts read in place by the native library: nothing is copied, so a new selection costs nothing.
+
+The library computes a whole FF block in one call. The model's own forward calls the projections one by one, so the
+first input projection keeps the block's input, the others answer with a placeholder, and the output projection makes
+the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from griffin.backends import kernel
+from griffin.backends.neuron_major import make_neuron_major
+from griffin.backends.reference import split_rows
+from griffin.layouts import FFBlock, rows
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class NativeFF:
+    """One FF block over the model's own weights, its output projection stored neuron-major."""
+
+    def __init__(self, block: FFBlock, undo: ExitStack) -> None:
+        if (reason := unusable(block)) is not None:
+            raise ValueError(f"the native backend cannot be used: {reason}")
+        make_neuron_major(block, undo)
+        self._width = block.width
+        self._block = native_block(block)
+        self._sequences = 1
+        self._sets: list[tuple[Tensor, Tensor | None]] = []  # experts and row mask, for every 16 sequences
+        self._x: Tensor | None = None
+        self._placeholder = torch.zeros(2)
+        self.calls = 0
+
+    @property
+    def block(self) -> kernel.Block:
+        """The block as the native library sees it."""
+        return self._block
+
+    @property
+    def sets(self) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """Experts and row mask of every 16 sequences; one set without a mask where experts are shared."""
+        return self._sets
+
+    def select(self, experts: Sequence[Tensor]) -> None:
+        """See `SparseFF.select`."""
+        self._sequences = len(experts)
+        if len(experts) == 1:
+            self._sets = [(experts[0], None)]
+            return
+        groups = [experts[at : at + kernel.MAX_ROWS] for at in range(0, len(experts), kernel.MAX_ROWS)]
+        self._sets = [kernel.union(torch.stack(list(group)), self._width) for group in groups]
+
+    def read(self, which: int, x: Tensor) -> Tensor:
+        """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
+        self._x = x
+        return self._placeholder.to(x.dtype).expand(*x.shape[:-1], 2)
+
+    def write(self, z: Tensor) -> Tensor:
+        """See `SparseFF.write`."""
+        x, self._x = self._x, None
+        assert x is not None, "the output projection was called before the input projections"
+        self.calls += 1
+        if self._sequences == 1:
+            flat = x.reshape(-1, x.shape[-1])
+            parts = [self._run(part, *self._sets[0]) for part in flat.split(kernel.MAX_ROWS)]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+        by_sequence = split_rows(x, self._sequences)
+        y = torch.empty_like(by_sequence)
+        for position in range(by_sequence.shape[1]):
+            for group, (experts, mask) in enumerate(self._sets):
+                at = slice(group * kernel.MAX_ROWS, (group + 1) * kernel.MAX_ROWS)
+                y[at, position] = self._run(by_sequence[at, position], experts, mask)
+        return y.view(x.shape)
+
+    def _run(self, x: Tensor, experts: Tensor, mask: Tensor | None) -> Tensor:
+        if x.dtype in (torch.float32, torch.bfloat16):
+            return kernel.ff(self._block, x, experts, mask)
+        return kernel.ff(self._block, x.float(), experts, mask).to(x.dtype)
+
+
+def unusable(block: FFBlock) -> str | None:
+    """Why the native library cannot compute a block; `None` if it can."""
+    if (reason := kernel.available()) is not None:
+        return reason
+    weights = [rows(projection)[0] for projection in (*block.inputs, block.output)]
+    for weight in weights:
+        if weight.device.type != "cpu":
+            return f"{block.path} is on {weight.device}; the native library runs on the CPU"
+        if weight.dtype not in _DTYPES or weight.dtype != weights[0].dtype:
+            return f"{block.path} has weights of {weight.dtype}; expected float32, bfloat16 or float16"
+    if any(weight.stride(1) != 1 for weight in weights[:-1]):
+        return f"{block.path} stores its input projections column by column (Conv1D), so no neuron is contiguous"
+    if activation_of(block) is None:
+        return f"{block.path} has an activation that the native library does not know"
+    return None
+
+
+def native_block(block: FFBlock) -> kernel.Block:
+    """A block of the native library over the model's own weights, which must be neuron-major."""
+    activation = activation_of(block)
+    assert activation is not None
+    weights = block.input_weights()
+    biases = [rows(projection)[1] for projection in block.inputs]
+    if block.layout.fused:
+        biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
+    gate, up = (weights[0], weights[1]) if block.gated else (None, weights[0])
+    gate_bias, up_bias = (biases[0], biases[1]) if block.gated else (None, biases[0])
+    down, out_bias = rows(block.output)
+    return kernel.ff_block(
+        None if gate is None else gate.detach(),
+        up.detach(),
+        down.detach().t(),
+        activation=activation,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        out_bias=out_bias,
+    )
+
+
+@torch.no_grad()
+def activation_of(block: FFBlock) -> str | None:
+    """Which of the library's activations a block uses, found by trying it out; `None` for another one.
+
+    Names in configs are not unique ("gelu" means three functions), so the block's own callable is asked.
+    """
+    probe = torch.linspace(-6.0, 6.0, 97)
+    named = {**vars(block.module), **dict(block.module.named_children())}
+    for name, function in named.items():
+        if not callable(function) or not any(part in name.lower() for part in ("act", "gelu")):
+            continue
+        try:
+            found = function(probe)
+        except Exception:  # not an activation: it wants other arguments
+            continue
+        for activation, expected in _ACTIVATIONS.items():
+            if isinstance(found, Tensor) and torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
+                return activation
+    return None
