@@ -10,7 +10,7 @@ from typing import Any
 
 SELECTIONS = ("topk", "sample", "topk_sample", "random", "magnitude")
 BATCHES = ("shared", "per_sequence")
-BACKENDS = ("auto", "reference", "gather")
+BACKENDS = ("auto", "reference", "gather", "native")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class GriffinConfig:
             `magnitude` (the paper's static baseline, which ignores the prompt).
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
-        backend: `auto`, or the name of one (`reference`, `gather`).
+        backend: `auto`, or the name of one (`reference`, `gather`, `native`).
         seed: seed of the random selections. The same seed, prompt and layer give the same experts.
 
     Raises:

@@ -44,9 +44,9 @@ class Griffin:
     def __init__(self, model: nn.Module, config: GriffinConfig, layout: Layout | None = None) -> None:
         self.model = model
         self.config = config
-        self.backend = backends.resolve(config.backend)
         found = find_ff_blocks(model, layout)
         self.blocks: tuple[FFBlock, ...] = _chosen(found, config)
+        self.backend = backends.resolve(config.backend, self.blocks)
         self._whole_bytes = sum(block.nbytes for block in found) - sum(block.nbytes for block in self.blocks)
         self.selection_s = 0.0  # seconds that the last selection took, copying included
         self._phase = Phase.FULL
@@ -56,11 +56,7 @@ class Griffin:
         self._batch: int | None = None
         self._tokens_seen: dict[int, int] = {}
         self._experts: dict[int, tuple[Tensor, ...]] = {}
-        self._sparse: dict[int, backends.SparseFF] = {
-            block.layer: self.backend.make(block)
-            for block in self.blocks
-            if config.experts_of(block.width) < block.width
-        }
+        self._sparse: dict[int, backends.SparseFF] = {}
         self._undo = ExitStack()
         self._attached = False
         self._static = config.selection == "magnitude"  # experts that do not depend on the prompt
@@ -174,6 +170,8 @@ class Griffin:
     def _patch(self, stack: ExitStack) -> None:
         """Patch the FF blocks until `stack` closes."""
         for block in self.blocks:
+            if self.config.experts_of(block.width) < block.width:
+                self._sparse[block.layer] = self.backend.make(block, stack)
             for which, projection in enumerate(block.inputs):
                 patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
             patch(stack, block.output, "forward", self._output_forward(block, block.output.forward))

@@ -7,6 +7,7 @@ that reads them survives it. They are made anew only when k or the number of seq
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from griffin.layouts import FFBlock, rows
 class GatherFF:
     """The experts of one FF block as dense weights of width k, one copy for each set of experts."""
 
-    def __init__(self, block: FFBlock) -> None:
+    def __init__(self, block: FFBlock, undo: ExitStack) -> None:
         self._block = block
         self._weights: list[Tensor] = []  # each (n, k, D), of n sets of experts; (n, 2k, D) where fused
         self._biases: list[Tensor | None] = []  # each (n, 1, k)

@@ -32,7 +32,9 @@ def make_neuron_major(block: FFBlock, undo: ExitStack) -> None:
     if is_neuron_major(weight):  # GPT-2's Conv1D stores it so, and so does a model that was loaded for this
         return
     if not weight.is_contiguous():
-        raise ValueError(f"{block.path}: the output projection has strides {weight.stride()}, expected a contiguous weight")
+        raise ValueError(
+            f"{block.path}: the output projection has strides {weight.stride()}, expected a contiguous weight"
+        )
     parameter = block.output.weight
     assert isinstance(parameter, Tensor)
     _transpose_storage(parameter)

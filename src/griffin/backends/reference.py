@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _Project = Callable[[Tensor, Tensor], Tensor]
 class ReferenceFF:
     """`y = W_2[:, E] (act(W_g[E] x) * (W_1[E] x)) + b_2`, sequence by sequence, by `index_select`."""
 
-    def __init__(self, block: FFBlock) -> None:
+    def __init__(self, block: FFBlock, undo: ExitStack) -> None:
         self._block = block
         self._experts: tuple[Tensor, ...] = ()
         self.calls = 0  # tests read it to know which path ran
