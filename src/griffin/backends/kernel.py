@@ -78,6 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "griffin_calls": (_i64, []),
     "griffin_ff": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
     "griffin_matvec": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
+    "griffin_decode": (ctypes.c_int, [_pointer, _pointer, _pointer, _pointer, ctypes.c_int, _pointer, ctypes.c_int]),
     "griffin_union": (_i64, [_pointer, ctypes.c_int, ctypes.c_int, _i64, _i64, _pointer, _pointer]),
     "griffin_row_bytes": (_i64, [ctypes.c_int, _i64]),
     "griffin_pack": (ctypes.c_int, [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
@@ -515,6 +516,28 @@ def matvec(matrix: Matrix, x: Tensor, *, out: Tensor | None = None, threads: int
     address = ctypes.addressof(matrix.struct)
     _check(_library().griffin_matvec(address, ctypes.addressof(rows), threads or torch.get_num_threads()))
     return out
+
+
+def decode(
+    decoder: ctypes.Structure,
+    cache: ctypes.Structure,
+    experts: Any,
+    tokens: Tensor,
+    logits: Tensor,
+    *,
+    threads: int | None = None,
+) -> None:
+    """One generation step of a whole decoder (`native/include/griffin_decode.h`); fills `logits`.
+
+    Shapes:
+        tokens: (B,) int64; logits: (B, V) float32, contiguous; 1 <= B <= 16
+    """
+    _check(
+        _library().griffin_decode(
+            ctypes.addressof(decoder), ctypes.addressof(cache), ctypes.addressof(experts), tokens.data_ptr(),
+            tokens.shape[0], logits.data_ptr(), threads or torch.get_num_threads(),
+        )
+    )  # fmt: skip
 
 
 def union(experts: Tensor, d_ff: int) -> tuple[Tensor, Tensor]:
