@@ -37,7 +37,10 @@ class _Norm(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *[(name, _Norm) for name in ("attention", "query", "key", "after_attention", "feedforward", "after_feedforward")],
+        *[
+            (name, _Norm)
+            for name in ("attention", "query", "key", "after_attention", "feedforward", "after_feedforward")
+        ],
         *[(name, kernel._Matrix) for name in ("q", "k", "v", "o")],
         ("ff", kernel._Block),
         ("rope", _i32),
