@@ -227,7 +227,7 @@ def _check_rows(name: str, weight: Tensor, shape: torch.Size, dtype: torch.dtype
     if weight.shape != shape or weight.dtype != dtype or weight.device.type != "cpu" or weight.dim() != 2:
         raise ValueError(f"{name}: {tuple(weight.shape)} {weight.dtype} on {weight.device}, expected {tuple(shape)} {dtype}")
     if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(f"{name}: every neuron must be contiguous, strides are {weight.stride()}")
+        raise ValueError(f"{name}: strides {weight.stride()}, expected contiguous rows")
 
 
 def _bias(name: str, bias: Tensor | None, length: int) -> Tensor | None:
