@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--rows", default="1,4,8")
     parser.add_argument("--overlap", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--percentile", type=int, default=50, help="50 is the median; lower on a machine with other load")
+    parser.add_argument(
+        "--percentile", type=int, default=50, help="50 is the median; lower on a machine with other load"
+    )
     parser.add_argument("--gigabytes", type=float, default=1.2, help="of weights that the calls rotate over")
     parser.add_argument("--torch", action="store_true", help="also time torch's dense FF (bf16 and f32 formats)")
     parser.add_argument("--json", type=Path)
@@ -148,7 +150,11 @@ def main() -> None:
                 share = unions.get(name, d_ff) / d_ff
                 speed = first.weight_bytes * share / ms[name] / 1e6
                 row = {"format": fmt, "rows": rows, "density": name, "union": share, "ms": ms[name], "gb_per_s": speed}
-                row |= {"read_gb_per_s": read, "share_of_read_bandwidth": speed / read, "ratio": ms[name] / ms[densities[0]]}
+                row |= {
+                    "read_gb_per_s": read,
+                    "share_of_read_bandwidth": speed / read,
+                    "ratio": ms[name] / ms[densities[0]],
+                }
                 table.append(row)
                 print(
                     f"{fmt:6} {rows:2} {name!s:>8} {share:7.3f} {ms[name]:9.3f} {speed:8.2f} {speed / read:8.1%} "

@@ -29,9 +29,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     kernel.set_isa(None)
 
 
-def make(fmt: str, d_ff: int, d: int, gated: bool = True, activation: str = "silu", biased: bool = False) -> kernel.Block:
+def make(
+    fmt: str, d_ff: int, d: int, gated: bool = True, activation: str = "silu", biased: bool = False
+) -> kernel.Block:
     gate, up, down = (torch.randn(d_ff, d) / d**0.5 for _ in range(3))
-    biases = {"gate_bias": torch.randn(d_ff) if gated else None, "up_bias": torch.randn(d_ff), "out_bias": torch.randn(d)}
+    biases = {
+        "gate_bias": torch.randn(d_ff) if gated else None,
+        "up_bias": torch.randn(d_ff),
+        "out_bias": torch.randn(d),
+    }
     biases = biases if biased else {}
     if fmt not in DTYPES:
         return kernel.quantise_ff(gate if gated else None, up, down, format=fmt, activation=activation, **biases)
@@ -58,7 +64,9 @@ def activate(name: str, v: Tensor) -> Tensor:
     return functional.silu(v) if name == "silu" else functional.relu(v) ** (2 if name == "relu2" else 1)
 
 
-def expected(block: kernel.Block, x: Tensor, activation: str, wanted: Tensor, biases: tuple[Tensor, ...] = ()) -> Tensor:
+def expected(
+    block: kernel.Block, x: Tensor, activation: str, wanted: Tensor, biases: tuple[Tensor, ...] = ()
+) -> Tensor:
     """Shapes: x (B, D); wanted (B, D_ff) bool; returns (B, D) float64."""
     parts = [part.double() for part in kernel.unpack(block)]
     down, x = parts[-1], seen(x, block.format)
@@ -207,7 +215,9 @@ def test_a_call_is_counted_and_runs_on_torchs_threads() -> None:
 
 def test_no_experts_leaves_the_bias() -> None:
     block = make("f32", 8, 16, biased=True)
-    assert torch.equal(kernel.ff(block, torch.randn(2, 16), torch.empty(0, dtype=torch.int64)), block.tensors[-1].expand(2, -1))
+    assert torch.equal(
+        kernel.ff(block, torch.randn(2, 16), torch.empty(0, dtype=torch.int64)), block.tensors[-1].expand(2, -1)
+    )
 
 
 def test_wrong_use_is_refused() -> None:

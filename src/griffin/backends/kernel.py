@@ -100,7 +100,9 @@ def _find() -> Path | None:
     try:  # an editable install keeps what was built in site-packages, beside the redirected sources
         from importlib.metadata import files
 
-        installed = [Path(str(f.locate())) for f in files("griffin-llm") or [] if f.name.startswith("libgriffin_native")]
+        installed = [
+            Path(str(f.locate())) for f in files("griffin-llm") or [] if f.name.startswith("libgriffin_native")
+        ]
     except Exception:  # not installed at all: run from a source folder
         installed = []
     names = [f"libgriffin_native.{ending}" for ending in ("so", "dylib")]
@@ -149,9 +151,9 @@ def _load() -> ctypes.CDLL | str:
         return f"the native library {path} has interface {found}, this package wants {ABI}: reinstall griffin-llm"
     if (openmp := _torch_openmp()) is not None:
         library.griffin_use_openmp(*openmp)
-    if name := os.environ.get("GRIFFIN_NATIVE_ISA"):
-        if library.griffin_set_isa(name.encode()) != 0:
-            return f"GRIFFIN_NATIVE_ISA={name}: this machine has {library.griffin_isas().decode()}"
+    if forced := os.environ.get("GRIFFIN_NATIVE_ISA"):
+        if library.griffin_set_isa(forced.encode()) != 0:
+            return f"GRIFFIN_NATIVE_ISA={forced}: this machine has {library.griffin_isas().decode()}"
     return library
 
 
@@ -225,7 +227,9 @@ class Matrix:
 
 def _check_rows(name: str, weight: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
     if weight.shape != shape or weight.dtype != dtype or weight.device.type != "cpu" or weight.dim() != 2:
-        raise ValueError(f"{name}: {tuple(weight.shape)} {weight.dtype} on {weight.device}, expected {tuple(shape)} {dtype}")
+        raise ValueError(
+            f"{name}: {tuple(weight.shape)} {weight.dtype} on {weight.device}, expected {tuple(shape)} {dtype}"
+        )
     if weight.shape[1] > 1 and weight.stride(1) != 1:
         raise ValueError(f"{name}: strides {weight.stride()}, expected contiguous rows")
 
@@ -362,7 +366,9 @@ def matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
     d_out, d_in = weight.shape
     bias = _bias("bias", bias, d_out)
     fmt, size = _FLOAT_FORMATS[weight.dtype], weight.element_size()
-    struct = _Matrix(d_in, d_out, FORMATS.index(fmt), 0, weight.data_ptr(), weight.stride(0) * size, None, _address(bias))
+    struct = _Matrix(
+        d_in, d_out, FORMATS.index(fmt), 0, weight.data_ptr(), weight.stride(0) * size, None, _address(bias)
+    )
     return Matrix(d_in, d_out, fmt, weight.numel() * size, struct, tuple(t for t in (weight, bias) if t is not None))
 
 
@@ -420,7 +426,9 @@ def unpack(block: Block | Matrix, first: int = 0, last: int | None = None) -> li
         weight = torch.empty(n, d, dtype=torch.float32)
         at = scale + first * scale_stride if scale else None
         _check(
-            _library().griffin_unpack(s.format, base + first * stride, n, d, stride, at, scale_stride, weight.data_ptr(), d)
+            _library().griffin_unpack(
+                s.format, base + first * stride, n, d, stride, at, scale_stride, weight.data_ptr(), d
+            )
         )
         out.append(weight)
     return out
@@ -477,14 +485,22 @@ def ff(
     rows, out = _rows(x, block.d_model, block.d_model, out)
     if experts is not None:
         if experts.dim() != 1 or experts.dtype not in (torch.int32, torch.int64) or not experts.is_contiguous():
-            raise ValueError(f"experts: {tuple(experts.shape)} {experts.dtype}, expected (k,) int32 or int64, contiguous")
+            raise ValueError(
+                f"experts: {tuple(experts.shape)} {experts.dtype}, expected (k,) int32 or int64, contiguous"
+            )
         rows.index_bytes, rows.n_experts = experts.element_size(), experts.shape[0]
         rows.experts = experts.data_ptr() or block.struct.up  # an empty tensor has no address, and NULL means all
     if row_mask is not None:
         if experts is None or row_mask.shape != experts.shape or row_mask.dtype != torch.uint16:
-            raise ValueError(f"row_mask: {tuple(row_mask.shape)} {row_mask.dtype}, expected uint16, one for each expert")
+            raise ValueError(
+                f"row_mask: {tuple(row_mask.shape)} {row_mask.dtype}, expected uint16, one for each expert"
+            )
         rows.row_mask = row_mask.data_ptr()
-    _check(_library().griffin_ff(ctypes.addressof(block.struct), ctypes.addressof(rows), threads or torch.get_num_threads()))
+    _check(
+        _library().griffin_ff(
+            ctypes.addressof(block.struct), ctypes.addressof(rows), threads or torch.get_num_threads()
+        )
+    )
     return out
 
 
