@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-native lint clean
 
 demo: .venv/installed
 	$(BIN)/griffin demo
@@ -10,16 +10,22 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# The native library's own tests, under the address and undefined-behaviour sanitisers.
+test-native:
+	cmake -S native -B build/sanitize -DGRIFFIN_SANITIZE=ON
+	cmake --build build/sanitize --parallel 2
+	ctest --test-dir build/sanitize --output-on-failure
+
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(wildcard native/CMakeLists.txt native/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build

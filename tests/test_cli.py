@@ -581,7 +581,8 @@ def test_info_json(tiny: str, capsys: Any) -> None:
     assert main(["info", "-m", tiny, "--json", "--density", "0.5", "--density", "0.75,1"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["machine"]["torch"] == torch.__version__
-    assert about["machine"]["backend"]
+    assert about["machine"]["native_library"]
+    assert about["model"]["backend"]
     model = about["model"]
     ff, attention, norms, head = 3 * 3 * 32 * 64, 3 * 4 * 32 * 32, 7 * 32, 100 * 32
     assert model["ff_bytes"] == 4 * ff

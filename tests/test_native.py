@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -155,6 +156,27 @@ def test_beam_search_runs_on_it() -> None:
             found[backend] = model.generate(ids, max_new_tokens=6, num_beams=3)
             assert handle.sparse_calls > 0
     assert torch.equal(found["native"], found["reference"])
+
+
+def test_the_operator_and_a_compiled_model() -> None:
+    model = tiny_llama(torch.float32)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    with griffin.attach(model, density=0.5, backend="native") as handle, torch.no_grad():
+        with handle.prompt_phase():
+            model(PROMPT)
+        sparse = handle.native_ff[0]
+        experts, mask = sparse.sets[0]
+        torch.library.opcheck(torch.ops.griffin.ff, (torch.randn(3, 48), experts, mask, sparse.number))
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for prompt in (PROMPT, PROMPT.flip(1)):
+            with handle.prompt_phase():
+                model(prompt)
+            with handle.generation_phase():
+                found, expected = compiled(PROMPT, use_cache=False).logits, model(PROMPT, use_cache=False).logits
+            torch.testing.assert_close(found, expected, **CLOSE)
+        assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_undo_restores_layout_values_and_addresses() -> None:

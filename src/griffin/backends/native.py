@@ -7,8 +7,10 @@ the call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +31,25 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# What an operator cannot take as an argument: the blocks that are alive, by a number of their own.
+_BLOCKS: WeakValueDictionary[int, kernel.Block] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+@torch.library.custom_op("griffin::ff", mutates_args=())
+def ff(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int) -> Tensor:
+    """`kernel.ff` as an operator, so that `torch.compile` sees one opaque call with a known result.
+
+    Shapes: as `kernel.ff`; `block` is a number that `NativeFF.number` gives.
+    """
+    return kernel.ff(_BLOCKS[block], x, experts, row_mask)
+
+
+@ff.register_fake
+def _(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 class NativeFF:
     """One FF block over the model's own weights, its output projection stored neuron-major."""
 
@@ -38,6 +59,8 @@ class NativeFF:
         make_neuron_major(block, undo)
         self._width = block.width
         self._block = native_block(block)
+        self.number = next(_NUMBERS)
+        _BLOCKS[self.number] = self._block
         self._sequences = 1
         self._sets: list[tuple[Tensor, Tensor | None]] = []  # experts and row mask, for every 16 sequences
         self._x: Tensor | None = None
@@ -72,10 +95,11 @@ class NativeFF:
         """See `SparseFF.write`."""
         x, self._x = self._x, None
         assert x is not None, "the output projection was called before the input projections"
-        self.calls += 1
+        if not torch.compiler.is_compiling():  # a count that changes would recompile every step
+            self.calls += 1
         if self._sequences == 1:
             flat = x.reshape(-1, x.shape[-1])
-            parts = [self._run(part, *self._sets[0]) for part in flat.split(kernel.MAX_ROWS)]
+            parts = [self._run(part, *self._sets[0]) for part in torch.split(flat, kernel.MAX_ROWS)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
         by_sequence = split_rows(x, self._sequences)
         y = torch.empty_like(by_sequence)
@@ -86,9 +110,12 @@ class NativeFF:
         return y.view(x.shape)
 
     def _run(self, x: Tensor, experts: Tensor, mask: Tensor | None) -> Tensor:
-        if x.dtype in (torch.float32, torch.bfloat16):
-            return kernel.ff(self._block, x, experts, mask)
-        return kernel.ff(self._block, x.float(), experts, mask).to(x.dtype)
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return self._run(x.float(), experts, mask).to(x.dtype)
+        if torch.compiler.is_compiling():
+            y: Tensor = ff(x, experts, mask, self.number)
+            return y
+        return kernel.ff(self._block, x, experts, mask)  # without the dispatcher's overhead
 
 
 def unusable(block: FFBlock) -> str | None:

@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     """
     given = _DENSITIES if args.density is None else [density for some in args.density for density in some]
     densities = [GriffinConfig(density=density, backend=args.backend).density for density in given]
-    about: dict[str, Any] = {"machine": machine(args.backend)}
+    about: dict[str, Any] = {"machine": machine()}
     if not args.json:
         _print_pairs("machine", _machine_rows(about["machine"]))
     if not args.no_model:
         model, _ = load_model(args)
-        about["model"] = describe(model, args.model, densities)
+        about["model"] = describe(model, args.model, densities, args.backend)
         if not args.json:
             _print_model(about["model"])
     if args.json:
@@ -86,14 +86,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def machine(backend: str) -> dict[str, Any]:
-    """Versions, CPU and backend."""
+def machine() -> dict[str, Any]:
+    """Versions, CPU and native library."""
     import torch
     import transformers
 
-    from griffin import backends
+    from griffin.backends import kernel
 
-    found = backends.resolve(backend)
     name, flags = _cpu()
     return {
         "griffin": __version__,
@@ -107,23 +106,26 @@ def machine(backend: str) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_features": [flag for flag in _FEATURES if flag in flags],
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "backend": found.name,
-        "backend_reason": found.reason,
+        "native_library": kernel.available() or f"{kernel.isa()}, threads: {kernel.threading()}",
     }
 
 
-def describe(model: PreTrainedModel, name: str, densities: Iterable[float]) -> dict[str, Any]:
-    """A model's FF blocks, and the ceiling of each density.
+def describe(model: PreTrainedModel, name: str, densities: Iterable[float], backend: str) -> dict[str, Any]:
+    """A model's FF blocks, how they are computed, and the ceiling of each density.
 
     Raises:
-        ValueError: the model has no FF blocks that GRIFFIN can prune.
+        ValueError: the model has no FF blocks that GRIFFIN can prune, or the backend cannot compute them.
     """
+    from griffin.attachment import attach
+    from griffin.decode.step import step_of
     from griffin.layouts import find_ff_blocks
 
     blocks = find_ff_blocks(model)
     ff_bytes = sum(block.nbytes for block in blocks)
     read_bytes = bytes_read_per_token(model)
     share = ff_bytes / read_bytes
+    with attach(model, backend=backend) as handle:
+        step = step_of(model, handle)
     return {
         "name": name,
         "family": model.config.model_type,
@@ -131,6 +133,9 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float]) -> d
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "layers": [asdict(layers) for layers in _fold(blocks)],
+        "backend": handle.backend.name,
+        "backend_reason": handle.backend.reason,
+        "generation_step": step,
         "ff_bytes": ff_bytes,
         "read_bytes_per_token": read_bytes,
         "ff_share": share,
@@ -199,7 +204,7 @@ def _machine_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU", f"{about['cpu']}, {about['cpu_cores']} cores, {about['torch_threads']} torch threads"),
         ("CPU features", f"{', '.join(about['cpu_features']) or 'unknown'} (torch: {about['torch_cpu_capability']})"),
         ("accelerator", about["accelerator"] or "none"),
-        ("backend", f"{about['backend']} ({about['backend_reason']})"),
+        ("native library", about["native_library"]),
     ]
 
 
@@ -211,6 +216,8 @@ def _print_model(about: dict[str, Any]) -> None:
         ("name", about["name"]),
         ("family", about["family"]),
         ("parameters", f"{about['parameters'] / 1e6:.1f} M, {about['dtype']}, on {about['device']}"),
+        ("backend", f"{about['backend']} ({about['backend_reason']})"),
+        ("generation step", about["generation_step"]),
         ("FF share", f"{about['ff_share']:.1%} of the weights read per generated token ({of})"),
     ]
     pairs += [

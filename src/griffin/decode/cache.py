@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 _ROOM = 256  # tokens by which a buffer grows at least
 
 
-class BufferedLayer(DynamicLayer):
+class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values: views of buffers that are longer than what is in them.
 
     Shapes:
@@ -22,7 +22,7 @@ class BufferedLayer(DynamicLayer):
     def __init__(self, **kwargs: Any) -> None:
         self.buffers: list[Tensor | None] = [None, None]
         self.length = 0
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
 
     # Transformers' own methods (crop, reorder_cache, batch_select_indices, ...) read and assign these two.
     @property
@@ -111,3 +111,10 @@ class BufferedCache(Cache):
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[BufferedLayer() for _ in range(layers)])
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences in it; 0 while it is empty."""
+        first = self.layers[0]
+        assert isinstance(first, BufferedLayer)
+        return 0 if first.keys is None else first.keys.shape[0]

@@ -1,4 +1,4 @@
-"""A Transformers model as the native library's generation step sees it: norms, matrices and FF blocks where they are."""
+"""A Transformers model as the native library's generation step sees it: everything stays where it is."""
 
 from __future__ import annotations
 
@@ -37,10 +37,8 @@ class _Norm(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *[
-            (name, _Norm)
-            for name in ("attention", "query", "key", "after_attention", "feedforward", "after_feedforward")
-        ],
+        *[(name, _Norm) for name in ("attention", "query", "key", "after_attention")],
+        *[(name, _Norm) for name in ("feedforward", "after_feedforward")],
         *[(name, kernel._Matrix) for name in ("q", "k", "v", "o")],
         ("ff", kernel._Block),
         ("rope", _i32),
@@ -129,8 +127,8 @@ class NativeDecoder:
             self._layers[index] = self._layer(layer, ff[index].block)
         self._struct = self._decoder(decoder)
 
-    def experts(self, ff: Mapping[int, NativeFF], pruned: Container[int]) -> Any:
-        """The experts of every layer as the step wants them; made once a selection.
+    def experts_of(self, ff: Mapping[int, NativeFF], pruned: Container[int]) -> tuple[Any, list[Any]]:
+        """The experts of every layer as the step wants them, and what must live as long; made once a selection.
 
         Args:
             ff: the FF blocks with their selection.
@@ -149,8 +147,7 @@ class NativeDecoder:
                     indices.element_size(),
                     0,
                 )
-        table.kept = kept
-        return table
+        return table, kept
 
     def step(self, tokens: Tensor, cache: BufferedCache, experts: Any, start: Tensor | None) -> Tensor:
         """Run one token of each sequence, append its keys and values, and return the logits.

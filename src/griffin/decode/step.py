@@ -18,7 +18,7 @@ logger = logging.getLogger("griffin")
 
 
 def new_cache(model: PreTrainedModel) -> Cache:
-    """An empty key/value cache: one that the native step can write into where the model may take it, else Transformers'."""
+    """An empty key/value cache, one that the native step can write into where the model may take that step."""
     if knows(model) is None:
         return BufferedCache(model.config.get_text_config().num_hidden_layers)
     return DynamicCache(config=model.config)
@@ -29,13 +29,13 @@ class NativeStep:
 
     def __init__(self, decoder: NativeDecoder, handle: Griffin, cache: BufferedCache, start: Tensor | None) -> None:
         self._decoder, self._cache, self._start, self._handle = decoder, cache, start, handle
-        self._experts = decoder.experts(handle.native_ff, handle.pruned)
+        self._experts, self._kept = decoder.experts_of(handle.native_ff, handle.pruned)
 
     @classmethod
     def of(
         cls, model: PreTrainedModel, handle: Griffin, cache: Cache, attention_mask: Tensor | None
     ) -> NativeStep | None:
-        """The step for this batch, or `None` (said in the log, with the reason) where the model's own forward runs it."""
+        """The step for this batch, or `None`, said in the log with the reason, where the model's own forward runs."""
         try:
             return cls._of(model, handle, cache, attention_mask)
         except UnsupportedError as reason:
@@ -55,10 +55,8 @@ class NativeStep:
             if not bool((mask.long().diff(dim=1) >= 0).all()):
                 raise UnsupportedError("the batch is not left-padded")
             start = (mask.shape[1] - mask.sum(dim=1)).to(torch.int32).contiguous()
-            if mask.shape[0] > kernel.MAX_ROWS:
-                raise UnsupportedError(f"the batch has more than {kernel.MAX_ROWS} sequences")
-        if (rows := cache.layers[0].keys.shape[0]) > kernel.MAX_ROWS:
-            raise UnsupportedError(f"the batch has {rows} sequences, more than {kernel.MAX_ROWS}")
+        if (sequences := cache.sequences) > kernel.MAX_ROWS:
+            raise UnsupportedError(f"the batch has {sequences} sequences, more than {kernel.MAX_ROWS}")
         return cls(NativeDecoder(model, handle.native_ff), handle, cache, start)
 
     def __call__(self, tokens: Tensor) -> Tensor:
