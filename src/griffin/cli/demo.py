@@ -88,11 +88,11 @@ def run(args: argparse.Namespace) -> int:
             speeds[density].append(timed)
     console.print(_table(speeds, _agreements(model, ids, results[1.0].tokens)))
 
-    full_s, attached_s, selection_s, tokens = _prompt_cost(model, ids)
+    full_s, attached_s, selection_s, tokens, backend = _prompt_cost(model, ids)
     console.print(
         f"Cost of the statistic in the prompt phase, {tokens} tokens: {attached_s / full_s - 1:+.1%} "
         f"({full_s * 1e3:.0f} ms full, {attached_s * 1e3:.0f} ms with it; medians of {_REPEATS}, interleaved). "
-        f"Selecting and copying the experts at density 0.5: {selection_s * 1e3:.0f} ms, once a prompt."
+        f"Selecting the experts at density 0.5 ({backend} backend): {selection_s * 1e3:.0f} ms, once a prompt."
     )
     layer = len(find_ff_blocks(model)) // 2
     relative = relative_activations(model, ids, [layer])[layer]
@@ -127,8 +127,8 @@ def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[i
     return agreements
 
 
-def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float, float, int]:
-    """Medians of the prompt phase's seconds without and with the statistic, of the selection's, and the tokens run."""
+def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float, float, int, str]:
+    """Medians of the prompt phase's seconds without and with the statistic, of the selection's; tokens run; backend."""
     import torch
 
     from griffin.attachment import attach
@@ -147,7 +147,8 @@ def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, floa
                 full.append(middle - start)
                 attached.append(end - middle - handle.selection_s)
                 selections.append(handle.selection_s)
-    return statistics.median(full), statistics.median(attached), statistics.median(selections), tokens.shape[1]
+    medians = statistics.median(full), statistics.median(attached), statistics.median(selections)
+    return *medians, tokens.shape[1], handle.backend.name
 
 
 def _table(speeds: dict[float, list[Result]], agreements: dict[float, float]) -> Table:
