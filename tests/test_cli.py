@@ -95,6 +95,11 @@ def _no_terminal(monkeypatch: pytest.MonkeyPatch, stdin: Any) -> None:
     monkeypatch.delenv("GRIFFIN_DEBUG", raising=False)
 
 
+def heed_ctrl_c() -> None:
+    """Whoever runs the tests in the background lets their children ignore SIGINT; a terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def griffin(*words: str, **settings: Any) -> subprocess.CompletedProcess[Any]:
     return subprocess.run([sys.executable, "-m", "griffin", *words], capture_output=True, timeout=120, **settings)
 
@@ -361,7 +366,7 @@ def test_stdout_closed_early_and_full(tiny: str) -> None:
 def test_generate_ctrl_c(tmp_path: Path) -> None:
     folder = _save(tmp_path, TEMPLATE, 100_000)
     command = [sys.executable, "-m", "griffin", "generate", "-m", folder, "w1", "--max-tokens", "90000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c) as process:
         assert process.stdout is not None
         assert process.stdout.read(10)
         process.send_signal(signal.SIGINT)
@@ -541,6 +546,7 @@ def test_chat_on_a_terminal_ctrl_c_and_ctrl_d(tmp_path: Path) -> None:
         stdout=slave,
         stderr=slave,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
         env={**os.environ, "TERM": "dumb"},
     )
     os.close(slave)
