@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from griffin import cli
+from griffin.analysis.ceiling import bytes_read_per_token
 from griffin.attachment import attach
 from griffin.cli import arguments, info, main, session
 from griffin.config import GriffinConfig
@@ -581,7 +582,7 @@ def test_info_json(tiny: str, capsys: Any) -> None:
     assert main(["info", "-m", tiny, "--json", "--density", "0.5", "--density", "0.75,1"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["machine"]["torch"] == torch.__version__
-    assert about["machine"]["backend"]
+    assert about["machine"]["native_library"]
     model = about["model"]
     ff, attention, norms, head = 3 * 3 * 32 * 64, 3 * 4 * 32 * 32, 7 * 32, 100 * 32
     assert model["ff_bytes"] == 4 * ff
@@ -598,7 +599,7 @@ def test_a_tied_embedding_is_read_once() -> None:
     config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config.tie_word_embeddings = True
     model = LlamaForCausalLM(config)
-    assert info.bytes_read_per_token(model) == sum(parameter.nbytes for parameter in model.parameters())
+    assert bytes_read_per_token(model) == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_info_folds_only_layers_that_are_alike() -> None:
