@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from griffin import cli
+from griffin.analysis.ceiling import bytes_read_per_token
 from griffin.attachment import attach
 from griffin.cli import arguments, info, main, session
 from griffin.config import GriffinConfig
@@ -605,7 +606,7 @@ def test_a_tied_embedding_is_read_once() -> None:
     config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config.tie_word_embeddings = True
     model = LlamaForCausalLM(config)
-    assert info.bytes_read_per_token(model) == sum(parameter.nbytes for parameter in model.parameters())
+    assert bytes_read_per_token(model) == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_info_folds_only_layers_that_are_alike() -> None:

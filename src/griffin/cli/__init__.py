@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "answer one prompt",
     "chat": "talk with a model",
     "info": "this machine, and a model's FF blocks",
+    "bench": "how fast, beside the ceiling and the memory's bandwidth",
     "demo": "the full model and GRIFFIN side by side",
 }
 

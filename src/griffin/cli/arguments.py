@@ -39,6 +39,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def parse_densities(text: str) -> list[float]:
+    """Densities such as `0.5` or `0.75,0.5`; whether they are in range is `GriffinConfig`'s business."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers such as 0.5 or 0.75,0.5") from None
+
+
 # By field: what reads the value, the metavar, the help.
 _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "density": (float, "D", "share of the FF neurons kept in the generation phase, 0 < D <= 1; 1 is the full model"),

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import add_model_arguments, load_model
+from griffin.cli.arguments import add_model_arguments, load_model, parse_densities
+from griffin.cli.tables import print_pairs, print_table
 from griffin.config import BACKENDS, GriffinConfig
-from griffin.version import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from griffin.layouts import FFBlock
 
 _DENSITIES = (0.75, 0.5)
-_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "asimd", "sve")
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--density",
         action="append",
-        type=_densities,
+        type=parse_densities,
         metavar="D",
         help="give the ceiling for this density, 0 < D <= 1; a list or several times (default: 0.75,0.5)",
     )
@@ -71,11 +66,13 @@ def run(args: argparse.Namespace) -> int:
         ValueError: wrong arguments, or a model that GRIFFIN cannot prune.
         GriffinError: the model cannot be fetched.
     """
+    from griffin.analysis.machine import machine, versions
+
     given = _DENSITIES if args.density is None else [density for some in args.density for density in some]
     densities = [GriffinConfig(density=density, backend=args.backend).density for density in given]
-    about: dict[str, Any] = {"machine": machine()}
+    about: dict[str, Any] = {"machine": versions() | machine()}
     if not args.json:
-        _print_pairs("machine", _machine_rows(about["machine"]))
+        print_pairs("machine", _machine_rows(about["machine"]))
     if not args.no_model:
         model, _ = load_model(args)
         about["model"] = describe(model, args.model, densities, args.backend)
@@ -86,36 +83,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def machine() -> dict[str, Any]:
-    """Versions, CPU and native library."""
-    import torch
-    import transformers
-
-    from griffin.backends import kernel
-
-    name, flags = _cpu()
-    return {
-        "griffin": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": name,
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_features": [flag for flag in _FEATURES if flag in flags],
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native_library": kernel.available() or f"{kernel.isa()}, threads: {kernel.threading()}",
-    }
-
-
 def describe(model: PreTrainedModel, name: str, densities: Iterable[float], backend: str) -> dict[str, Any]:
     """A model's FF blocks, how they are computed, and the ceiling of each density.
 
     Raises:
         ValueError: the model has no FF blocks that GRIFFIN can prune, or the backend cannot compute them.
     """
+    from griffin.analysis.ceiling import bytes_read_per_token, ceiling
     from griffin.attachment import attach
     from griffin.decode.step import step_of
     from griffin.layouts import find_ff_blocks
@@ -139,22 +113,8 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
         "ff_bytes": ff_bytes,
         "read_bytes_per_token": read_bytes,
         "ff_share": share,
-        "ceilings": [{"density": density, "speedup": 1 / (1 - share * (1 - density))} for density in densities],
+        "ceilings": [{"density": density, "speedup": ceiling(share, density)} for density in densities],
     }
-
-
-def bytes_read_per_token(model: nn.Module) -> int:
-    """Bytes of all weights that the full model reads to generate one token.
-
-    An embedding is looked up, which reads one row of it; one that is tied to the output projection is read there.
-    """
-    from torch import nn
-
-    read: dict[int, int] = {}
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding):
-            read |= {parameter.data_ptr(): parameter.nbytes for parameter in module.parameters(recurse=False)}
-    return sum(read.values())
 
 
 def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
@@ -177,24 +137,6 @@ def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
             own = Layers(**asdict(own) | {"first": folded.pop().first})
         folded.append(own)
     return folded
-
-
-def _densities(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers such as 0.5 or 0.75,0.5") from None
-
-
-def _cpu() -> tuple[str, frozenset[str]]:
-    """Name and feature flags of the CPU, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine(), frozenset()
-    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = known.get("flags") or known.get("Features") or ""
-    return known.get("model name") or platform.processor() or platform.machine(), frozenset(flags.split())
 
 
 def _machine_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
@@ -224,30 +166,11 @@ def _print_model(about: dict[str, Any]) -> None:
         (f"ceiling at {row['density']:g}", f"{row['speedup']:.2f}x generation speed at most")
         for row in about["ceilings"]
     ]
-    _print_pairs("model", pairs)
+    print_pairs("model", pairs)
     table = Table("layers", "FF block", "layout", "D_ff", "D", "gated", "MB a layer", title="FF blocks")
     for row in about["layers"]:
         span = str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
         size = f"{row['bytes_per_layer'] / 1e6:.2f}"
         gated = "yes" if row["gated"] else "no"
         table.add_row(span, row["path"], row["layout"], str(row["d_ff"]), str(row["d"]), gated, size)
-    _print(table)
-
-
-def _print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False)
-    for name, value in pairs:
-        table.add_row(name, escape(str(value)))
-    _print(table)
-
-
-def _print(table: object) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
+    print_table(table)

@@ -1,0 +1,291 @@
+"""Speed of the generation phase at several densities, beside the ceiling and the machine's read bandwidth.
+
+Densities take turns, so that what else the machine does falls on all of them; medians over the rounds; a speed-up is
+the median of each round's ratio. Every backend is verified against the reference before anything is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from griffin.analysis import machine
+from griffin.analysis.ceiling import bytes_read_per_token, ceiling
+from griffin.analysis.verification import verify
+from griffin.attachment import Griffin, attach
+from griffin.backends import kernel, resolve
+from griffin.backends.neuron_major import make_neuron_major
+from griffin.config import GriffinConfig
+from griffin.errors import GriffinError
+from griffin.generation.step import generate_step
+from griffin.generation.text import context_length
+from griffin.layouts import find_ff_blocks
+
+WEIGHTS = {"bf16": torch.bfloat16, "f32": torch.float32}
+_WARM_UP_TOKENS = 32
+_WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured for one density, selection and length.
+
+    Args:
+        model: name of the model or shape.
+        weights: format of the weights.
+        density: share of the FF neurons kept.
+        selection: how they were selected.
+        batch: number of sequences.
+        backend: what computed the experts.
+        prompt_tokens, generated_tokens: of each sequence; the first generated token comes from the prompt phase.
+        prompt_tokens_per_s: of all sequences, statistic included, selection not; median over the rounds.
+        generation_tokens_per_s: of all sequences, without the first token; median over the rounds.
+        selection_ms: selecting and preparing the experts; median over the rounds.
+        speedup: over density 1.0 on the same backend: median of the ratios of each round.
+        ceiling: the most that the bytes allow. With experts for each sequence their union is what is read.
+        share_of_ceiling: the speed-up as a share of the ceiling.
+        bytes_per_s: bytes of weights read in a step (the key/value cache is not counted), times steps per second.
+        share_of_read_bandwidth: that, as a share of the read bandwidth of the same run; `None` if it is unknown.
+        peak_rss_bytes: most memory in use, weights included; `None` where the system does not tell.
+        native_calls_per_step: calls of the native library in a generation step: the proof of which path ran.
+    """
+
+    model: str
+    weights: str
+    density: float
+    selection: str
+    batch: int
+    backend: str
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    selection_ms: float
+    speedup: float
+    ceiling: float
+    share_of_ceiling: float
+    bytes_per_s: float
+    share_of_read_bandwidth: float | None
+    peak_rss_bytes: int | None
+    native_calls_per_step: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt and its generation, as measured."""
+
+    backend: str
+    prompt_tokens_per_s: float
+    steps_per_s: float
+    selection_s: float
+    ff_bytes: int  # read in a step
+    peak_rss_bytes: int | None
+    native_calls_per_step: float
+
+
+def prepare(model: PreTrainedModel, weights: str) -> PreTrainedModel:
+    """The model with its weights in a format of `WEIGHTS`.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    return model.to(dtype_of(weights))  # type: ignore[no-any-return, arg-type, unused-ignore]
+
+
+def dtype_of(weights: str) -> torch.dtype:
+    """The dtype in which a model is built or loaded for a format of weights.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
+    return WEIGHTS[weights]
+
+
+def cases(densities: Sequence[float], selections: Sequence[str], batch: int, backend: str) -> list[GriffinConfig]:
+    """What is measured in a round, in this order: density 1.0 once, then every other density with every selection.
+
+    Raises:
+        ValueError: a density, a selection or the backend is none.
+    """
+    kind = "shared" if batch == 1 else "per_sequence"
+    for density in densities:
+        GriffinConfig(density=density)
+    for own in selections:
+        GriffinConfig(selection=own)
+    wanted = [(1.0, "topk" if "topk" in selections else selections[0])]
+    wanted += [(density, own) for own in selections for density in densities if density != 1.0]
+    return [
+        GriffinConfig(density=density, selection=own, batch=kind, backend=backend)
+        for density, own in dict.fromkeys(wanted)
+    ]
+
+
+def check_length(model: PreTrainedModel, prompt_tokens: int, generated_tokens: int) -> None:
+    """Raise `ValueError` if prompt and answer are longer than the model's context."""
+    limit = context_length(model)
+    if limit is not None and prompt_tokens + generated_tokens > limit:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and {generated_tokens} generated ones do not fit the model's context "
+            f"of {limit}; ask for fewer"
+        )
+
+
+def measure(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    configs: Sequence[GriffinConfig],
+    generated_tokens: int,
+    repeats: int,
+    done: Callable[[], None] = lambda: None,
+) -> list[list[Run]]:
+    """Time every config in every round, after a short warm-up; returns the runs by config.
+
+    Args:
+        model: the model, in eval mode.
+        prompts: one prompt for each sequence.
+        configs: of `cases`.
+        generated_tokens: tokens to generate, at least 2, as the first is not timed.
+        repeats: number of rounds.
+        done: called after every run.
+
+    Shapes:
+        prompts: (B, S).
+
+    Raises:
+        GriffinError: a backend that was to compute the experts did not run.
+    """
+    runs: list[list[Run]] = [[] for _ in configs]
+    with _laid_out_once(model, configs[0].backend):
+        for config in configs:
+            _timed(model, prompts[:, :_WARM_UP_TOKENS], config, _WARM_UP_STEPS)
+        for _ in range(repeats):
+            for own, config in zip(runs, configs, strict=True):
+                own.append(_timed(model, prompts, config, generated_tokens))
+                done()
+    return runs
+
+
+def verified(
+    model: PreTrainedModel, prompts: Tensor, configs: Sequence[GriffinConfig], done: Callable[[], None] = lambda: None
+) -> None:
+    """Verify every config against the reference backend: see `griffin.analysis.verification`.
+
+    Raises:
+        GriffinError: a backend is wrong.
+    """
+    with _laid_out_once(model, configs[0].backend):
+        for config in configs:
+            verify(model, config, prompts)
+            done()
+
+
+def rows(
+    name: str,
+    weights: str,
+    model: PreTrainedModel,
+    prompts: Tensor,
+    generated_tokens: int,
+    configs: Sequence[GriffinConfig],
+    runs: Sequence[Sequence[Run]],
+    read_bandwidth: float | None,
+) -> list[Row]:
+    """The figures of every config. The first config is density 1.0, the others' yardstick."""
+    read = bytes_read_per_token(model)
+    ff = sum(block.nbytes for block in find_ff_blocks(model))
+    batch, prompt_tokens = prompts.shape
+    found = []
+    for config, own in zip(configs, runs, strict=True):
+        speedup = statistics.median(run.steps_per_s / full.steps_per_s for run, full in zip(own, runs[0], strict=True))
+        steps_per_s = statistics.median(run.steps_per_s for run in own)
+        ff_read = statistics.median(run.ff_bytes for run in own)
+        most = ceiling(ff / read, ff_read / ff)
+        bytes_per_s = (read - ff + ff_read) * steps_per_s
+        peaks = [run.peak_rss_bytes for run in own if run.peak_rss_bytes is not None]
+        found.append(
+            Row(
+                model=name,
+                weights=weights,
+                density=config.density,
+                selection=config.selection,
+                batch=batch,
+                backend=own[0].backend,
+                prompt_tokens=prompt_tokens,
+                generated_tokens=generated_tokens,
+                prompt_tokens_per_s=statistics.median(run.prompt_tokens_per_s for run in own),
+                generation_tokens_per_s=batch * steps_per_s,
+                selection_ms=1e3 * statistics.median(run.selection_s for run in own),
+                speedup=speedup,
+                ceiling=most,
+                share_of_ceiling=speedup / most,
+                bytes_per_s=bytes_per_s,
+                share_of_read_bandwidth=None if read_bandwidth is None else bytes_per_s / read_bandwidth,
+                peak_rss_bytes=max(peaks, default=None),
+                native_calls_per_step=own[0].native_calls_per_step,
+            )
+        )
+    return found
+
+
+def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, generated_tokens: int) -> Run:
+    with attach(model, config) as handle:
+        steps = generate_step(model, prompts, handle=handle)
+        machine.reset_peak_rss()
+        first = next(steps)
+        sparse, native = handle.sparse_calls, _native_calls()
+        seconds = [step.seconds for step in islice(steps, generated_tokens - 1)]
+        native = _native_calls() - native
+        if config.density < 1.0 and handle.sparse_calls == sparse and native == 0:
+            raise GriffinError(f"backend {handle.backend.name} was to compute the experts, but it did not run")
+        return Run(
+            backend=handle.backend.name,
+            prompt_tokens_per_s=prompts.numel() / first.seconds,
+            steps_per_s=len(seconds) / sum(seconds),
+            selection_s=first.selection_s,
+            ff_bytes=ff_bytes_per_step(handle),
+            peak_rss_bytes=machine.peak_rss_bytes(),
+            native_calls_per_step=native / len(seconds),
+        )
+
+
+def ff_bytes_per_step(handle: Griffin) -> int:
+    """Bytes of FF weights that one generation step of the batch reads.
+
+    The native backend reads a neuron once for all sequences that want it; the others read every sequence's copy.
+    """
+    whole = {block.layer: block.nbytes for block in find_ff_blocks(handle.model)}
+    for block in handle.blocks:
+        experts = handle.experts[block.layer]
+        sets = experts if isinstance(experts, list) else [experts]
+        if handle.config.experts_of(block.width) == block.width:
+            continue  # every sequence reads the same whole block
+        if handle.backend.name == "native":
+            groups = [sets[at : at + kernel.MAX_ROWS] for at in range(0, len(sets), kernel.MAX_ROWS)]
+            neurons = sum(len(set(torch.cat(group).tolist())) for group in groups)
+        else:
+            neurons = sum(own.numel() for own in sets)
+        whole[block.layer] = block.nbytes * neurons // block.width
+    return sum(whole.values())
+
+
+def _native_calls() -> int:
+    return kernel.calls() if kernel.available() is None else 0
+
+
+@contextmanager
+def _laid_out_once(model: PreTrainedModel, backend: str) -> Iterator[None]:
+    """Store the weights as the native backend wants them for as long as the block runs, not in every run anew."""
+    blocks = find_ff_blocks(model)
+    with ExitStack() as undo:
+        if resolve(backend, blocks).name == "native":
+            for block in blocks:
+                make_neuron_major(block, undo)
+        yield

@@ -1,0 +1,168 @@
+"""A benchmark from its plan to its rows: the models, their prompts, and the order in which things are done."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from griffin.analysis import benchmark, machine, shapes
+from griffin.analysis.benchmark import Row
+from griffin.analysis.machine import Bandwidth
+from griffin.config import GriffinConfig
+from griffin.errors import GriffinError
+from griffin.generation.load import load
+
+_VERIFIED_LAYERS = 2  # of a shape: as wide as the whole model, and verified in seconds
+_SHIFT = 29  # tokens by which the prompts of a batch begin later in the passage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        model: a model to load; unused where there are shapes.
+        shapes: names of shapes.
+        weights: format of the weights; `None`: as the model is stored, bf16 for a shape.
+        batch: number of prompts run at once.
+        configs: of `benchmark.cases`.
+        lengths: prompt tokens and generated tokens, measured one after another.
+        repeats: rounds over the configs.
+        passage: text that the prompts of a loaded model are taken from, repeated as often as it takes. A shape gets
+            random tokens, as its experts mean nothing.
+    """
+
+    model: str
+    shapes: tuple[str, ...]
+    weights: str | None
+    batch: int
+    configs: list[GriffinConfig]
+    lengths: tuple[tuple[int, int], ...]
+    repeats: int
+    passage: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models and shapes to measure."""
+        return self.shapes or (self.model,)
+
+    @property
+    def runs(self) -> int:
+        """How often `done` is called: once a verified config, once a timed run."""
+        return len(self.names) * len(self.configs) * (1 + len(self.lengths) * self.repeats)
+
+
+def check_fits(plan: Plan) -> None:
+    """Raise `GriffinError` if a shape of the plan does not fit the memory that is free."""
+    free = machine.available_bytes()
+    weights = plan.weights or "bf16"
+    dtype = benchmark.dtype_of(weights)
+    tokens = plan.batch * max(map(sum, plan.lengths))
+    if free is None:
+        return
+    for name in plan.shapes:
+        shape = shapes.shape_of(name)
+        own, cache = shapes.weight_bytes(shape, dtype), shapes.cache_bytes(shape, dtype, tokens)
+        if own + cache > free:
+            raise GriffinError(
+                f"{name} in {weights} needs {(own + cache) / 1e9:.1f} GB of memory ({own / 1e9:.1f} GB of weights, "
+                f"{cache / 1e9:.1f} GB of key/value cache), {free / 1e9:.1f} GB are free; choose a smaller shape, "
+                "weights of fewer bits or a shorter length"
+            )
+
+
+def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tuple[list[Row], list[Bandwidth]]:
+    """Verify and measure; returns the rows, and the read bandwidths measured before and after each model.
+
+    Args:
+        plan: what to measure.
+        done: called after every run, with a few words on it.
+
+    Raises:
+        ValueError: no such model, or lengths that its context does not hold.
+        GriffinError: a backend is wrong, or a model cannot be loaded.
+    """
+    rows: list[Row] = []
+    bandwidths: list[Bandwidth] = []
+    longest = max(prompt for prompt, _ in plan.lengths)
+    for name in plan.names:
+        before = machine.read_bandwidth()
+        if plan.shapes:
+            model, prompts = _verified_shape(plan, name, longest, done)
+        else:
+            model, prompts = _verified_model(plan, longest, done)
+        weights = plan.weights or _format_of(model)
+        timed = partial(done, f"{name} timed")
+        runs = [
+            benchmark.measure(model, prompts[:, :length], plan.configs, generated, plan.repeats, timed)
+            for length, generated in plan.lengths
+        ]
+        known = [own for own in (before, machine.read_bandwidth()) if own is not None]
+        bandwidths += known
+        # The larger of the two is nearer to what the machine can do, and never flatters.
+        most = max((own.bytes_per_s for own in known), default=None)
+        for own, (length, generated) in zip(runs, plan.lengths, strict=True):
+            rows += benchmark.rows(name, weights, model, prompts[:, :length], generated, plan.configs, own, most)
+        del model
+        gc.collect()
+    return rows, bandwidths
+
+
+def _verified_shape(plan: Plan, name: str, longest: int, done: Callable[[str], None]) -> tuple[PreTrainedModel, Tensor]:
+    """A shape, verified on a model of its width with few layers before the whole one is built."""
+    shape, weights = shapes.shape_of(name), plan.weights or "bf16"
+    dtype = benchmark.dtype_of(weights)
+    small = benchmark.prepare(shapes.build(shape, dtype, _VERIFIED_LAYERS), weights)
+    _check_lengths(small, plan)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(small.config.vocab_size, (plan.batch, longest), generator=generator)
+    benchmark.verified(small, prompts, plan.configs, lambda: done(f"{name} verified"))
+    del small
+    gc.collect()
+    return benchmark.prepare(shapes.build(shape, dtype), weights), prompts
+
+
+def _verified_model(plan: Plan, longest: int, done: Callable[[str], None]) -> tuple[PreTrainedModel, Tensor]:
+    """A loaded model, verified whole."""
+    dtype = None if plan.weights is None else benchmark.dtype_of(plan.weights)
+    model, tokenizer = load(plan.model, dtype=dtype, device="cpu")
+    if plan.weights is not None:
+        model = benchmark.prepare(model, plan.weights)
+    _check_lengths(model, plan)
+    ids = tokenizer(plan.passage, verbose=False)["input_ids"]
+    prompts = passage_prompts(ids, tokenizer.bos_token_id, plan.batch, longest)
+    benchmark.verified(model, prompts, plan.configs, lambda: done(f"{plan.model} verified"))
+    return model, prompts
+
+
+def passage_prompts(ids: list[int], bos: int | None, batch: int, length: int) -> Tensor:
+    """Different prompts of one passage: each begins a little later in it, and goes on from its start at its end.
+
+    Shapes:
+        ids: the passage's tokens. Returns (batch, length), int64.
+    """
+    first = ids[:1] if ids and ids[0] == bos else []
+    text = torch.tensor(ids[len(first) :])
+    within = torch.arange(length - len(first))
+    return torch.stack(
+        [
+            torch.cat([torch.tensor(first, dtype=torch.int64), text[(within + _SHIFT * n) % len(text)]])
+            for n in range(batch)
+        ]
+    )
+
+
+def _check_lengths(model: PreTrainedModel, plan: Plan) -> None:
+    for prompt_tokens, generated in plan.lengths:
+        benchmark.check_length(model, prompt_tokens, generated)
+
+
+def _format_of(model: PreTrainedModel) -> str:
+    names = {dtype: name for name, dtype in benchmark.WEIGHTS.items()}
+    return names.get(model.dtype, str(model.dtype).removeprefix("torch."))
