@@ -95,9 +95,7 @@ def _find() -> Path | None:
     """GRIFFIN_NATIVE_LIBRARY if set, else the library in any folder of the package (an editable install has two)."""
     if named := os.environ.get("GRIFFIN_NATIVE_LIBRARY"):
         return Path(named)
-    import griffin
-
-    folders = [Path(folder) for folder in griffin.__path__]
+    package = Path(__file__).parents[1]
     try:  # an editable install keeps what was built in site-packages, beside the redirected sources
         from importlib.metadata import files
 
@@ -107,7 +105,7 @@ def _find() -> Path | None:
     except Exception:  # not installed at all: run from a source folder
         installed = []
     names = [f"libgriffin_native.{ending}" for ending in ("so", "dylib")]
-    candidates = [folder / name for folder in folders for name in names] + installed
+    candidates = [package / name for name in names] + installed
     return next((path for path in candidates if path.is_file()), None)
 
 
