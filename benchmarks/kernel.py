@@ -1,9 +1,9 @@
-"""The native kernel alone: milliseconds, GB/s and the share of the measured read bandwidth, by format, density and rows.
+"""The native kernel alone: milliseconds, GB/s and the share of the read bandwidth, by format, density and rows.
 
     python benchmarks/kernel.py [--d-model 4096 --d-ff 11008 --formats bf16,int8,int4 --rows 1,4,8 --json FILE]
 
-Each call uses the next layer's weights, more than 1 GB in all, so that no cache holds them. Densities are interleaved and
-medians compared, and the read bandwidth is measured between them, in the same run. Every format is checked against
+Each call uses the next layer's weights, more than 1 GB in all, so that no cache holds them. Densities are interleaved
+and medians compared, and the read bandwidth is measured between them, in the same run. Every format is checked against
 float64 first. Rows above 1 have one expert set each; `--overlap` is the part of a set that all rows share, the rest is
 drawn for each row, so that the union of sets (column union) is what has to be read.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from griffin.backends import kernel
 
+Blocks = list[kernel.Block]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -94,7 +95,9 @@ def main() -> None:
     parser.add_argument("--rows", default="1,4,8")
     parser.add_argument("--overlap", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--percentile", type=int, default=50, help="50 is the median; lower on a machine with other load")
+    parser.add_argument(
+        "--percentile", type=int, default=50, help="50 is the median; lower on a machine with other load"
+    )
     parser.add_argument("--gigabytes", type=float, default=1.2, help="of weights that the calls rotate over")
     parser.add_argument("--torch", action="store_true", help="also time torch's dense FF (bf16 and f32 formats)")
     parser.add_argument("--json", type=Path)
@@ -126,15 +129,18 @@ def main() -> None:
                 shared = mask if rows > 1 and density < 1 else None
                 errors[density] = check(blocks[0], x, experts, shared)
 
-                def call(experts: Tensor = experts, mask: Tensor | None = shared, x: Tensor = x) -> None:
+                def call(
+                    experts: Tensor = experts, mask: Tensor | None = shared, x: Tensor = x, blocks: Blocks = blocks
+                ) -> None:
                     nonlocal turn
                     turn += 1
                     kernel.ff(blocks[turn % len(blocks)], x, experts, mask)
 
                 runs[density] = call
             if args.torch and fmt in DTYPES:
+                typed = x.to(DTYPES[fmt])
 
-                def dense(x: Tensor = x.to(DTYPES[fmt])) -> None:
+                def dense(x: Tensor = typed, blocks: Blocks = blocks) -> None:
                     nonlocal turn
                     turn += 1
                     gate, up, down = blocks[turn % len(blocks)].tensors[:3]
@@ -148,7 +154,11 @@ def main() -> None:
                 share = unions.get(name, d_ff) / d_ff
                 speed = first.weight_bytes * share / ms[name] / 1e6
                 row = {"format": fmt, "rows": rows, "density": name, "union": share, "ms": ms[name], "gb_per_s": speed}
-                row |= {"read_gb_per_s": read, "share_of_read_bandwidth": speed / read, "ratio": ms[name] / ms[densities[0]]}
+                row |= {
+                    "read_gb_per_s": read,
+                    "share_of_read_bandwidth": speed / read,
+                    "ratio": ms[name] / ms[densities[0]],
+                }
                 table.append(row)
                 print(
                     f"{fmt:6} {rows:2} {name!s:>8} {share:7.3f} {ms[name]:9.3f} {speed:8.2f} {speed / read:8.1%} "
@@ -156,7 +166,6 @@ def main() -> None:
                     flush=True,
                 )
         print(f"        read bandwidth {read:.2f} GB/s")
-        del blocks, first
     if args.json:
         machine = {"isa": kernel.isa(), "threads": threads, "torch": torch.__version__, "d_model": d, "d_ff": d_ff}
         args.json.write_text(json.dumps({"machine": machine, "rows": table}, indent=1))

@@ -102,7 +102,7 @@ class Step {
     return sizes.part + sizes.floats(threads) * 4;
   }
 
-  // `multiply` and `feedforward` end in a barrier of their own: what they write is whole when they return.
+  // `multiply` and `feedforward` end in a barrier: what they write is whole when they return.
   void run(int thread, int threads) {
     if (thread == 0) embed();
     for (int l = 0; l < m_.n_layers; l++) {
@@ -171,6 +171,7 @@ class Step {
       own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes;
     }
     griffin_ff_part(&layer.ff, &own, part_, &barrier_, thread, threads);
+    wait(threads);
   }
 
   void add(const griffin_norm& after) {

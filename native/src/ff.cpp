@@ -3,7 +3,6 @@
 // down rows together into an accumulator of its own of D floats a row of input, so that a visit of the accumulator
 // serves several experts. After a barrier the threads add their accumulators up, each in its share of the columns.
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "inputs.h"
@@ -162,12 +161,14 @@ void griffin_ff_part(const griffin_ff_block* block, const griffin_rows* rows, vo
   const int64_t k = rows->experts ? rows->n_experts : block->d_ff;
   const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
   const Experts expert{*rows};
-  static const int chunk = getenv("CHUNK") ? atoi(getenv("CHUNK")) : kExperts;
+  // Measured: rows of several kilobytes are best taken in small groups, short ones and several inputs in large ones.
+  const bool small = block->format != GRIFFIN_INT4 && n_rows == 1;
+  const int chunk = small ? 4 : kExperts, distance = small ? 1 : 2;
   const uint32_t all = (1u << n_rows) - 1;
   Part part(*block, set, inputs, n_rows, mine);
   for (int64_t i = begin; i < end; i++) {
     const int64_t j = expert[i];
-    part.enter(j, i + 1 < end ? expert[i + 1] : j, rows->row_mask ? rows->row_mask[i] & all : all);
+    part.enter(j, i + distance < end ? expert[i + distance] : j, rows->row_mask ? rows->row_mask[i] & all : all);
     if ((i - begin) % chunk != chunk - 1 && i + 1 < end) continue;
     const uint8_t* ahead[kExperts];
     int n_ahead = 0;

@@ -21,7 +21,7 @@ struct V {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
   }
-  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
   template <int kFormat> static F load_row(const uint8_t* row, int i) {
     if constexpr (kFormat == 0) return _mm256_loadu_ps((const float*)row + i);

@@ -17,7 +17,7 @@ struct V {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
-  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
   static F widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
   template <int kFormat> static F load_row(const uint8_t* row, int i) {

@@ -32,7 +32,7 @@ struct Bf16Dot {
         __m512bh wv[M];
 #pragma GCC unroll 2
         for (int m = 0; m < M; m++) {
-          _mm_prefetch((const char*)(next[m] + 2 * at), _MM_HINT_T1);
+          _mm_prefetch((const char*)(next[m] + 2 * at), _MM_HINT_T0);
           wv[m] = (__m512bh)_mm512_loadu_si512(w[m] + 2 * at);
         }
 #pragma GCC unroll 8

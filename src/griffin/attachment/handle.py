@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from griffin import backends, selection, statistic
 from griffin.attachment.conversation import Conversation
 from griffin.attachment.patching import patch
+from griffin.backends import native
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock, Layout, find_ff_blocks
 
@@ -46,7 +47,8 @@ class Griffin:
         self.config = config
         found = find_ff_blocks(model, layout)
         self.blocks: tuple[FFBlock, ...] = _chosen(found, config)
-        self.backend = backends.resolve(config.backend, self.blocks)
+        self.backend = backends.resolve(config.backend, found)
+        self._all_blocks = tuple(found)
         self._whole_bytes = sum(block.nbytes for block in found) - sum(block.nbytes for block in self.blocks)
         self.selection_s = 0.0  # seconds that the last selection took, copying included
         self._phase = Phase.FULL
@@ -57,6 +59,7 @@ class Griffin:
         self._tokens_seen: dict[int, int] = {}
         self._experts: dict[int, tuple[Tensor, ...]] = {}
         self._sparse: dict[int, backends.SparseFF] = {}
+        self._native: dict[int, native.NativeFF] = {}
         self._undo = ExitStack()
         self._attached = False
         self._static = config.selection == "magnitude"  # experts that do not depend on the prompt
@@ -95,6 +98,16 @@ class Griffin:
     def sparse_calls(self) -> int:
         """Number of FF blocks computed for experts only since `attach`: the proof that this path ran."""
         return sum(sparse.calls for sparse in self._sparse.values())
+
+    @property
+    def native_ff(self) -> Mapping[int, native.NativeFF]:
+        """FF blocks of the native backend by layer, of all layers; empty with another backend."""
+        return MappingProxyType(self._native)
+
+    @property
+    def pruned(self) -> frozenset[int]:
+        """Layers whose FF blocks are computed for experts only in the generation phase."""
+        return frozenset(self._sparse)
 
     @property
     def ff_bytes_per_token(self) -> int:
@@ -175,6 +188,10 @@ class Griffin:
             for which, projection in enumerate(block.inputs):
                 patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
             patch(stack, block.output, "forward", self._output_forward(block, block.output.forward))
+        if self.backend.name == "native":  # the native step runs the layers that stay whole, too
+            for block in self._all_blocks:
+                own = self._sparse.get(block.layer)
+                self._native[block.layer] = own if isinstance(own, native.NativeFF) else native.NativeFF(block, stack)
 
     def _begin(self, undo: ExitStack) -> None:
         """Everything is patched, and `undo` takes it off again."""

@@ -74,11 +74,8 @@ def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
         unusable = next((reason for block in blocks if (reason := native.unusable(block)) is not None), None)
         if unusable is None:
             return Backend("native", f"auto: experts are read in place ({native.kernel.isa()})", native.NativeFF)
-        return Backend(
-            "gather",
-            "auto: experts are copied once per selection, then read like a dense block",
-            gather.GatherFF,
-        )
+        reason = f"auto: experts are copied once per selection, then read like a dense block, since {unusable}"
+        return Backend("gather", reason, gather.GatherFF)
     if name not in _BACKENDS:
         raise ValueError(f"backend is {name!r}; expected auto or one of {', '.join(_BACKENDS)}")
     return Backend(name, "asked for by name", _BACKENDS[name])

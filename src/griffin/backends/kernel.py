@@ -1,8 +1,8 @@
 """The native library `libgriffin_native`: thin, checked calls over torch tensors.
 
-The library (folder `native/`, C interface in `native/include/griffin_native.h`) knows nothing of torch; this module hands
-it addresses, shapes and strides, and the addresses of the OpenMP runtime that torch has loaded, so that both run on one
-pool of threads. Nothing is loaded before the first use.
+The library (folder `native/`, C interface in `native/include/griffin_native.h`) knows nothing of torch; this module
+hands it addresses, shapes and strides, and the addresses of the OpenMP runtime that torch has loaded, so that both run
+on one pool of threads. Nothing is loaded before the first use.
 
 Words: D model width, D_ff feedforward width, B rows of input (1 to 16), k experts.
 """
@@ -78,6 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "griffin_calls": (_i64, []),
     "griffin_ff": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
     "griffin_matvec": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
+    "griffin_decode": (ctypes.c_int, [_pointer, _pointer, _pointer, _pointer, ctypes.c_int, _pointer, ctypes.c_int]),
     "griffin_union": (_i64, [_pointer, ctypes.c_int, ctypes.c_int, _i64, _i64, _pointer, _pointer]),
     "griffin_row_bytes": (_i64, [ctypes.c_int, _i64]),
     "griffin_pack": (ctypes.c_int, [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
@@ -91,7 +92,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-# -- loading ------------------------------------------------------------------------------------------------------------
+# -- loading --------------------------------------------------------------
 
 
 def _find() -> Path | None:
@@ -155,9 +156,9 @@ def _load() -> ctypes.CDLL | str:
         return f"the native library {path} has interface {found}, this package wants {ABI}: reinstall griffin-llm"
     if (openmp := _torch_openmp()) is not None:
         library.griffin_use_openmp(*openmp)
-    if name := os.environ.get("GRIFFIN_NATIVE_ISA"):
-        if library.griffin_set_isa(name.encode()) != 0:
-            return f"GRIFFIN_NATIVE_ISA={name}: this machine has {library.griffin_isas().decode()}"
+    forced = os.environ.get("GRIFFIN_NATIVE_ISA")
+    if forced and library.griffin_set_isa(forced.encode()) != 0:
+        return f"GRIFFIN_NATIVE_ISA={forced}: this machine has {library.griffin_isas().decode()}"
     return library
 
 
@@ -200,12 +201,12 @@ def calls() -> int:
     return int(_library().griffin_calls())
 
 
-# -- weights --------------------------------------------------------------------------------------------------------------
+# -- weights --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Block:
-    """One feedforward block as the library sees it; keeps its tensors alive. Make one by `ff_block` or `quantise_ff`."""
+    """One feedforward block as the library sees it; keeps its tensors alive. Made by `ff_block` or `quantise_ff`."""
 
     d_model: int
     d_ff: int
@@ -235,7 +236,7 @@ def _check_rows(name: str, weight: Tensor, shape: torch.Size, dtype: torch.dtype
             f"{name}: {tuple(weight.shape)} {weight.dtype} on {weight.device}, expected {tuple(shape)} {dtype}"
         )
     if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(f"{name}: every neuron must be contiguous, strides are {weight.stride()}")
+        raise ValueError(f"{name}: strides {weight.stride()}, expected contiguous rows")
 
 
 def _bias(name: str, bias: Tensor | None, length: int) -> Tensor | None:
@@ -305,8 +306,8 @@ def quantise_ff(
 ) -> Block:
     """A block of int8 or int4 weights, quantised from float ones of any dtype (shapes as in `ff_block`).
 
-    A neuron's gate, up and down rows follow one another in one record: `tensors[0]` is (D_ff, record bytes) uint8, and for
-    int8 `tensors[1]` is (D_ff, 3 or 2) float32, the rows' scales. int4's scales are in the rows (float16, groups of 32).
+    A neuron's gate, up and down rows follow one another in one record: `tensors[0]` is (D_ff, record bytes) uint8, and
+    for int8 `tensors[1]` is (D_ff, 3 or 2) float32, the rows' scales. int4's are in the rows (float16, groups of 32).
     """
     parts = [part for part in (gate, up, down) if part is not None]
     for part in parts:
@@ -491,7 +492,7 @@ def unpack(block: Block | Matrix, first: int = 0, last: int | None = None) -> li
     return out
 
 
-# -- calls ------------------------------------------------------------------------------------------------------------------
+# -- calls --------------------------------------------------------------
 
 
 def _check(status: int) -> None:
@@ -531,8 +532,8 @@ def ff(
 
     Shapes:
         x: (B, D) float32 or bfloat16, 1 <= B <= 16
-        experts: (k,) int32 or int64, contiguous, each in 0..D_ff-1 (not checked here: selection made them), shared by all
-            rows; None: all neurons. With row_mask: the union of the rows' sets, both from `union`
+        experts: (k,) int32 or int64, contiguous, each in 0..D_ff-1 (not checked here: selection made them), shared by
+            all rows; None: all neurons. With row_mask: the union of the rows' sets, both from `union`
         row_mask: (k,) uint16, bit r of entry i: row r wants expert i
         out: (B, D) float32 or bfloat16, must not overlap x; default a new tensor of x's dtype
         returns out
@@ -572,6 +573,28 @@ def matvec(matrix: Matrix, x: Tensor, *, out: Tensor | None = None, threads: int
     address = ctypes.addressof(matrix.struct)
     _check(_library().griffin_matvec(address, ctypes.addressof(rows), threads or torch.get_num_threads()))
     return out
+
+
+def decode(
+    decoder: ctypes.Structure,
+    cache: ctypes.Structure,
+    experts: Any,
+    tokens: Tensor,
+    logits: Tensor,
+    *,
+    threads: int | None = None,
+) -> None:
+    """One generation step of a whole decoder (`native/include/griffin_decode.h`); fills `logits`.
+
+    Shapes:
+        tokens: (B,) int64; logits: (B, V) float32, contiguous; 1 <= B <= 16
+    """
+    _check(
+        _library().griffin_decode(
+            ctypes.addressof(decoder), ctypes.addressof(cache), ctypes.addressof(experts), tokens.data_ptr(),
+            tokens.shape[0], logits.data_ptr(), threads or torch.get_num_threads(),
+        )
+    )  # fmt: skip
 
 
 def union(experts: Tensor, d_ff: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
-    DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -25,6 +24,7 @@ from transformers import (
 
 from griffin.attachment import Conversation, Griffin
 from griffin.attachment.conversation import keep_with_cache, of_cache
+from griffin.decode.step import NativeStep, new_cache
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def generate_step(
         ValueError: no new token after the cache, or `prompt_chunk` is not positive.
     """
     sampling = sampling or Sampling()
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    cache = new_cache(model) if cache is None else cache
     done = int(cache.get_seq_length())
     if input_ids.shape[1] <= done:
         raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and the cache {done}: there is none to run")
@@ -153,10 +153,14 @@ def generate_step(
     tokens = draw(logits)
     yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
 
+    native = None if handle is None else NativeStep.of(model, handle, cache, attention_mask)
     while True:
         start = time.perf_counter()
-        with torch.no_grad(), nullcontext() if handle is None else handle.generation_phase():
-            logits = forward(tokens[:, None])
+        if native is not None:
+            logits = native(tokens)
+        else:
+            with torch.no_grad(), nullcontext() if handle is None else handle.generation_phase():
+                logits = forward(tokens[:, None])
         tokens = draw(logits)
         yield Step(tokens, logits, time.perf_counter() - start, 0.0)
 

@@ -1,0 +1,253 @@
+// The library against plain double loops, made for the sanitizer build: every buffer is exactly as long as promised and on
+// the heap, so that a read or write beyond it is caught. Random shapes, all formats and instruction sets; exits 1 on a miss.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "griffin_native.h"
+
+namespace {
+
+std::mt19937 rng(1);
+int failures = 0;
+
+int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
+
+uint16_t to_bf16(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+float from_bf16(uint16_t v) {
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+// n rows in a format, from random values; `values` is what they mean.
+struct Weights {
+  std::vector<uint8_t> rows;
+  std::vector<float> scale, values;
+  int64_t stride;
+
+  Weights(int format, int n, int d) : scale(static_cast<size_t>(n), 1.f), values(static_cast<size_t>(n) * d) {
+    std::normal_distribution<float> normal;
+    std::vector<float> source(values.size());
+    for (float& v : source) v = normal(rng);
+    stride = griffin_row_bytes(format, d);
+    if (format == GRIFFIN_F32) stride += 4 * between(0, 3);
+    rows.resize(static_cast<size_t>(stride * n), 0xff);
+    if (format >= GRIFFIN_INT8) {
+      griffin_pack(format, source.data(), n, d, d, rows.data(), stride, scale.data(), 4);
+    } else {
+      for (int i = 0; i < n; i++)
+        for (int c = 0; c < d; c++) {
+          const float v = source[static_cast<size_t>(i) * d + c];
+          uint8_t* at = rows.data() + i * stride;
+          const uint16_t half = format == GRIFFIN_BF16 ? to_bf16(v) : static_cast<uint16_t>(between(0, 0x3fff));
+          if (format == GRIFFIN_F32)
+            memcpy(at + 4 * c, &v, 4);
+          else
+            memcpy(at + 2 * c, &half, 2);
+        }
+    }
+    griffin_unpack(format, rows.data(), n, d, stride, scale.data(), 4, values.data(), d);
+  }
+};
+
+struct Case {
+  int format, d, d_ff, rows, threads, activation;
+  bool gated, bf16_x, bf16_y, biased;
+};
+
+double act(int activation, double v) {
+  switch (activation) {
+    case GRIFFIN_SILU: return v / (1 + exp(-v));
+    case GRIFFIN_GELU: return 0.5 * v * (1 + erf(v / sqrt(2.0)));
+    case GRIFFIN_GELU_TANH: return 0.5 * v * (1 + tanh(sqrt(2 / 3.14159265358979323846) * (v + 0.044715 * v * v * v)));
+    case GRIFFIN_RELU: return v > 0 ? v : 0;
+    default: return v > 0 ? v * v : 0;
+  }
+}
+
+// |y - expected| against the norm of it: float32 summation, and bf16 rounds y. What int8 and int4 weights see of x is
+// rounded in the expected values just as in the library, so that they need no wider limit.
+void compare(const char* what, const std::string& isa, const Case& c, const std::vector<double>& expected,
+             const std::vector<double>& y, bool bf16_y) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < y.size(); i++) {
+    error += (y[i] - expected[i]) * (y[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  const double limit = bf16_y ? 0.004 : 3e-5;
+  if (sqrt(error) <= limit * sqrt(norm) + 1e-5) return;
+  failures++;
+  printf("%s %s format %d d %d d_ff %d rows %d threads %d act %d gated %d: error %g of %g\n", what, isa.c_str(), c.format,
+         c.d, c.d_ff, c.rows, c.threads, c.activation, c.gated, sqrt(error), sqrt(norm));
+}
+
+struct Io {  // x and y of one call, y poisoned with NaN
+  std::vector<float> xf, yf, x_value;
+  std::vector<uint16_t> xb, yb;
+  griffin_rows rows{};
+
+  Io(const Case& c, int d_in, int d_out) {
+    std::normal_distribution<float> normal;
+    xf.resize(static_cast<size_t>(c.rows) * d_in);
+    for (float& v : xf) v = normal(rng);
+    x_value = xf;
+    if (c.bf16_x)
+      for (size_t i = 0; i < xf.size(); i++) {
+        xb.push_back(to_bf16(xf[i]));
+        x_value[i] = from_bf16(xb.back());
+      }
+    for (int r = 0; c.format >= GRIFFIN_INT8 && r < c.rows; r++)
+      for (int g = 0; g < d_in; g += 32) {  // to 1/127 of its group's maximum
+        float top = 0, *group = &x_value[static_cast<size_t>(r) * d_in + g];
+        const int n = d_in - g < 32 ? d_in - g : 32;
+        for (int i = 0; i < n; i++) top = fmaxf(top, fabsf(group[i]));
+        for (int i = 0; i < n; i++) group[i] = rintf(group[i] * (127.f / top)) * (top / 127.f);
+      }
+    yf.assign(static_cast<size_t>(c.rows) * d_out, NAN);
+    yb.assign(yf.size(), 0x7fc0);
+    rows.x = c.bf16_x ? static_cast<const void*>(xb.data()) : xf.data();
+    rows.y = c.bf16_y ? static_cast<void*>(yb.data()) : yf.data();
+    rows.x_type = c.bf16_x ? GRIFFIN_BF16 : GRIFFIN_F32;
+    rows.y_type = c.bf16_y ? GRIFFIN_BF16 : GRIFFIN_F32;
+    rows.x_stride = d_in * (c.bf16_x ? 2 : 4);
+    rows.y_stride = d_out * (c.bf16_y ? 2 : 4);
+    rows.rows = c.rows;
+  }
+  std::vector<double> y() const {
+    std::vector<double> out(yf.begin(), yf.end());
+    if (rows.y_type == GRIFFIN_BF16)
+      for (size_t i = 0; i < out.size(); i++) out[i] = from_bf16(yb[i]);
+    return out;
+  }
+};
+
+std::vector<float> random_bias(bool there, int n) {
+  std::vector<float> bias;
+  std::normal_distribution<float> normal;
+  for (int i = 0; there && i < n; i++) bias.push_back(normal(rng));
+  return bias;
+}
+const float* or_null(const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
+
+void check_ff(const std::string& isa, const Case& c) {
+  const Weights gate(c.format, c.d_ff, c.d), up(c.format, c.d_ff, c.d), down(c.format, c.d_ff, c.d);
+  const auto gate_bias = random_bias(c.biased, c.d_ff), up_bias = random_bias(c.biased, c.d_ff),
+             out_bias = random_bias(c.biased, c.d);
+  griffin_ff_block block{};
+  block.d_model = c.d;
+  block.d_ff = c.d_ff;
+  block.format = c.format;
+  block.activation = c.activation;
+  if (c.gated) block.gate = gate.rows.data();
+  block.up = up.rows.data();
+  block.down = down.rows.data();
+  block.gate_stride = gate.stride;
+  block.up_stride = up.stride;
+  block.down_stride = down.stride;
+  if (c.format == GRIFFIN_INT8) {
+    block.gate_scale = gate.scale.data();
+    block.up_scale = up.scale.data();
+    block.down_scale = down.scale.data();
+    block.scale_stride = 4;
+  }
+  block.gate_bias = or_null(gate_bias);
+  block.up_bias = or_null(up_bias);
+  block.out_bias = or_null(out_bias);
+
+  Io io(c, c.d, c.d);
+  const int kind = between(0, 3);  // all neurons, a shared set of int64, one set a row, and one expert a row
+  const int k = kind == 3 ? 1 : between(1, c.d_ff);
+  std::vector<int64_t> sets;
+  for (int r = 0; r < (kind == 1 ? 1 : c.rows); r++) {
+    std::vector<int64_t> order(static_cast<size_t>(c.d_ff));
+    for (int j = 0; j < c.d_ff; j++) order[j] = j;
+    for (int i = 0; i < k; i++) {
+      std::swap(order[i], order[between(i, c.d_ff - 1)]);
+      sets.push_back(order[i]);
+    }
+  }
+  std::vector<int32_t> joined(static_cast<size_t>(c.rows) * k < static_cast<size_t>(c.d_ff) ? c.rows * k : c.d_ff);
+  std::vector<uint16_t> mask(joined.size());
+  std::vector<std::vector<int64_t>> wanted(c.rows);
+  for (int r = 0; r < c.rows; r++)
+    for (int j = 0; j < (kind == 0 ? c.d_ff : k); j++)
+      wanted[r].push_back(kind == 0 ? j : sets[(kind == 1 ? 0 : r * k) + j]);
+  if (kind == 1) {
+    io.rows.experts = sets.data();
+    io.rows.n_experts = k;
+    io.rows.index_bytes = 8;
+  } else if (kind >= 2) {
+    io.rows.n_experts = griffin_union(sets.data(), 8, c.rows, k, c.d_ff, joined.data(), mask.data());
+    io.rows.experts = joined.data();
+    io.rows.index_bytes = 4;
+    io.rows.row_mask = mask.data();
+  }
+  std::vector<double> expected;
+  for (int r = 0; r < c.rows; r++) {
+    std::vector<double> y(static_cast<size_t>(c.d));
+    for (int i = 0; i < c.d; i++) y[i] = c.biased ? out_bias[i] : 0;
+    for (const int64_t j : wanted[r]) {
+      double g = c.biased ? gate_bias[j] : 0, u = c.biased ? up_bias[j] : 0;
+      for (int i = 0; i < c.d; i++) {
+        g += double{gate.values[j * c.d + i]} * io.x_value[static_cast<size_t>(r) * c.d + i];
+        u += double{up.values[j * c.d + i]} * io.x_value[static_cast<size_t>(r) * c.d + i];
+      }
+      const double z = c.gated ? act(c.activation, g) * u : act(c.activation, u);
+      for (int i = 0; i < c.d; i++) y[i] += z * down.values[j * c.d + i];
+    }
+    expected.insert(expected.end(), y.begin(), y.end());
+  }
+  for (int repeat = 0; repeat < 2; repeat++)
+    if (griffin_ff(&block, &io.rows, c.threads) != GRIFFIN_OK) failures++;
+  compare("ff", isa, c, expected, io.y(), c.bf16_y);
+}
+
+void check_matvec(const std::string& isa, const Case& c) {
+  const Weights w(c.format, c.d_ff, c.d);
+  const auto bias = random_bias(c.biased, c.d_ff);
+  Io io(c, c.d, c.d_ff);
+  const griffin_matrix matrix{c.d, c.d_ff, c.format, 0, w.rows.data(), w.stride, w.scale.data(), or_null(bias)};
+  if (griffin_matvec(&matrix, &io.rows, c.threads) != GRIFFIN_OK) failures++;
+  std::vector<double> expected;
+  for (int r = 0; r < c.rows; r++)
+    for (int o = 0; o < c.d_ff; o++) {
+      double y = c.biased ? bias[o] : 0;
+      for (int i = 0; i < c.d; i++)
+        y += double{w.values[static_cast<size_t>(o) * c.d + i]} *
+             io.x_value[static_cast<size_t>(r) * c.d + i];
+      expected.push_back(y);
+    }
+  compare("matvec", isa, c, expected, io.y(), c.bf16_y);
+}
+
+}  // namespace
+
+int main() {
+  std::istringstream names(griffin_isas());
+  int cases = 0;
+  for (std::string isa; names >> isa;) {
+    griffin_set_isa(isa.c_str());
+    for (int format = GRIFFIN_F32; format <= GRIFFIN_INT4; format++)
+      for (int i = 0; i < 60; i++, cases++) {
+        const Case c{format, between(1, i % 3 ? 200 : 1300), between(1, 40), between(1, 16), between(1, 4), between(0, 4),
+                     between(0, 1) == 1, between(0, 1) == 1, between(0, 1) == 1, between(0, 1) == 1};
+        check_ff(isa, c);
+        check_matvec(isa, c);
+      }
+  }
+  if (griffin_ff(nullptr, nullptr, 1) != GRIFFIN_BAD_ARGUMENT || griffin_set_isa("mmx") != GRIFFIN_NO_ISA) failures++;
+  printf("%d cases on %s (%s), %d failed\n", cases, griffin_isas(), griffin_threading(), failures);
+  return failures != 0;
+}

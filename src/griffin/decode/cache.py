@@ -1,0 +1,113 @@
+"""A key/value cache with room to grow, so that a step appends in place and native code can write into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+_ROOM = 256  # tokens by which a buffer grows at least
+
+
+class BufferedLayer(DynamicLayer):
+    """One layer's keys and values: views of buffers that are longer than what is in them.
+
+    Shapes:
+        keys, values: (B, K, tokens, E), views of buffers (B, K, capacity, E).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.buffers: list[Tensor | None] = [None, None]
+        self.length = 0
+        super().__init__(**kwargs)
+
+    # Transformers' own methods (crop, reorder_cache, batch_select_indices, ...) read and assign these two.
+    @property
+    def keys(self) -> Tensor | None:
+        """The cached keys."""
+        return self._view(0)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self.buffers[0] = self._buffer_of(value, 0)
+        self.length = 0 if value is None or value.dim() < 4 else value.shape[-2]
+
+    @property
+    def values(self) -> Tensor | None:
+        """The cached values."""
+        return self._view(1)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self.buffers[1] = self._buffer_of(value, 1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values; return all of them.
+
+        Shapes: each (B, K, S, E).
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        for which, states in enumerate((key_states, value_states)):
+            buffer = self._reserved(which, end, states)
+            buffer[:, :, self.length : end] = states
+        self.length = end
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return keys, values
+
+    def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Make room for so many tokens in all, and return the buffers.
+
+        Raises:
+            ValueError: the layer is empty, so the shape of its keys is not known.
+        """
+        keys, values = self.keys, self.values
+        if keys is None or values is None or keys.dim() < 4:
+            raise ValueError("the cache is empty: run the prompt first")
+        return self._reserved(0, tokens, keys), self._reserved(1, tokens, values)
+
+    def get_seq_length(self) -> int:
+        """Number of cached tokens."""
+        return self.length
+
+    def _view(self, which: int) -> Tensor | None:
+        buffer = self.buffers[which]
+        return buffer if buffer is None or buffer.dim() < 4 else buffer[:, :, : self.length]
+
+    def _buffer_of(self, value: Tensor | None, which: int) -> Tensor | None:
+        """The buffer behind an assigned value: the present one if the value is its beginning (a crop)."""
+        buffer = self.buffers[which]
+        if (
+            value is not None
+            and buffer is not None
+            and value.dim() == buffer.dim() == 4
+            and value.data_ptr() == buffer.data_ptr()
+            and value.stride() == buffer.stride()
+            and value.shape[:2] == buffer.shape[:2]
+        ):
+            return buffer
+        return value
+
+    def _reserved(self, which: int, tokens: int, like: Tensor) -> Tensor:
+        buffer = self.buffers[which]
+        if buffer is not None and buffer.dim() == 4 and buffer.shape[2] >= tokens and buffer.is_contiguous():
+            return buffer
+        capacity = tokens + max(_ROOM, tokens // 2)
+        larger = torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
+        if buffer is not None and buffer.dim() == 4:
+            larger[:, :, : self.length] = buffer[:, :, : self.length]
+        self.buffers[which] = larger
+        return larger
+
+
+class BufferedCache(Cache):
+    """A cache of such layers. Layers with a sliding window keep all tokens; the mask hides the old ones."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[BufferedLayer() for _ in range(layers)])
