@@ -289,3 +289,23 @@ def _packed(parts: list[Tensor], weights: str, fill: bool) -> tuple[Tensor, Tens
 
 def _row(scales: Tensor | None) -> Tensor | None:
     return None if scales is None else scales.t()
+
+
+def ff_records(block: FFBlock) -> tuple[Tensor, Tensor | None]:
+    """The records that an FF block's projections are views into, and int8's scales, as `kernel.ff_records` wants them.
+
+    Shapes: (D_ff, bytes of a record) uint8; (D_ff, 3), or 2 ungated, float32.
+
+    Raises:
+        ValueError: the projections do not lie in one record, as after somebody replaced one of them.
+    """
+    projections = (*block.inputs, block.output)
+    packed = [part for projection in projections for part in projection.packed]  # type: ignore[union-attr]
+    first, (d_ff, row) = packed[0], packed[0].shape
+    record = row * len(packed)
+    addresses = [part.data_ptr() - first.data_ptr() for part in packed]
+    if addresses != [i * row for i in range(len(packed))] or any(part.stride() != (record, 1) for part in packed):
+        raise ValueError(f"{block.path}: gate, up and down do not lie in one record; load or convert the model again")
+    records = first.as_strided((d_ff, record), (record, 1))
+    own = block.inputs[0].scales
+    return records, own[0].as_strided((d_ff, len(packed)), (len(packed), 1)) if isinstance(own, Tensor) else None

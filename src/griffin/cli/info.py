@@ -145,8 +145,12 @@ def bytes_read_per_token(model: nn.Module) -> int:
     """
     from torch import nn
 
+    from griffin.layouts import is_quantised
+
     read: dict[int, int] = {}
     for module in model.modules():
+        if is_quantised(module):
+            read[id(module)] = int(module.nbytes)  # type: ignore[arg-type]
         if not isinstance(module, nn.Embedding):
             read |= {parameter.data_ptr(): parameter.nbytes for parameter in module.parameters(recurse=False)}
     return sum(read.values())
@@ -154,7 +158,7 @@ def bytes_read_per_token(model: nn.Module) -> int:
 
 def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
     """Join consecutive FF blocks that are alike."""
-    from griffin.layouts import rows
+    from griffin.layouts import shape_of
 
     folded: list[Layers] = []
     for block in blocks:
@@ -164,7 +168,7 @@ def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
             path=".".join("{}" if part == str(block.layer) else part for part in block.path.split(".")),
             layout=str(block.layout),
             d_ff=block.width,
-            d=rows(block.output)[0].shape[0],
+            d=shape_of(block.output)[0],
             gated=block.gated,
             bytes_per_layer=block.nbytes,
         )
