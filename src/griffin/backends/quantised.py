@@ -156,6 +156,10 @@ class QuantisedLinear(nn.Module):
             norms.append(torch.cat(own))
         return norms
 
+    def reset(self) -> None:
+        """Forget what was derived from the bias and the scales, after they have changed."""
+        self._matrices = None
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         kind = ", neuron-major" if self.transposed else ""
