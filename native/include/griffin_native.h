@@ -124,6 +124,11 @@ GRIFFIN_API int griffin_pack(int format, const float *source, int64_t n, int64_t
 /* The inverse, for tests and for a prompt phase through dequantised blocks; any format. */
 GRIFFIN_API int griffin_unpack(int format, const void *rows_in, int64_t n, int64_t d, int64_t stride, const float *scale,
                                int64_t scale_stride, float *out, int64_t out_stride);
+/* Columns begin..end (begin a multiple of 128) of n int8 or int4 rows as bf16 or float32, rounded to nearest even, for a
+ * GEMM. out_stride in values. Multi-threaded, and much faster than griffin_unpack. */
+GRIFFIN_API int griffin_unpack_block(int format, const void *rows_in, int64_t n, int64_t d, int64_t stride,
+                                     const float *scale, int64_t scale_stride, int64_t begin, int64_t end, void *out,
+                                     int out_type, int64_t out_stride, int threads);
 /* Ask for huge pages under [address, address + bytes); 0 if the system took the advice. */
 GRIFFIN_API int griffin_advise_huge(void *address, int64_t bytes);
 /* Bytes per second of a plain float sum over the buffer with `threads` threads: the yardstick for everything above. */

@@ -7,6 +7,7 @@ between them (activation, gate, clamp) works on the experts alone, and the outpu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,13 +92,19 @@ class FFBlock:
     @property
     def parameters(self) -> int:
         """Number of weights that belong to neurons: the rows of the input projections, the columns of the output."""
-        own = sum(weight.numel() + (0 if bias is None else bias.numel()) for weight, bias in map(rows, self.inputs))
-        return own + rows(self.output)[0].numel()
+        weights = sum(math.prod(shape_of(projection)) for projection in (*self.inputs, self.output))
+        return weights + sum(_bias_of(projection).numel() for projection in self.inputs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of those weights."""
-        return self.parameters * rows(self.output)[0].element_size()
+        """Bytes of those weights as they are stored, scales included."""
+        weights = sum(_weight_bytes(projection) for projection in (*self.inputs, self.output))
+        return weights + sum(_bias_of(projection).nbytes for projection in self.inputs)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the weights are packed: a `QuantisedLinear` each, which has no `weight`."""
+        return is_quantised(self.output)
 
     def input_weights(self) -> list[Tensor]:
         """Weights that read the block's input, one tensor for the gate (if there is one) and one for `W_1`.
@@ -106,6 +113,36 @@ class FFBlock:
         """
         weights = [rows(module)[0] for module in self.inputs]
         return list(weights[0].chunk(2)) if self.layout.fused else weights
+
+    def input_norms(self) -> list[Tensor]:
+        """L2 norms of the rows of `input_weights`, of packed ones too.
+
+        Shapes: each (D_ff,), float32.
+        """
+        if self.quantised:
+            return [norm for projection in self.inputs for norm in projection.row_norms()]  # type: ignore[operator]
+        return [torch.linalg.vector_norm(weight.detach().float(), dim=1) for weight in self.input_weights()]
+
+
+def is_quantised(projection: nn.Module) -> bool:
+    """Whether a projection is a `QuantisedLinear`, known by what it has: `backends` is above this room."""
+    return isinstance(getattr(projection, "packed", None), Tensor)
+
+
+def shape_of(projection: nn.Module) -> tuple[int, int]:
+    """out_features, in_features."""
+    if is_quantised(projection):
+        return int(projection.out_features), int(projection.in_features)  # type: ignore[arg-type]
+    height, width = rows(projection)[0].shape
+    return height, width
+
+
+def _bias_of(projection: nn.Module) -> Tensor:
+    return projection.bias if isinstance(projection.bias, Tensor) else torch.empty(0)
+
+
+def _weight_bytes(projection: nn.Module) -> int:
+    return int(projection.nbytes) if is_quantised(projection) else rows(projection)[0].nbytes  # type: ignore[arg-type]
 
 
 def rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -142,13 +179,17 @@ def find_ff_blocks(model: nn.Module, layout: Layout | None = None) -> list[FFBlo
             f"{name}: {_NOT_INDEPENDENT[name]}, so the neurons are not independent of each other; this family is not "
             "supported"
         )
-    prefix, layers = _decoder_layers(model, name)
+    prefix, layers = decoder_layers(model)
     candidates = LAYOUTS if layout is None else (layout,)
     return [_block_of(index, f"{prefix}.{index}", layer, candidates, name) for index, layer in enumerate(layers)]
 
 
-def _decoder_layers(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
-    """The decoder's list of layers: the ModuleList of the decoder that is as long as the config says."""
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder's layers: the ModuleList of the decoder that is as long as the config says.
+
+    Raises:
+        ValueError: there is none.
+    """
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else model
     decoder = model if decoder is None else decoder
@@ -160,6 +201,7 @@ def _decoder_layers(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
     found = [modules for modules in lists if len(modules) == count]
     if not found:
         lengths = sorted({len(modules) for modules in lists})
+        name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
         raise ValueError(
             f"{name}: found no list of {count} decoder layers (lists of modules here have lengths {lengths}); "
             "GRIFFIN needs a Transformers decoder with its layers in one nn.ModuleList"
@@ -210,7 +252,7 @@ def _checked(index: int, path: str, layer: nn.Module, module: nn.Module, layout:
     inputs = tuple(getattr(module, attribute) for attribute in layout.inputs)
     output = getattr(module, layout.output)
     for attribute, projection in zip((*layout.inputs, layout.output), (*inputs, output), strict=True):
-        if not _is_plain(projection):
+        if not (is_plain(projection) or is_quantised(projection)):
             raise ValueError(
                 f"{name}: {path}.{attribute} is a {type(projection).__module__}.{type(projection).__name__}, not a "
                 "plain Linear or Conv1D of floating-point weights; load the model unquantised and without adapters"
@@ -221,12 +263,12 @@ def _checked(index: int, path: str, layer: nn.Module, module: nn.Module, layout:
                 f"{name}: {path}.{child} ({type(other).__name__}) has weights of its own inside the FF block, so the "
                 "neurons are not independent of each other; this family is not supported"
             )
-    width = rows(output)[0].shape[1]
+    width = shape_of(output)[1]
     expected = 2 * width if layout.fused else width
     for attribute, projection in zip(layout.inputs, inputs, strict=True):
-        if rows(projection)[0].shape[0] != expected:
+        if shape_of(projection)[0] != expected:
             raise ValueError(
-                f"{name}: {path}.{attribute} writes {rows(projection)[0].shape[0]} values, but {layout.output} reads "
+                f"{name}: {path}.{attribute} writes {shape_of(projection)[0]} values, but {layout.output} reads "
                 f"{width}; expected {expected} for the layout {layout}"
             )
     return FFBlock(index, path, layout, module, inputs, output, width)
@@ -244,7 +286,8 @@ def _others(layer: nn.Module, module: nn.Module, layout: Layout) -> Iterator[tup
     return ((child, other) for child, other in module.named_children() if child not in named)
 
 
-def _is_plain(projection: nn.Module) -> bool:
+def is_plain(projection: nn.Module) -> bool:
+    """Whether a projection is a Linear or Conv1D of floating-point weights and nothing more."""
     kind = type(projection)
     weight = getattr(projection, "weight", None)
     # The exact type of the weight: torchao's quantised tensors are subclasses that call themselves bfloat16.

@@ -73,15 +73,15 @@ SELECTIONS: dict[str, Selection] = {
 }
 
 
-def magnitude_scores(inputs: list[Tensor]) -> Tensor:
+def magnitude_scores(norms: list[Tensor]) -> Tensor:
     """Static scores of the paper's magnitude baseline: `||W_g[j]||_2 * ||W_1[j]||_2`, ungated `||W_1[j]||_2`.
 
     Shapes:
-        inputs: the input projections' weights, each (D_ff, D). Returns (D_ff,), float32.
+        norms: the L2 norms of the input projections' rows, each (D_ff,). Returns (D_ff,), float32.
     """
-    scores = torch.ones(inputs[0].shape[0], device=inputs[0].device)
-    for weight in inputs:
-        scores = scores * torch.linalg.vector_norm(weight.float(), dim=1)
+    scores = torch.ones(norms[0].shape[0], device=norms[0].device)
+    for norm in norms:
+        scores = scores * norm.float()
     return scores
 
 

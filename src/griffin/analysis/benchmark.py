@@ -22,13 +22,15 @@ from griffin.analysis.verification import verify
 from griffin.attachment import Griffin, attach
 from griffin.backends import kernel, resolve
 from griffin.backends.neuron_major import make_neuron_major
+from griffin.backends.quantised import FLOATS, QUANTISED, convert
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.generation.step import generate_step
 from griffin.generation.text import context_length
 from griffin.layouts import find_ff_blocks
 
-WEIGHTS = {"bf16": torch.bfloat16, "f32": torch.float32}
+# Formats of weights, and the dtype in which a model is built before it is converted: what stays of it is that dtype.
+WEIGHTS = {**FLOATS, **dict.fromkeys(QUANTISED, torch.bfloat16)}
 _WARM_UP_TOKENS = 32
 _WARM_UP_STEPS = 3
 
@@ -96,7 +98,9 @@ def prepare(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     Raises:
         ValueError: there is no such format.
     """
-    return model.to(dtype_of(weights))  # type: ignore[no-any-return, arg-type, unused-ignore]
+    dtype_of(weights)
+    convert(model, weights)
+    return model
 
 
 def dtype_of(weights: str) -> torch.dtype:

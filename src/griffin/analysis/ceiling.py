@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from griffin.layouts import is_quantised
+
 
 def bytes_read_per_token(model: nn.Module) -> int:
     """Bytes of all weights that the full model reads to generate one token.
@@ -12,6 +14,8 @@ def bytes_read_per_token(model: nn.Module) -> int:
     """
     read: dict[int, int] = {}
     for module in model.modules():
+        if is_quantised(module):
+            read[id(module)] = int(module.nbytes)  # type: ignore[arg-type]
         if not isinstance(module, nn.Embedding):
             read |= {parameter.data_ptr(): parameter.nbytes for parameter in module.parameters(recurse=False)}
     return sum(read.values())

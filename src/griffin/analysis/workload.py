@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from griffin.analysis import benchmark, machine, shapes
 from griffin.analysis.benchmark import Row
 from griffin.analysis.machine import Bandwidth
+from griffin.backends.quantised import FLOATS
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.generation.load import load
@@ -164,5 +165,5 @@ def _check_lengths(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _format_of(model: PreTrainedModel) -> str:
-    names = {dtype: name for name, dtype in benchmark.WEIGHTS.items()}
+    names = {dtype: name for name, dtype in FLOATS.items()}
     return names.get(model.dtype, str(model.dtype).removeprefix("torch."))

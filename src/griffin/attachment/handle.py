@@ -282,7 +282,7 @@ class Griffin:
         experts: dict[int, tuple[Tensor, ...]] = {}
         for block in self.blocks:
             if self._static:
-                scores = selection.magnitude_scores(block.input_weights())[None]
+                scores = selection.magnitude_scores(block.input_norms())[None]
             elif block.layer not in self._conversation.energies:
                 raise ValueError("no prompt token came: call the model inside handle.prompt_phase()")
             else:

@@ -74,6 +74,10 @@ def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
         unusable = next((reason for block in blocks if (reason := native.unusable(block)) is not None), None)
         if unusable is None:
             return Backend("native", f"auto: experts are read in place ({kernel.isa()})", native.NativeFF)
+        if any(block.quantised for block in blocks):
+            return Backend(
+                "reference", f"auto: quantised experts are dequantised, since {unusable}", reference.ReferenceFF
+            )
         reason = f"auto: experts are copied once per selection, then read like a dense block, since {unusable}"
         return Backend("gather", reason, gather.GatherFF)
     if name not in _BACKENDS:

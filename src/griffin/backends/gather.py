@@ -21,6 +21,8 @@ class GatherFF:
     """The experts of one FF block as dense weights of width k, one copy for each set of experts."""
 
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
+        if block.quantised:
+            raise ValueError(f"the gather backend copies plain weights, {block.path} has quantised ones: use native")
         self._block = block
         self._weights: list[Tensor] = []  # each (n, k, D), of n sets of experts; (n, 2k, D) where fused
         self._biases: list[Tensor | None] = []  # each (n, 1, k)

@@ -83,6 +83,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "griffin_row_bytes": (_i64, [ctypes.c_int, _i64]),
     "griffin_pack": (ctypes.c_int, [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
     "griffin_unpack": (ctypes.c_int, [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
+    "griffin_unpack_block": (
+        ctypes.c_int,
+        [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, *[_i64] * 3, _pointer, ctypes.c_int, _i64, ctypes.c_int],
+    ),
     "griffin_advise_huge": (ctypes.c_int, [_pointer, _i64]),
     "griffin_read_bandwidth": (ctypes.c_double, [_pointer, _i64, ctypes.c_int]),
 }
@@ -384,6 +388,60 @@ def quantise_matrix(weight: Tensor, *, format: str, bias: Tensor | None = None) 
     )
     kept = tuple(t for t in (rows, scale, bias) if t is not None)
     return Matrix(d_in, d_out, format, rows.numel() + (4 * d_out if scale is not None else 0), struct, kept)
+
+
+def matrix_rows(rows: Tensor, scale: Tensor | None, *, d_in: int, bias: Tensor | None = None) -> Matrix:
+    """A matrix over rows that were quantised before, read where they are; scales that are not contiguous are copied.
+
+    Shapes:
+        rows: (out, bytes of a row) uint8, rows contiguous, at any stride (a part of a neuron's record)
+        scale: int8: (out,) float32; None says int4
+    """
+    d_out, format = rows.shape[0], "int4" if scale is None else "int8"
+    _check_rows("rows", rows, torch.Size((d_out, row_bytes(format, d_in))), torch.uint8)
+    if scale is not None:
+        if scale.shape != (d_out,) or scale.dtype != torch.float32:
+            raise ValueError(f"scale: {tuple(scale.shape)} {scale.dtype}, expected ({d_out},) float32")
+        scale = scale.contiguous()
+    bias = _bias("bias", bias, d_out)
+    struct = _Matrix(
+        d_in, d_out, FORMATS.index(format), 0, rows.data_ptr(), rows.stride(0), _address(scale), _address(bias)
+    )
+    kept = tuple(t for t in (rows, scale, bias) if t is not None)
+    return Matrix(d_in, d_out, format, rows.numel() + (4 * d_out if scale is not None else 0), struct, kept)
+
+
+def unpack_rows(
+    rows: Tensor, scale: Tensor | None, out: Tensor, *, d: int, begin: int = 0, threads: int | None = None
+) -> Tensor:
+    """Columns begin, begin + 1, ... of quantised rows, as many as `out` has, dequantised into it.
+
+    Shapes:
+        rows: (n, bytes of a row of d weights) uint8, rows contiguous; scale: int8: (n,) float32; None says int4
+        out: (n, columns) float32 or bfloat16, rows contiguous; begin is a multiple of 128
+    """
+    n, format = rows.shape[0], "int4" if scale is None else "int8"
+    _check_rows("rows", rows, torch.Size((n, row_bytes(format, d))), torch.uint8)
+    if out.dtype not in _ROW_TYPES or out.dim() != 2 or out.shape[0] != n or (out.shape[1] > 1 and out.stride(1) != 1):
+        raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected ({n}, columns) float32 or bfloat16")
+    if scale is not None and (scale.shape != (n,) or scale.dtype != torch.float32):
+        raise ValueError(f"scale: {tuple(scale.shape)} {scale.dtype}, expected ({n},) float32")
+    if out.numel() == 0:
+        return out
+    scale_stride = 0 if scale is None else 4 * scale.stride(0)
+    _check(
+        _library().griffin_unpack_block(
+            FORMATS.index(format), rows.data_ptr(), n, d, rows.stride(0), _address(scale), scale_stride, begin,
+            begin + out.shape[1], out.data_ptr(), _ROW_TYPES[out.dtype], out.stride(0),
+            threads or torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return out
+
+
+def row_bytes(format: str, d: int) -> int:
+    """Bytes of a row of d int8 or int4 weights, int8's scale not included."""
+    return _row_bytes(format, d)
 
 
 def _row_bytes(format: str, d: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,8 +19,9 @@ from torch.nn import functional as F
 
 from griffin.backends import kernel
 from griffin.backends.neuron_major import make_neuron_major
+from griffin.backends.quantised import ff_records
 from griffin.backends.reference import split_rows
-from griffin.layouts import FFBlock, rows
+from griffin.layouts import FFBlock, rows, shape_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -56,7 +58,8 @@ class NativeFF:
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
         if (reason := unusable(block)) is not None:
             raise ValueError(f"the native backend cannot be used: {reason}")
-        make_neuron_major(block, undo)
+        if not block.quantised:  # records are neuron-major as they are
+            make_neuron_major(block, undo)
         self._width = block.width
         self._block = native_block(block)
         self.number = next(_NUMBERS)
@@ -122,7 +125,7 @@ def unusable(block: FFBlock) -> str | None:
     """Why the native library cannot compute a block; `None` if it can."""
     if (reason := kernel.available()) is not None:
         return reason
-    weights = [rows(projection)[0] for projection in (*block.inputs, block.output)]
+    weights = [] if block.quantised else [rows(projection)[0] for projection in (*block.inputs, block.output)]
     for weight in weights:
         if weight.device.type != "cpu":
             return f"{block.path} is on {weight.device}; the native library runs on the CPU"
@@ -136,16 +139,29 @@ def unusable(block: FFBlock) -> str | None:
 
 
 def native_block(block: FFBlock) -> kernel.Block:
-    """A block of the native library over the model's own weights, which must be neuron-major."""
+    """A block of the native library over the model's own weights, which must be neuron-major or quantised."""
     activation = activation_of(block)
     assert activation is not None
-    weights = block.input_weights()
-    biases = [rows(projection)[1] for projection in block.inputs]
+    biases: list[Any] = [projection.bias for projection in block.inputs]
     if block.layout.fused:
         biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
-    gate, up = (weights[0], weights[1]) if block.gated else (None, weights[0])
     gate_bias, up_bias = (biases[0], biases[1]) if block.gated else (None, biases[0])
-    down, out_bias = rows(block.output)
+    out_bias: Any = block.output.bias
+    if block.quantised:
+        records, scales = ff_records(block)
+        return kernel.ff_records(
+            records,
+            scales,
+            d_model=shape_of(block.output)[0],
+            gated=block.gated,
+            activation=activation,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            out_bias=out_bias,
+        )
+    weights = block.input_weights()
+    gate, up = (weights[0], weights[1]) if block.gated else (None, weights[0])
+    down = rows(block.output)[0]
     return kernel.ff_block(
         None if gate is None else gate.detach(),
         up.detach(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.backends.quantised import QuantisedLinear
 from griffin.layouts import FFBlock, rows
 
 _Project = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +29,10 @@ class ReferenceFF:
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""
-        weight, bias = rows(self._block.inputs[which])
+        projection = self._block.inputs[which]
+        if isinstance(projection, QuantisedLinear):
+            return self._each(x, lambda part, experts: _dequantised_read(projection, part, experts))
+        weight, bias = rows(projection)
 
         def project(part: Tensor, experts: Tensor) -> Tensor:
             if self._block.layout.fused:
@@ -42,7 +46,11 @@ class ReferenceFF:
         """See `SparseFF.write`."""
         if not torch.compiler.is_compiling():  # a count that changes would recompile every step
             self.calls += 1
-        weight, bias = rows(self._block.output)
+        output = self._block.output
+        if isinstance(output, QuantisedLinear):
+            own_bias = output.bias
+            return self._each(z, lambda part, e: F.linear(part, output.dequantised(e, part.dtype).t(), own_bias))
+        weight, bias = rows(output)
         return self._each(z, lambda part, experts: F.linear(part, weight.index_select(1, experts), bias))
 
     def _each(self, x: Tensor, project: _Project) -> Tensor:
@@ -52,6 +60,13 @@ class ReferenceFF:
         return torch.cat([project(part, own) for part, own in zip(parts, self._experts, strict=True)]).view(
             *x.shape[:-1], -1
         )
+
+
+def _dequantised_read(projection: QuantisedLinear, x: Tensor, experts: Tensor) -> Tensor:
+    bias = projection.bias
+    if bias is not None:
+        bias = bias.view(len(projection.packed), -1).index_select(1, experts).reshape(-1)
+    return F.linear(x, projection.dequantised(experts, x.dtype), bias)
 
 
 def split_rows(x: Tensor, sequences: int) -> Tensor:

@@ -79,6 +79,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         f"such as org/name (default: {BUILTIN_MODELS[0]})",
     )
     group.add_argument("--dtype", metavar="TYPE", help="bf16, f16 or f32 (default: as stored)")
+    group.add_argument(
+        "--weights",
+        metavar="FORMAT",
+        help="how the weights are stored on the CPU: bf16, f32, int8 or int4 (default: as --dtype says)",
+    )
     group.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda or mps (default: cuda if there is one)")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
 
@@ -136,7 +141,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
 
     # On the command line an error is one line, and transformers' advice is for programs.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    return load(args.model, dtype=args.dtype, device=args.device, revision=args.revision)
+    return load(args.model, dtype=args.dtype, device=args.device, weights=args.weights, revision=args.revision)
 
 
 def read_text(path: Path) -> str:

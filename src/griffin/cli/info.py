@@ -119,7 +119,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
 
 def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
     """Join consecutive FF blocks that are alike."""
-    from griffin.layouts import rows
+    from griffin.layouts import shape_of
 
     folded: list[Layers] = []
     for block in blocks:
@@ -129,7 +129,7 @@ def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
             path=".".join("{}" if part == str(block.layer) else part for part in block.path.split(".")),
             layout=str(block.layout),
             d_ff=block.width,
-            d=rows(block.output)[0].shape[0],
+            d=shape_of(block.output)[0],
             gated=block.gated,
             bytes_per_layer=block.nbytes,
         )

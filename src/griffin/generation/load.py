@@ -24,8 +24,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from griffin.backends import kernel
+from griffin.backends.quantised import FLOATS, QUANTISED, WEIGHTS, convert
 from griffin.errors import GriffinError
-from griffin.generation.builtin import BUILTIN, builtin_folder, one_line, read_gguf
+from griffin.generation import packed
+from griffin.generation.builtin import BUILTIN, builtin_folder, read_gguf
+from griffin.generation.made_once import one_line
 from griffin.generation.progress import progress
 
 _DTYPES = {
@@ -51,6 +55,7 @@ def load(
     name: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    weights: str | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
@@ -66,7 +71,11 @@ def load(
             an id on the Hugging Face Hub.
         dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32. None: as stored; for a `.gguf` file
             bfloat16.
-        device: None: "cuda" if there is one, else "cpu".
+        device: None: "cuda" if there is one, else "cpu"; with `weights`, "cpu".
+        weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings,
+            quantised (embeddings and norms stay in `dtype`), once for built-in models and `.gguf` files, in memory for
+            others. "bf16" or "f32": that dtype, with FF blocks stored as the native backend reads them. None: as
+            `dtype` says.
         revision: branch, tag or commit; Hub ids only.
         token: access token for a gated or private Hub model; otherwise the one huggingface_hub finds itself.
 
@@ -78,32 +87,76 @@ def load(
     if not name.strip():
         raise ValueError(f"the model name is empty; expected {_EXPECTED}")
     wanted_dtype = _dtype(dtype)
+    if weights is not None:
+        wanted_dtype, device = _for_weights(weights, wanted_dtype, device)
     wanted_device = _device(device)
     path = Path(name).expanduser()
     on_hub = not (name in BUILTIN or name.lower().endswith(".gguf") or path.exists() or _looks_like_path(name))
     if revision is not None and not on_hub:
         raise ValueError(f"revision={revision!r} is for Hub models, {name} is none; leave it out")
-    if name in BUILTIN:
-        folder = builtin_folder(BUILTIN[name])
-        with progress(f"loading {name}"):
-            model, tokenizer = _from_folder(folder, wanted_dtype)
-    elif name.lower().endswith(".gguf"):
-        with progress(f"loading {name}"):
-            model, tokenizer = _from_gguf(path, wanted_dtype or torch.bfloat16)
-    elif path.is_dir():
-        with progress(f"loading {name}"):
-            model, tokenizer = _from_folder(path, wanted_dtype)
-    elif not on_hub:
-        found = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{name} {found}; expected {_EXPECTED}")
+    if weights in QUANTISED and (name in BUILTIN or name.lower().endswith(".gguf")):
+        model, tokenizer = _packed(name, path, weights, wanted_dtype)
     else:
-        with progress(f"loading {name}", hub_bars=True):
-            model, tokenizer = _from_hub(name, wanted_dtype, revision, token)
+        model, tokenizer = _plain(name, path, on_hub, wanted_dtype, revision, token)
+        if weights is not None:
+            with progress(f"converting {name} to {weights}"):
+                convert(model, weights)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model.eval()  # type: ignore[no-untyped-call, unused-ignore]
     return _placed(model, wanted_device), tokenizer
+
+
+def _plain(
+    name: str, path: Path, on_hub: bool, dtype: torch.dtype | None, revision: str | None, token: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name in BUILTIN:
+        folder = builtin_folder(BUILTIN[name])
+        with progress(f"loading {name}"):
+            return _from_folder(folder, dtype)
+    if name.lower().endswith(".gguf"):
+        with progress(f"loading {name}"):
+            return _from_gguf(path, dtype or torch.bfloat16)
+    if path.is_dir():
+        with progress(f"loading {name}"):
+            return _from_folder(path, dtype)
+    if not on_hub:
+        found = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{name} {found}; expected {_EXPECTED}")
+    with progress(f"loading {name}", hub_bars=True):
+        return _from_hub(name, dtype, revision, token)
+
+
+def _packed(
+    name: str, path: Path, weights: str, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A built-in model or a GGUF file in 8 or 4 bits: quantised once, from bfloat16, and read from the cache."""
+    if name in BUILTIN:
+        label, sha256 = name, BUILTIN[name].gguf_sha256
+    else:
+        check_gguf(path)
+        label, sha256 = path.stem, packed.sha256_of(path)
+    folder = packed.packed_folder(label, sha256, weights, lambda: _plain(name, path, False, torch.bfloat16, None, None))
+    with progress(f"loading {name}"):
+        return packed.read_packed(folder, weights, dtype)
+
+
+def _for_weights(
+    weights: str, dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype | None, str]:
+    """The dtype and device that `weights` means."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
+    if device is not None and _device(device).type != "cpu":
+        raise ValueError(f"weights={weights!r} is for the CPU, device is {str(device)!r}; leave one of them out")
+    if weights in FLOATS:
+        if dtype is not None and dtype != FLOATS[weights]:
+            raise ValueError(f"weights={weights!r} and dtype={dtype} say different things; leave one of them out")
+        return FLOATS[weights], "cpu"
+    if (reason := kernel.available()) is not None:
+        raise ValueError(f"weights={weights!r} needs the native library: {reason}")
+    return dtype, "cpu"
 
 
 _EXPECTED = f"a built-in model ({', '.join(BUILTIN)}), a .gguf file, a model folder or a Hub id such as org/name"

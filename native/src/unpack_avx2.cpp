@@ -1,0 +1,2 @@
+#define GRIFFIN_UNPACK unpack_avx2
+#include "unpack.inl"

@@ -1,0 +1,2 @@
+#define GRIFFIN_UNPACK unpack_avx512
+#include "unpack.inl"

@@ -1,0 +1,2 @@
+#define GRIFFIN_UNPACK unpack_portable
+#include "unpack.inl"
