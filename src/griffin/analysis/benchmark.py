@@ -291,5 +291,6 @@ def _laid_out_once(model: PreTrainedModel, backend: str) -> Iterator[None]:
     with ExitStack() as undo:
         if resolve(backend, blocks).name == "native":
             for block in blocks:
-                make_neuron_major(block, undo)
+                if not block.quantised:  # records are neuron-major as they are
+                    make_neuron_major(block, undo)
         yield

@@ -190,9 +190,9 @@ def convert(model: nn.Module, weights: str) -> None:
 
     int8, int4: the Linears (and Conv1Ds) of all decoder layers and the output embeddings become `QuantisedLinear`s; an
     FF block's neuron has its gate, up and down row in one record. Embeddings and norms stay as they are, also an
-    embedding that is tied to the output: the output gets a packed matrix of its own, which takes that much more memory and spares
-    reading the wide one for every token. bf16, f32: all parameters are converted, and the FF blocks' output projections
-    stored neuron-major, so that `griffin.attach` finds them so.
+    embedding that is tied to the output: the output gets a packed matrix of its own, which takes that much more memory
+    and spares reading the wide one for every token. bf16, f32: all parameters are converted, and the FF blocks' output
+    projections stored neuron-major, so that `griffin.attach` finds them so.
 
     Raises:
         ValueError: an unknown format, a model that is not on the CPU or already quantised, projections that are not
