@@ -21,6 +21,7 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, **kwargs: Any) -> None:
         self.buffers: list[Tensor | None] = [None, None]
+        self.replaced = 0  # how often a buffer was replaced by another
         self.length = 0
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
 
@@ -92,6 +93,7 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             and value.shape[:2] == buffer.shape[:2]
         ):
             return buffer
+        self.replaced += 1
         return value
 
     def _reserved(self, which: int, tokens: int, like: Tensor) -> Tensor:
@@ -103,6 +105,7 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if buffer is not None and buffer.dim() == 4:
             larger[:, :, : self.length] = buffer[:, :, : self.length]
         self.buffers[which] = larger
+        self.replaced += 1
         return larger
 
 

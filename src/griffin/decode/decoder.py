@@ -121,7 +121,8 @@ class NativeDecoder:
         self._offset = _FAMILIES[config.model_type]
         decoder = model.get_decoder()
         self._rotary_module = decoder.rotary_emb
-        self._positions = 0
+        self._positions = self._capacity = 0
+        self._cache_state = (0, -1)
         self._layers = (_Layer * len(decoder.layers))()
         self._rope_types = self._find_rope_types()
         for index, layer in enumerate(decoder.layers):
@@ -161,26 +162,37 @@ class NativeDecoder:
         length = layers[0].length
         if length >= self._positions:
             self._make_rope_tables(max(2 * length, 1024))
+        state = (id(cache), sum(layer.replaced for layer in layers))
+        if state != self._cache_state or length >= self._capacity:
+            self._open(layers, length)
+            self._cache_state = (id(cache), sum(layer.replaced for layer in layers))
+        self._cache_struct.length = length
+        self._cache_struct.start = None if start is None else start.data_ptr()
+        tokens = tokens.contiguous()
+        logits = torch.empty(tokens.shape[0], self._struct.vocabulary)
+        kernel.decode(self._struct, self._cache_struct, experts, tokens, logits)
+        for layer in layers:
+            layer.length = length + 1
+        return logits
+
+    def _open(self, layers: Sequence[Any], length: int) -> None:
+        """Make room for a token in every layer's buffers, and note where they are."""
         buffers = [layer.reserve(length + 1) for layer in layers]
         keys = (_pointer * len(buffers))(*[pair[0].data_ptr() for pair in buffers])
         values = (_pointer * len(buffers))(*[pair[1].data_ptr() for pair in buffers])
         first = buffers[0][0]
         size = first.element_size()
-        struct = _Cache(
+        self._capacity = min(buffer.shape[2] for pair in buffers for buffer in pair)
+        if any(buffer.stride() != first.stride() for pair in buffers for buffer in pair):
+            raise ValueError("the cache's layers differ in shape; start with a fresh cache")
+        self._addresses = keys, values
+        self._cache_struct = _Cache(
             ctypes.addressof(keys),
             ctypes.addressof(values),
             first.stride(0) * size,
             first.stride(1) * size,
             _TYPES[first.dtype],
-            length,
-            None if start is None else start.data_ptr(),
         )
-        tokens = tokens.contiguous()
-        logits = torch.empty(tokens.shape[0], self._struct.vocabulary)
-        kernel.decode(self._struct, struct, experts, tokens, logits)
-        for layer in layers:
-            layer.length = length + 1
-        return logits
 
     # -- building ---------------------------------------------------------------------------------------------------
 
