@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import griffin
+from conftest import tiny_llama
 from griffin.backends import kernel
 from griffin.backends.neuron_major import is_neuron_major
 from griffin.backends.quantised import QuantisedLinear, convert, ff_records, prepare

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from griffin.backends import gather, native, reference
+from griffin.backends import gather, kernel, native, reference
 from griffin.layouts import FFBlock
 
 
@@ -73,9 +73,11 @@ def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
     if name == "auto":
         unusable = next((reason for block in blocks if (reason := native.unusable(block)) is not None), None)
         if unusable is None:
-            return Backend("native", f"auto: experts are read in place ({native.kernel.isa()})", native.NativeFF)
+            return Backend("native", f"auto: experts are read in place ({kernel.isa()})", native.NativeFF)
         if any(block.quantised for block in blocks):
-            return Backend("reference", f"auto: quantised experts are dequantised, since {unusable}", reference.ReferenceFF)
+            return Backend(
+                "reference", f"auto: quantised experts are dequantised, since {unusable}", reference.ReferenceFF
+            )
         reason = f"auto: experts are copied once per selection, then read like a dense block, since {unusable}"
         return Backend("gather", reason, gather.GatherFF)
     if name not in _BACKENDS:

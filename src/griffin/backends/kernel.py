@@ -434,7 +434,8 @@ def unpack_rows(
     _check(
         _library().griffin_unpack_block(
             FORMATS.index(format), rows.data_ptr(), n, d, rows.stride(0), _address(scale), scale_stride, begin,
-            begin + out.shape[1], out.data_ptr(), _ROW_TYPES[out.dtype], out.stride(0), threads or torch.get_num_threads(),
+            begin + out.shape[1], out.data_ptr(), _ROW_TYPES[out.dtype], out.stride(0),
+            threads or torch.get_num_threads(),
         )
     )  # fmt: skip
     return out

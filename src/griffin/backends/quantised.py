@@ -24,7 +24,7 @@ WEIGHTS = (*FLOATS, *QUANTISED)
 
 BLOCK_VALUES = 2**22
 """Weights dequantised at a time: 8 MB of bfloat16, which the last cache holds. Smaller blocks (an L2's) were slower, as
-every block is two parallel regions: 512 rows of 2048 took 26% more time than one plain GEMM, 2048 rows 5%."""
+every block is two parallel regions."""
 _COLUMNS = 128  # a block of columns begins at a multiple of this
 
 
@@ -32,8 +32,8 @@ class QuantisedLinear(nn.Module):
     """`y = x W^T + b` over packed rows of `W`, for inference.
 
     Args:
-        packed: (P, n, bytes of a row) uint8, rows contiguous. P is 1, or 2 for a fused gate and up (the gate's rows come
-            first in the output). It may be a view into the records of an FF block.
+        packed: (P, n, bytes of a row) uint8, rows contiguous. P is 1, or 2 for a fused gate and up (the gate's rows
+            come first in the output). It may be a view into the records of an FF block.
         scales: int8: (P, n) float32, a scale a row. None says int4.
         length: weights in a row.
         bias: (out_features,) or None; kept as it is.
@@ -189,14 +189,14 @@ def convert(model: nn.Module, weights: str) -> None:
     """Store a Transformers model's weights in another format, in place, on the CPU.
 
     int8, int4: the Linears (and Conv1Ds) of all decoder layers and the output embeddings become `QuantisedLinear`s; an
-    FF block's neuron has its gate, up and down row in one record. Embeddings and norms stay as they are, also an embedding
-    that is tied to the output: the output gets a packed matrix of its own, which takes that much more memory and spares
+    FF block's neuron has its gate, up and down row in one record. Embeddings and norms stay as they are, also an
+    embedding that is tied to the output: the output gets a packed matrix of its own, which takes that much more memory and spares
     reading the wide one for every token. bf16, f32: all parameters are converted, and the FF blocks' output projections
     stored neuron-major, so that `griffin.attach` finds them so.
 
     Raises:
-        ValueError: an unknown format, a model that is not on the CPU or already quantised, projections that are not plain
-            Linears, GRIFFIN attached. The model is then as it was.
+        ValueError: an unknown format, a model that is not on the CPU or already quantised, projections that are not
+            plain Linears, GRIFFIN attached. The model is then as it was.
     """
     _replace(model, weights, fill=True)
 
@@ -286,7 +286,8 @@ def _packed(parts: list[Tensor], weights: str, fill: bool) -> tuple[Tensor, Tens
         tensors = kernel.quantise_matrix(parts[0], format=weights).tensors
         return tensors[0], tensors[1][:, None] if weights == "int8" else None
     gate, up, down = (None, *parts) if len(parts) == 2 else parts
-    assert up is not None and down is not None
+    assert up is not None
+    assert down is not None
     tensors = kernel.quantise_ff(gate, up, down, format=weights, activation="relu").tensors  # which is not kept
     return tensors[0], tensors[1] if weights == "int8" else None
 

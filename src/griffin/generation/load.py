@@ -74,8 +74,8 @@ def load(
         device: None: "cuda" if there is one, else "cpu"; with `weights`, "cpu".
         weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings,
             quantised (embeddings and norms stay in `dtype`), once for built-in models and `.gguf` files, in memory for
-            others. "bf16" or "f32": that dtype, with FF blocks stored as the native backend reads them. None: as `dtype`
-            says.
+            others. "bf16" or "f32": that dtype, with FF blocks stored as the native backend reads them. None: as
+            `dtype` says.
         revision: branch, tag or commit; Hub ids only.
         token: access token for a gated or private Hub model; otherwise the one huggingface_hub finds itself.
 

@@ -66,7 +66,7 @@ def read_packed(folder: Path, weights: str, dtype: torch.dtype | None) -> Loaded
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_init_weights():  # memory that is never touched costs nothing, and prepare replaces most of it
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call, unused-ignore]
         prepare(model, weights)
         wanted = stored(model)
         with safe_open(folder / _FILE, framework="pt") as file:
