@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
+from griffin.backends import kernel
 from griffin.errors import GriffinError
-from griffin.generation import builtin
+from griffin.generation import builtin, packed
 from griffin.generation.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
 from griffin.generation.load import check_gguf, load
 from griffin.generation.made_once import MANIFEST, cache_folder
@@ -567,3 +568,32 @@ def test_smollm2_equals_its_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert len(cached) == len(direct)
     assert direct_model.config.eos_token_id == cached_model.config.eos_token_id == 2
     assert str(tmp_path) not in (cache_folder() / DEFAULT_MODEL / "config.json").read_text()
+
+
+# ---------------------------------------------------------------------------------------------- weights=
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_packed_models_are_made_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    if reason := kernel.available():
+        pytest.skip(reason)
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
+    expected, _ = load(tiny, weights=weights)  # in memory
+    folder = packed.packed_folder("tiny", "ab" * 32, weights, lambda: load(tiny, dtype="bf16"))
+    again = packed.packed_folder("tiny", "ab" * 32, weights, lambda: pytest.fail("made again"))
+    assert again == folder
+    model, _ = packed.read_packed(folder, weights, None)
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    ids = torch.tensor([[1, 2, 1]])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, expected(ids).logits)
+    (folder / "packed.safetensors").write_bytes(b"cut")
+    assert packed.packed_folder("tiny", "ab" * 32, weights, lambda: load(tiny, dtype="bf16")) == folder
+    packed.read_packed(folder, weights, None)
+
+
+def test_weights_are_refused(tiny: Path) -> None:
+    message_of(ValueError, lambda: load(tiny, weights="int3"), "expected one of bf16, f32, int8, int4")
+    message_of(ValueError, lambda: load(tiny, dtype="f32", weights="bf16"), "different things")
