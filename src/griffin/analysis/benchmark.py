@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from griffin.analysis import machine
 from griffin.analysis.ceiling import bytes_read_per_token, ceiling
+from griffin.analysis.machine import Bandwidth
 from griffin.analysis.verification import verify
 from griffin.attachment import Griffin, attach
 from griffin.backends import kernel, resolve
@@ -54,7 +55,8 @@ class Row:
         ceiling: the most that the bytes allow. With experts for each sequence their union is what is read.
         share_of_ceiling: the speed-up as a share of the ceiling.
         bytes_per_s: bytes of weights read in a step (the key/value cache is not counted), times steps per second.
-        share_of_read_bandwidth: that, as a share of the read bandwidth of the same run; `None` if it is unknown.
+        share_of_read_bandwidth: that as a share of the read bandwidth measured before and after the same round, the
+            median over the rounds; `None` if it is unknown.
         peak_rss_bytes: most memory in use, weights included; `None` where the system does not tell.
         native_calls_per_step: calls of the native library in a generation step: the proof of which path ran.
     """
@@ -150,8 +152,11 @@ def measure(
     generated_tokens: int,
     repeats: int,
     done: Callable[[], None] = lambda: None,
-) -> list[list[Run]]:
-    """Time every config in every round, after a short warm-up; returns the runs by config.
+) -> tuple[list[list[Run]], list[Bandwidth]]:
+    """Time every config in every round, after a short warm-up, and the read bandwidth before and after every round.
+
+    Returns:
+        The runs by config, and the bandwidths, one more than rounds; none if there is no memory for the buffer.
 
     Args:
         model: the model, in eval mode.
@@ -168,14 +173,18 @@ def measure(
         GriffinError: a backend that was to compute the experts did not run.
     """
     runs: list[list[Run]] = [[] for _ in configs]
+    bandwidths: list[Bandwidth | None] = []
     with _laid_out_once(model, configs[0].backend):
         for config in configs:
             _timed(model, prompts[:, :_WARM_UP_TOKENS], config, _WARM_UP_STEPS)
+        bandwidths.append(machine.read_bandwidth())
         for _ in range(repeats):
             for own, config in zip(runs, configs, strict=True):
                 own.append(_timed(model, prompts, config, generated_tokens))
                 done()
-    return runs
+            bandwidths.append(machine.read_bandwidth())
+    known = [own for own in bandwidths if own is not None]
+    return runs, known if len(known) == len(bandwidths) else []
 
 
 def verified(
@@ -200,9 +209,9 @@ def rows(
     generated_tokens: int,
     configs: Sequence[GriffinConfig],
     runs: Sequence[Sequence[Run]],
-    read_bandwidth: float | None,
+    bandwidths: Sequence[Bandwidth],
 ) -> list[Row]:
-    """The figures of every config. The first config is density 1.0, the others' yardstick."""
+    """The figures of every config, from what `measure` returned. The first config is density 1.0, the yardstick."""
     read = bytes_read_per_token(model)
     ff = sum(block.nbytes for block in find_ff_blocks(model))
     batch, prompt_tokens = prompts.shape
@@ -212,7 +221,12 @@ def rows(
         steps_per_s = statistics.median(run.steps_per_s for run in own)
         ff_read = statistics.median(run.ff_bytes for run in own)
         most = ceiling(ff / read, ff_read / ff)
-        bytes_per_s = (read - ff + ff_read) * steps_per_s
+        step_bytes = read - ff + ff_read
+        # The memory's own speed changes while a virtual machine has neighbours, so each round has its own.
+        shares = [
+            step_bytes * run.steps_per_s / statistics.fmean((before.bytes_per_s, after.bytes_per_s))
+            for run, (before, after) in zip(own, pairwise(bandwidths), strict=False)
+        ]
         peaks = [run.peak_rss_bytes for run in own if run.peak_rss_bytes is not None]
         found.append(
             Row(
@@ -230,8 +244,8 @@ def rows(
                 speedup=speedup,
                 ceiling=most,
                 share_of_ceiling=speedup / most,
-                bytes_per_s=bytes_per_s,
-                share_of_read_bandwidth=None if read_bandwidth is None else bytes_per_s / read_bandwidth,
+                bytes_per_s=step_bytes * steps_per_s,
+                share_of_read_bandwidth=statistics.median(shares) if shares else None,
                 peak_rss_bytes=max(peaks, default=None),
                 native_calls_per_step=own[0].native_calls_per_step,
             )

@@ -110,7 +110,9 @@ def build(shape: Shape, dtype: torch.dtype, layers: int | None = None) -> PreTra
     generator = torch.Generator().manual_seed(0)
     # Drawing billions of numbers takes a minute, so a few million are drawn and laid out again and again. Their odd
     # number makes every row of a weight start somewhere else among them.
-    drawn = torch.empty(_DRAWN, dtype=dtype).normal_(0.0, _SPREAD, generator=generator)
+    # At this spread an FF block's output is as large as what it is added to, at any width: a wrong one shows.
+    spread = model.config.hidden_size**-0.5
+    drawn = torch.empty(_DRAWN, dtype=dtype).normal_(0.0, spread, generator=generator)
     at = 0
     for name, parameter in model.named_parameters():
         at = _fill(parameter.view(-1), drawn, at)
@@ -126,7 +128,6 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
 
 
 _DRAWN = 2**22 + 7919
-_SPREAD = 0.02  # what the families themselves are initialised with
 
 
 def _fill(flat: Tensor, drawn: Tensor, at: int) -> int:

@@ -17,12 +17,13 @@ from griffin.generation.step import generate_step
 STEPS = 3
 _PROMPT_TOKENS = 16
 
-# Largest difference of any logit, as a share of the largest logit.
+# Largest difference of any logit, as a share of the largest logit. For comparison: one expert in ten missing gives 0.2
+# and more (tinyllama-1.1b, opt-6.7b, SmolLM2), so each of these finds it.
 TOLERANCES = {
     torch.float64: 1e-9,  # another order of summation, alone
     torch.float32: 1e-3,  # the same: errors of 2^-24 over sums of some thousand terms, layer after layer
-    torch.float16: 2e-2,  # the reference rounds z and every output to 11 bits, a fused kernel sums in float32
-    torch.bfloat16: 6e-2,  # the same with 8 bits: 2^-9 a rounding, a few of them in every layer
+    torch.float16: 3e-2,  # the reference rounds z and every output to 11 bits, a fused kernel sums in float32
+    torch.bfloat16: 1.2e-1,  # the same with 8 bits, in every layer: 0.01 was found over 2 layers, 0.056 over 30
 }
 
 

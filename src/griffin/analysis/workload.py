@@ -79,7 +79,7 @@ def check_fits(plan: Plan) -> None:
 
 
 def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tuple[list[Row], list[Bandwidth]]:
-    """Verify and measure; returns the rows, and the read bandwidths measured before and after each model.
+    """Verify and measure; returns the rows, and the read bandwidths measured around each round.
 
     Args:
         plan: what to measure.
@@ -93,23 +93,17 @@ def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tu
     bandwidths: list[Bandwidth] = []
     longest = max(prompt for prompt, _ in plan.lengths)
     for name in plan.names:
-        before = machine.read_bandwidth()
         if plan.shapes:
             model, prompts = _verified_shape(plan, name, longest, done)
         else:
             model, prompts = _verified_model(plan, longest, done)
         weights = plan.weights or _format_of(model)
         timed = partial(done, f"{name} timed")
-        runs = [
-            benchmark.measure(model, prompts[:, :length], plan.configs, generated, plan.repeats, timed)
-            for length, generated in plan.lengths
-        ]
-        known = [own for own in (before, machine.read_bandwidth()) if own is not None]
-        bandwidths += known
-        # The larger of the two is nearer to what the machine can do, and never flatters.
-        most = max((own.bytes_per_s for own in known), default=None)
-        for own, (length, generated) in zip(runs, plan.lengths, strict=True):
-            rows += benchmark.rows(name, weights, model, prompts[:, :length], generated, plan.configs, own, most)
+        for length, generated in plan.lengths:
+            own = prompts[:, :length]
+            runs, read = benchmark.measure(model, own, plan.configs, generated, plan.repeats, timed)
+            rows += benchmark.rows(name, weights, model, own, generated, plan.configs, runs, read)
+            bandwidths += read
         del model
         gc.collect()
     return rows, bandwidths

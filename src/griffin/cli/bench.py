@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _DENSITIES = [1.0, 0.75, 0.5, 0.25]
 _BUSY_LOAD_PER_CORE = 0.5
+_VARIATION = 1.15  # of the read bandwidth, from which on it is told
 
 
 # The paper's latency table (its section 5.3): full model, magnitude and GRIFFIN at 50% and 75% sparsity.
@@ -125,9 +127,11 @@ def run(args: argparse.Namespace) -> int:
             found, bandwidths = workload.carry_out(plan, done)
     finally:
         torch.set_num_threads(threads)
+    speeds = [own.bytes_per_s for own in bandwidths]
+    _tell_variation(speeds)
     about |= {
-        "read_bandwidth_bytes_per_s": max((own.bytes_per_s for own in bandwidths), default=None),
-        "read_bandwidth_measured": [own.bytes_per_s for own in bandwidths],  # before and after each model
+        "read_bandwidth_bytes_per_s": statistics.median(speeds) if speeds else None,
+        "read_bandwidth_measured": speeds,  # before and after each round
         "read_bandwidth_how": bandwidths[0].how if bandwidths else "there was no memory for a buffer to read",
         "peak_rss_of": "each run" if machine.reset_peak_rss() else "the whole process",
     }
@@ -192,6 +196,15 @@ def _tell_load(load: float | None) -> None:
         print("warning: this machine is busy with something else; the figures will be too low", file=sys.stderr)
 
 
+def _tell_variation(speeds: Sequence[float]) -> None:
+    if speeds and max(speeds) > _VARIATION * min(speeds):
+        print(
+            f"warning: the memory's own speed changed from {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s "
+            "during the run; compare ratios, not speeds",
+            file=sys.stderr,
+        )
+
+
 @contextmanager
 def _progress(runs: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr, only on a terminal. It is drawn between runs, never by a thread of its own during one."""
@@ -212,8 +225,13 @@ def _progress(runs: int) -> Iterator[Callable[[str], None]]:
 
 
 def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str, str]) -> None:
-    bandwidth = about["read_bandwidth_bytes_per_s"]
-    measured = ", ".join(f"{own / 1e9:.1f}" for own in about["read_bandwidth_measured"])
+    speeds = [own / 1e9 for own in about["read_bandwidth_measured"]]
+    bandwidth = f"unknown: {about['read_bandwidth_how']}"
+    if speeds:
+        bandwidth = (
+            f"{statistics.median(speeds):.1f} GB/s, median of {len(speeds)} around the rounds, {min(speeds):.1f} to "
+            f"{max(speeds):.1f} ({about['read_bandwidth_how']})"
+        )
     print_pairs(
         "machine",
         [
@@ -221,12 +239,7 @@ def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str
             ("CPU", f"{about['cpu']}, {about['cpu_cores']} cores, {about['torch_threads']} torch threads"),
             ("native library", about["native_library"]),
             ("load average", "unknown" if about["load_average"] is None else f"{about['load_average']:.2f}"),
-            (
-                "read bandwidth",
-                "unknown: " + about["read_bandwidth_how"]
-                if bandwidth is None
-                else f"{bandwidth / 1e9:.1f} GB/s ({measured} before and after; {about['read_bandwidth_how']})",
-            ),
+            ("read bandwidth", bandwidth),
             ("peak RSS", f"of {about['peak_rss_of']}"),
         ],
     )
