@@ -82,6 +82,8 @@ def test_speedup_is_the_median_of_the_rounds_ratios() -> None:
     assert half.speedup == 1.5
     assert half.generation_tokens_per_s == 2 * 12.0  # of both sequences
     read = bytes_read_per_token(model)
+    assert half.ceiling == pytest.approx(1 / (1 - FF_BYTES / read * 0.5))  # though a whole FF was read, as a union
+    assert half.bytes_per_s == read * 12.0
     assert full.share_of_read_bandwidth == pytest.approx(read * sorted([10 / 2e9, 5 / 2e9, 8 / 3e9])[1])
     assert benchmark.rows("t", "f32", model, prompts, 4, configs, runs, [])[0].share_of_read_bandwidth is None
 
