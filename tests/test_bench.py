@@ -293,6 +293,15 @@ def test_a_batch_and_the_tables_and_the_files(tmp_path: Path, capsys: Any) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
 
 
+@pytest.mark.skipif(kernel.available() is not None, reason="the native library was not built")
+def test_a_density_one_on_another_path_is_told(capsys: Any) -> None:
+    assert main(["bench", "--shape", "tiny-opt", "--density", "0.5", "--backend", "native", *QUICK, "--json"]) == 0
+    output = capsys.readouterr()
+    full, half = json.loads(output.out)["rows"]
+    assert (full["native_calls_per_step"], half["native_calls_per_step"]) == (0, LAYERS)
+    assert "tiny-opt at density 1.0 ran Transformers' own forward" in output.err
+
+
 def test_a_loaded_model(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     class Words:
         bos_token_id = 1
