@@ -82,6 +82,8 @@ def test_speedup_is_the_median_of_the_rounds_ratios() -> None:
     assert half.speedup == 1.5
     assert half.generation_tokens_per_s == 2 * 12.0  # of both sequences
     read = bytes_read_per_token(model)
+    assert half.ceiling == pytest.approx(1 / (1 - FF_BYTES / read * 0.5))  # though a whole FF was read, as a union
+    assert half.bytes_per_s == read * 12.0
     assert full.share_of_read_bandwidth == pytest.approx(read * sorted([10 / 2e9, 5 / 2e9, 8 / 3e9])[1])
     assert benchmark.rows("t", "f32", model, prompts, 4, configs, runs, [])[0].share_of_read_bandwidth is None
 
@@ -289,6 +291,15 @@ def test_a_batch_and_the_tables_and_the_files(tmp_path: Path, capsys: Any) -> No
         assert (line["torch"], line["cpu"]) == (torch.__version__, found["machine"]["cpu"])
         assert line["torch_threads"] == "1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
+
+
+@pytest.mark.skipif(kernel.available() is not None, reason="the native library was not built")
+def test_a_density_one_on_another_path_is_told(capsys: Any) -> None:
+    assert main(["bench", "--shape", "tiny-opt", "--density", "0.5", "--backend", "native", *QUICK, "--json"]) == 0
+    output = capsys.readouterr()
+    full, half = json.loads(output.out)["rows"]
+    assert (full["native_calls_per_step"], half["native_calls_per_step"]) == (0, LAYERS)
+    assert "tiny-opt at density 1.0 ran Transformers' own forward" in output.err
 
 
 def test_a_loaded_model(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

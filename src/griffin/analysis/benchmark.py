@@ -52,7 +52,8 @@ class Row:
         generation_tokens_per_s: of all sequences, without the first token; median over the rounds.
         selection_ms: selecting and preparing the experts; median over the rounds.
         speedup: over density 1.0 on the same backend: median of the ratios of each round.
-        ceiling: the most that the bytes allow. With experts for each sequence their union is what is read.
+        ceiling: the speed-up at most, `1 / (1 - f (1 - density))`. Of a batch with experts for each sequence the union
+            is read, so memory allows less; but arithmetic, which then counts too, shrinks by this very factor.
         share_of_ceiling: the speed-up as a share of the ceiling.
         bytes_per_s: bytes of weights read in a step (the key/value cache is not counted), times steps per second.
         share_of_read_bandwidth: that as a share of the read bandwidth measured before and after the same round, the
@@ -220,7 +221,7 @@ def rows(
         speedup = statistics.median(run.steps_per_s / full.steps_per_s for run, full in zip(own, runs[0], strict=True))
         steps_per_s = statistics.median(run.steps_per_s for run in own)
         ff_read = statistics.median(run.ff_bytes for run in own)
-        most = ceiling(ff / read, ff_read / ff)
+        most = ceiling(ff / read, config.density)
         step_bytes = read - ff + ff_read
         # The memory's own speed changes while a virtual machine has neighbours, so each round has its own.
         shares = [

@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
     speeds = [own.bytes_per_s for own in bandwidths]
     _tell_variation(speeds)
+    _tell_paths(found)
     about |= {
         "read_bandwidth_bytes_per_s": statistics.median(speeds) if speeds else None,
         "read_bandwidth_measured": speeds,  # before and after each round
@@ -201,6 +202,16 @@ def _tell_variation(speeds: Sequence[float]) -> None:
         print(
             f"warning: the memory's own speed changed from {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s "
             "during the run; compare ratios, not speeds",
+            file=sys.stderr,
+        )
+
+
+def _tell_paths(rows: Sequence[Row]) -> None:
+    names = {row.model for row in rows if row.backend == "native" and row.native_calls_per_step == 0}
+    for name in sorted(names):
+        print(
+            f"warning: {name} at density 1.0 ran Transformers' own forward, not the native library; its "
+            "speed-up compares two paths",
             file=sys.stderr,
         )
 
