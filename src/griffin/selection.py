@@ -107,5 +107,10 @@ def select(scores: Tensor, k: int, selection: str, generator: torch.Generator) -
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
-    best: Tensor = scores.sort(descending=True, stable=True).indices[:k]
-    return best.sort().values
+    """Indices of the k largest scores, ascending; of equal ones at the edge, those with the lower index."""
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    least = scores.topk(k, sorted=False).values.min()
+    above = (scores > least).nonzero().squeeze(1)
+    at_the_edge = (scores == least).nonzero().squeeze(1)[: k - above.shape[0]]
+    return torch.cat([above, at_the_edge]).sort().values
