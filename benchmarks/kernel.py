@@ -22,39 +22,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin.backends import kernel
+from griffin.backends import kernel, library, memory, operands
 
-Blocks = list[kernel.Block]
+Blocks = list[operands.Block]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def make_block(fmt: str, d_ff: int, d: int) -> kernel.Block:
+def make_block(fmt: str, d_ff: int, d: int) -> operands.Block:
     """A gated block of random weights. Rows repeat every 256, which no timing can tell."""
     shape = (d_ff, d)
     if fmt in DTYPES:
         parts = []
         for _ in range(3):
             weight = torch.empty(shape, dtype=DTYPES[fmt])
-            kernel.advise_huge(weight)
+            memory.advise_huge(weight)
             slab = (torch.randn(256, d) / d**0.5).to(DTYPES[fmt])
             for begin in range(0, d_ff, 256):
                 weight[begin : begin + 256] = slab[: min(256, d_ff - begin)]
             parts.append(weight)
-        return kernel.ff_block(*parts, activation="silu")
+        return operands.ff_block(*parts, activation="silu")
     slab = [torch.randn(256, d) / d**0.5 for _ in range(3)]
-    small = kernel.quantise_ff(*slab, format=fmt, activation="silu")
+    small = operands.quantise_ff(*slab, format=fmt, activation="silu")
     records = torch.empty(d_ff, small.tensors[0].shape[1], dtype=torch.uint8)
-    kernel.advise_huge(records)
+    memory.advise_huge(records)
     for begin in range(0, d_ff, 256):
         records[begin : begin + 256] = small.tensors[0][: min(256, d_ff - begin)]
     scales = small.tensors[1].repeat(-(-d_ff // 256), 1)[:d_ff].contiguous() if fmt == "int8" else None
-    return kernel.ff_records(records, scales, d_model=d, gated=True, activation="silu")
+    return operands.ff_records(records, scales, d_model=d, gated=True, activation="silu")
 
 
-def check(block: kernel.Block, x: Tensor, experts: Tensor, mask: Tensor | None) -> float:
+def check(block: operands.Block, x: Tensor, experts: Tensor, mask: Tensor | None) -> float:
     """Relative error against float64 over the dequantised weights; raises if it is more than the format's."""
     y = kernel.ff(block, x, experts, mask, out=torch.full((len(x), block.d_model), float("nan"))).double()
-    gate, up, down = (part[experts.long()].double() for part in kernel.unpack(block))
+    gate, up, down = (part[experts.long()].double() for part in operands.unpack(block))
     z = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
     if mask is not None:
         z *= torch.stack([(mask.int() >> r) & 1 for r in range(len(x))])
@@ -102,13 +102,13 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="also time torch's dense FF (bf16 and f32 formats)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if reason := kernel.available():
+    if reason := library.available():
         raise SystemExit(reason)
     d, d_ff, densities = args.d_model, args.d_ff, [float(v) for v in args.densities.split(",")]
     buffer = torch.ones(320 * 2**20)
-    kernel.advise_huge(buffer)
+    memory.advise_huge(buffer)
     threads = torch.get_num_threads()
-    print(f"{platform.machine()}, {kernel.isa()}, {threads} threads, {kernel.threading()}, torch {torch.__version__}")
+    print(f"{platform.machine()}, {library.isa()}, {threads} threads, {library.threading()}, torch {torch.__version__}")
     print(f"D = {d}, D_ff = {d_ff}, overlap {args.overlap}")
     print("format  B  density   union        ms     GB/s  of read   ratio   error")
     table = []
@@ -120,7 +120,7 @@ def main() -> None:
             x = torch.randn(rows, d)
             if fmt == "bf16":
                 x = x.bfloat16()
-            runs: dict[Any, Callable[[], object]] = {"read": lambda: kernel.read_bandwidth(buffer)}
+            runs: dict[Any, Callable[[], object]] = {"read": lambda: memory.read_bandwidth(buffer)}
             unions: dict[float, int] = {}
             errors: dict[float, float] = {}
             for density in densities:
@@ -167,7 +167,7 @@ def main() -> None:
                 )
         print(f"        read bandwidth {read:.2f} GB/s")
     if args.json:
-        machine = {"isa": kernel.isa(), "threads": threads, "torch": torch.__version__, "d_model": d, "d_ff": d_ff}
+        machine = {"isa": library.isa(), "threads": threads, "torch": torch.__version__, "d_model": d, "d_ff": d_ff}
         args.json.write_text(json.dumps({"machine": machine, "rows": table}, indent=1))
 
 

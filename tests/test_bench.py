@@ -17,7 +17,7 @@ from griffin.analysis.benchmark import Row, Run, cases, ff_bytes_per_step
 from griffin.analysis.ceiling import bytes_read_per_token, ceiling
 from griffin.analysis.machine import Bandwidth
 from griffin.attachment import attach
-from griffin.backends import gather, kernel
+from griffin.backends import gather, library
 from griffin.cli import main
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
@@ -103,7 +103,7 @@ def test_bytes_of_a_step() -> None:
         assert ff_bytes_per_step(handle) == FF_BYTES
 
 
-@pytest.mark.skipif(kernel.available() is not None, reason="the native library was not built")
+@pytest.mark.skipif(library.available() is not None, reason="the native library was not built")
 def test_the_native_backend_reads_the_union_once() -> None:
     model = shapes.build(TINY, torch.float32)
     with attach(model, GriffinConfig(density=0.25, batch="per_sequence", backend="native")) as handle:
@@ -156,7 +156,7 @@ def test_a_backend_that_does_not_run_is_an_error(monkeypatch: pytest.MonkeyPatch
 # -- verification -----------------------------------------------------------------------------------------------------
 
 
-BACKENDS = ["gather", *(["native"] if kernel.available() is None else [])]
+BACKENDS = ["gather", *(["native"] if library.available() is None else [])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -293,7 +293,7 @@ def test_a_batch_and_the_tables_and_the_files(tmp_path: Path, capsys: Any) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
 
 
-@pytest.mark.skipif(kernel.available() is not None, reason="the native library was not built")
+@pytest.mark.skipif(library.available() is not None, reason="the native library was not built")
 def test_a_density_one_on_another_path_is_told(capsys: Any) -> None:
     assert main(["bench", "--shape", "tiny-opt", "--density", "0.5", "--backend", "native", *QUICK, "--json"]) == 0
     output = capsys.readouterr()
@@ -412,7 +412,7 @@ def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
 
 
 def test_without_the_native_library_torch_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "kernel", SimpleNamespace(available=lambda: "not built"))
+    monkeypatch.setattr(machine, "library", SimpleNamespace(available=lambda: "not built"))
     found = machine.read_bandwidth()
     assert found is not None
     assert found.bytes_per_s > 0

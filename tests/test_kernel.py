@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin.backends import kernel
+from griffin.backends import kernel, library, operands
 
-pytestmark = pytest.mark.skipif(kernel.available() is not None, reason=str(kernel.available()))
+pytestmark = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 
-ISAS = kernel.isas() if kernel.available() is None else []
+ISAS = library.isas() if library.available() is None else []
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # float32 sums of up to some thousand products; the expected values are float64 over the same rounded weights and inputs
 SUMMATION = 3e-5
@@ -23,15 +23,15 @@ BF16_OUTPUT = 4e-3  # bfloat16 has 8 bits: each output is rounded by up to 2^-9 
 
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    kernel.set_isa(request.param)
-    assert kernel.isa().split()[0] == request.param
+    library.set_isa(request.param)
+    assert library.isa().split()[0] == request.param
     yield request.param
-    kernel.set_isa(None)
+    library.set_isa(None)
 
 
 def make(
     fmt: str, d_ff: int, d: int, gated: bool = True, activation: str = "silu", biased: bool = False
-) -> kernel.Block:
+) -> operands.Block:
     gate, up, down = (torch.randn(d_ff, d) / d**0.5 for _ in range(3))
     biases = {
         "gate_bias": torch.randn(d_ff) if gated else None,
@@ -40,9 +40,9 @@ def make(
     }
     biases = biases if biased else {}
     if fmt not in DTYPES:
-        return kernel.quantise_ff(gate if gated else None, up, down, format=fmt, activation=activation, **biases)
+        return operands.quantise_ff(gate if gated else None, up, down, format=fmt, activation=activation, **biases)
     gate, up, down = (part.to(DTYPES[fmt]) for part in (gate, up, down))
-    return kernel.ff_block(gate if gated else None, up, down, activation=activation, **biases)
+    return operands.ff_block(gate if gated else None, up, down, activation=activation, **biases)
 
 
 def seen(x: Tensor, fmt: str) -> Tensor:
@@ -65,10 +65,10 @@ def activate(name: str, v: Tensor) -> Tensor:
 
 
 def expected(
-    block: kernel.Block, x: Tensor, activation: str, wanted: Tensor, biases: tuple[Tensor, ...] = ()
+    block: operands.Block, x: Tensor, activation: str, wanted: Tensor, biases: tuple[Tensor, ...] = ()
 ) -> Tensor:
     """Shapes: x (B, D); wanted (B, D_ff) bool; returns (B, D) float64."""
-    parts = [part.double() for part in kernel.unpack(block)]
+    parts = [part.double() for part in operands.unpack(block)]
     down, x = parts[-1], seen(x, block.format)
     products = [x @ part.T for part in parts[:-1]]
     if biases:
@@ -85,7 +85,7 @@ def close(y: Tensor, truth: Tensor) -> None:
     assert error < limit, error  # NaN, a poisoned output that was not written, fails too
 
 
-@pytest.mark.parametrize("fmt", kernel.FORMATS)
+@pytest.mark.parametrize("fmt", library.FORMATS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     d=st.integers(1, 700),
@@ -95,7 +95,7 @@ def close(y: Tensor, truth: Tensor) -> None:
     kind=st.sampled_from(["all", "shared", "own", "one"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     out_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    activation=st.sampled_from(kernel.ACTIVATIONS),
+    activation=st.sampled_from(operands.ACTIVATIONS),
     gated=st.booleans(),
     biased=st.booleans(),
 )
@@ -125,22 +125,22 @@ def test_ff_equals_float64(fmt, d, d_ff, rows, threads, kind, dtype, out_dtype, 
     assert out[:, d + 2 :].isnan().all()
 
 
-@pytest.mark.parametrize("fmt", kernel.FORMATS)
+@pytest.mark.parametrize("fmt", library.FORMATS)
 @pytest.mark.parametrize("d_in", [1, 33, 576, 1000])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_matvec_equals_float64(fmt: str, d_in: int, rows: int) -> None:
     torch.manual_seed(d_in)
     weight, bias, x = torch.randn(77, d_in) / d_in**0.5, torch.randn(77), torch.randn(rows, d_in)
     if fmt in DTYPES:
-        matrix = kernel.matrix(weight.to(DTYPES[fmt]), bias)
+        matrix = operands.matrix(weight.to(DTYPES[fmt]), bias)
     else:
-        matrix = kernel.quantise_matrix(weight, format=fmt, bias=bias)
+        matrix = operands.quantise_matrix(weight, format=fmt, bias=bias)
     for dtype in (torch.float32, torch.bfloat16):
         y = kernel.matvec(matrix, x.to(dtype), out=torch.full((rows, 77), float("nan")), threads=2)
-        close(y, seen(x.to(dtype), fmt) @ kernel.unpack(matrix)[0].double().T + bias.double())
+        close(y, seen(x.to(dtype), fmt) @ operands.unpack(matrix)[0].double().T + bias.double())
 
 
-@pytest.mark.parametrize("fmt", kernel.FORMATS)
+@pytest.mark.parametrize("fmt", library.FORMATS)
 def test_rows_do_not_depend_on_their_neighbours(fmt: str) -> None:
     """A row of a batch with its own experts equals that row alone, up to the order of summation."""
     torch.manual_seed(0)
@@ -161,11 +161,11 @@ def test_relu_reads_nothing_for_dead_neurons() -> None:
     """Their down rows are not touched: even NaN there does not show."""
     up, down = torch.ones(4, 8), torch.ones(4, 8)
     up[1], down[1] = -1, float("nan")
-    block = kernel.ff_block(None, up, down, activation="relu")
+    block = operands.ff_block(None, up, down, activation="relu")
     assert torch.equal(kernel.ff(block, torch.ones(1, 8)), torch.full((1, 8), 24.0))
 
 
-@pytest.mark.parametrize("fmt", kernel.FORMATS)
+@pytest.mark.parametrize("fmt", library.FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_comes_out(fmt: str, bad: float) -> None:
     x = torch.randn(2, 100)
@@ -180,19 +180,19 @@ def test_quantised_weights_are_near(fmt: str, limit: float) -> None:
     """int8: step max/127 of a row of normal values, error step / sqrt(12); int4: step max/8 of 32 values."""
     torch.manual_seed(0)
     weights = [torch.randn(64, 576) for _ in range(3)]
-    block = kernel.quantise_ff(*weights, format=fmt, activation="silu")
-    for before, after in zip(weights, kernel.unpack(block), strict=True):
+    block = operands.quantise_ff(*weights, format=fmt, activation="silu")
+    for before, after in zip(weights, operands.unpack(block), strict=True):
         assert (after - before).norm() / before.norm() < limit
-        assert torch.equal(kernel.unpack(block, 10, 20)[0], kernel.unpack(block)[0][10:20])
+        assert torch.equal(operands.unpack(block, 10, 20)[0], operands.unpack(block)[0][10:20])
 
 
 def test_records_can_be_kept_and_used_again() -> None:
     for fmt in ("int8", "int4"):
         block, x = make(fmt, 40, 96), torch.randn(1, 96)
         scales = block.tensors[1].clone() if fmt == "int8" else None
-        again = kernel.ff_records(block.tensors[0].clone(), scales, d_model=96, gated=True, activation="silu")
+        again = operands.ff_records(block.tensors[0].clone(), scales, d_model=96, gated=True, activation="silu")
         assert torch.equal(kernel.ff(again, x), kernel.ff(block, x))
-        assert kernel.calls() > 0
+        assert library.calls() > 0
 
 
 def test_union() -> None:
@@ -205,12 +205,12 @@ def test_union() -> None:
 
 
 def test_a_call_is_counted_and_runs_on_torchs_threads() -> None:
-    before = kernel.calls()
+    before = library.calls()
     block = make("f32", 8, 16)
     kernel.ff(block, torch.randn(1, 16))
-    assert kernel.calls() == before + 1
-    if kernel._torch_openmp() is not None:
-        assert kernel.threading() == "openmp"
+    assert library.calls() == before + 1
+    if library._torch_openmp() is not None:
+        assert library.threading() == "openmp"
 
 
 def test_no_experts_leaves_the_bias() -> None:
@@ -230,11 +230,11 @@ def test_wrong_use_is_refused() -> None:
         lambda: kernel.ff(block, x, torch.tensor([0.5])),
         lambda: kernel.ff(block, x, out=torch.empty(1, 17)),
         lambda: kernel.ff(block, x, row_mask=torch.ones(8, dtype=torch.uint16)),
-        lambda: kernel.ff_block(weight, weight, weight.bfloat16(), activation="silu"),
-        lambda: kernel.ff_block(weight, weight, torch.randn(16, 8).T, activation="silu"),
-        lambda: kernel.ff_block(weight, weight, weight, activation="swish"),
-        lambda: kernel.quantise_ff(weight, weight, weight, format="int3", activation="silu"),
-        lambda: kernel.set_isa("mmx"),
+        lambda: operands.ff_block(weight, weight, weight.bfloat16(), activation="silu"),
+        lambda: operands.ff_block(weight, weight, torch.randn(16, 8).T, activation="silu"),
+        lambda: operands.ff_block(weight, weight, weight, activation="swish"),
+        lambda: operands.quantise_ff(weight, weight, weight, format="int3", activation="silu"),
+        lambda: library.set_isa("mmx"),
     ):
         with pytest.raises(ValueError, match="expected"):
             call()

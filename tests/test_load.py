@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
-from griffin.backends import kernel
+from griffin.backends import library
 from griffin.errors import GriffinError
 from griffin.generation import builtin, packed
 from griffin.generation.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
@@ -575,7 +575,7 @@ def test_smollm2_equals_its_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_packed_models_are_made_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    if reason := kernel.available():
+    if reason := library.available():
         pytest.skip(reason)
     monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
     expected, _ = load(tiny, weights=weights)  # in memory

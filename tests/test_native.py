@@ -28,11 +28,11 @@ from transformers import (
 import griffin
 from conftest import tiny_llama
 from griffin import generate_step
-from griffin.backends import kernel
+from griffin.backends import library
 from griffin.decode.cache import BufferedCache
 from griffin.decode.step import NativeStep, new_cache, step_of
 
-if (reason := kernel.available()) is not None:
+if (reason := library.available()) is not None:
     pytest.fail(f"these tests need the native library: {reason}", pytrace=False)
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2]])
@@ -237,11 +237,11 @@ def test_a_native_step_equals_the_models_own_forward(
     found = {}
     for backend in ("reference", "native"):
         caplog.clear()
-        calls = kernel.calls()
+        calls = library.calls()
         with griffin.attach(model, density=density, backend=backend) as handle:
             found[backend] = torch.stack(steps(model, PROMPT, 12, handle=handle))
         assert native_steps(caplog) == (backend == "native")
-        assert kernel.calls() - calls == (11 if backend == "native" else 0)  # one call a token
+        assert library.calls() - calls == (11 if backend == "native" else 0)  # one call a token
     torch.testing.assert_close(found["native"], found["reference"], **CLOSE)
 
 

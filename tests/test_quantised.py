@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import griffin
 from conftest import tiny_llama
-from griffin.backends import kernel
+from griffin.backends import kernel, library, operands, packing
 from griffin.backends.neuron_major import is_neuron_major
 from griffin.backends.quantised import QuantisedLinear, convert, ff_records, prepare
 from griffin.layouts import find_ff_blocks, rows
 
-pytestmark = pytest.mark.skipif(kernel.available() is not None, reason=f"{kernel.available()}")
+pytestmark = pytest.mark.skipif(library.available() is not None, reason=f"{library.available()}")
 FORMATS = ("int8", "int4")
 _SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": None}
 _COMMON = _SIZES | {"hidden_size": 64, "num_key_value_heads": 2, "intermediate_size": 160, "initializer_range": 0.1}
@@ -40,7 +40,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def quantised(weight: Tensor, format: str, bias: Tensor | None = None) -> QuantisedLinear:
-    tensors = kernel.quantise_matrix(weight, format=format).tensors
+    tensors = operands.quantise_matrix(weight, format=format).tensors
     scales = tensors[1][None] if format == "int8" else None
     return QuantisedLinear(tensors[0][None], scales, length=weight.shape[1], bias=bias)
 
@@ -88,19 +88,19 @@ def test_more_blocks_than_one(format: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_unpacked_blocks_are_exact_on_every_instruction_set(format: str, isa: str) -> None:
-    if isa not in kernel.isas():
+    if isa not in library.isas():
         pytest.skip(f"this machine has no {isa}")
-    packed = kernel.quantise_matrix(torch.randn(37, 300), format=format)
-    expected, scales = kernel.unpack(packed)[0], packed.tensors[1] if format == "int8" else None
+    packed = operands.quantise_matrix(torch.randn(37, 300), format=format)
+    expected, scales = operands.unpack(packed)[0], packed.tensors[1] if format == "int8" else None
     try:
-        kernel.set_isa(isa)
+        library.set_isa(isa)
         for begin, columns in ((0, 300), (128, 100), (256, 44), (128, 1)):
             for dtype in (torch.float32, torch.bfloat16):
                 out = torch.full((37, columns), float("nan"), dtype=dtype)
-                kernel.unpack_rows(packed.tensors[0], scales, out, d=300, begin=begin)
+                packing.unpack_rows(packed.tensors[0], scales, out, d=300, begin=begin)
                 assert torch.equal(out, expected[:, begin : begin + columns].to(dtype))
     finally:
-        kernel.set_isa(None)
+        library.set_isa(None)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -114,7 +114,7 @@ def test_converted_models(family: str, format: str) -> None:
         weights = before.input_weights()
         down, _ = rows(before.output)
         gate, up = weights if before.gated else (None, weights[0])
-        expected = kernel.quantise_ff(gate, up, down.T, format=format, activation="relu")
+        expected = operands.quantise_ff(gate, up, down.T, format=format, activation="relu")
         records, scales = ff_records(after)
         assert torch.equal(records, expected.tensors[0])
         assert scales is None or torch.equal(scales, expected.tensors[1])

@@ -21,7 +21,7 @@ from griffin.analysis.ceiling import bytes_read_per_token, ceiling
 from griffin.analysis.machine import Bandwidth
 from griffin.analysis.verification import verify
 from griffin.attachment import Griffin, attach
-from griffin.backends import kernel, resolve
+from griffin.backends import kernel, library, resolve
 from griffin.backends.neuron_major import make_neuron_major
 from griffin.backends.quantised import FLOATS, QUANTISED, convert
 from griffin.config import GriffinConfig
@@ -296,7 +296,7 @@ def ff_bytes_per_step(handle: Griffin) -> int:
 
 
 def _native_calls() -> int:
-    return kernel.calls() if kernel.available() is None else 0
+    return library.calls() if library.available() is None else 0
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from griffin.backends import kernel
+from griffin.backends import library, memory
 from griffin.version import __version__
 
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "asimd", "sve")
@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_features": [flag for flag in _FEATURES if flag in flags],
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native_library": kernel.available() or f"{kernel.isa()}, threads: {kernel.threading()}",
+        "native_library": library.available() or f"{library.isa()}, threads: {library.threading()}",
     }
 
 
@@ -101,11 +101,11 @@ def read_bandwidth() -> Bandwidth | None:
     if size < _LEAST_BUFFER_BYTES:
         return None
     buffer = torch.empty(size // 4)
-    if kernel.available() is None:
+    if library.available() is None:
         how = f"native library, {_size(buffer)}"
-        kernel.advise_huge(buffer)  # with small pages the same machine reads a tenth less: no yardstick
+        memory.advise_huge(buffer)  # with small pages the same machine reads a tenth less: no yardstick
         buffer.fill_(1.0)
-        found = [kernel.read_bandwidth(buffer) for _ in range(_PASSES)]
+        found = [memory.read_bandwidth(buffer) for _ in range(_PASSES)]
     else:
         how = f"torch sum, {_size(buffer)}, as the native library is missing"
         buffer.fill_(1.0)

@@ -1,6 +1,8 @@
 """How the experts are computed in the generation phase. One module a backend, one class of one shape in each.
 
 `reference` is the truth that the others are tested against. `resolve` says once which backend `auto` means and why.
+
+The native library is five modules, each built on those before it: `library`, `memory`, `packing`, `operands`, `kernel`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from griffin.backends import gather, kernel, native, reference
+from griffin.backends import gather, library, native, reference
 from griffin.layouts import FFBlock
 
 
@@ -73,7 +75,7 @@ def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
     if name == "auto":
         unusable = next((reason for block in blocks if (reason := native.unusable(block)) is not None), None)
         if unusable is None:
-            return Backend("native", f"auto: experts are read in place ({kernel.isa()})", native.NativeFF)
+            return Backend("native", f"auto: experts are read in place ({library.isa()})", native.NativeFF)
         if any(block.quantised for block in blocks):
             return Backend(
                 "reference", f"auto: quantised experts are dequantised, since {unusable}", reference.ReferenceFF

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.backends import kernel
+from griffin.backends import kernel, library, operands
 from griffin.backends.neuron_major import make_neuron_major
 from griffin.backends.quantised import ff_records
 from griffin.backends.reference import split_rows
@@ -34,7 +34,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # What an operator cannot take as an argument: the blocks that are alive, by a number of their own.
-_BLOCKS: WeakValueDictionary[int, kernel.Block] = WeakValueDictionary()
+_BLOCKS: WeakValueDictionary[int, operands.Block] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
@@ -71,7 +71,7 @@ class NativeFF:
         self.calls = 0
 
     @property
-    def block(self) -> kernel.Block:
+    def block(self) -> operands.Block:
         """The block as the native library sees it."""
         return self._block
 
@@ -123,7 +123,7 @@ class NativeFF:
 
 def unusable(block: FFBlock) -> str | None:
     """Why the native library cannot compute a block; `None` if it can."""
-    if (reason := kernel.available()) is not None:
+    if (reason := library.available()) is not None:
         return reason
     weights = [] if block.quantised else [rows(projection)[0] for projection in (*block.inputs, block.output)]
     for weight in weights:
@@ -138,7 +138,7 @@ def unusable(block: FFBlock) -> str | None:
     return None
 
 
-def native_block(block: FFBlock) -> kernel.Block:
+def native_block(block: FFBlock) -> operands.Block:
     """A block of the native library over the model's own weights, which must be neuron-major or quantised."""
     activation = activation_of(block)
     assert activation is not None
@@ -149,7 +149,7 @@ def native_block(block: FFBlock) -> kernel.Block:
     out_bias: Any = block.output.bias
     if block.quantised:
         records, scales = ff_records(block)
-        return kernel.ff_records(
+        return operands.ff_records(
             records,
             scales,
             d_model=shape_of(block.output)[0],
@@ -162,7 +162,7 @@ def native_block(block: FFBlock) -> kernel.Block:
     weights = block.input_weights()
     gate, up = (weights[0], weights[1]) if block.gated else (None, weights[0])
     down = rows(block.output)[0]
-    return kernel.ff_block(
+    return operands.ff_block(
         None if gate is None else gate.detach(),
         up.detach(),
         down.detach().t(),

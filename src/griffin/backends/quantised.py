@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin.backends import kernel
+from griffin.backends import kernel, library, memory, operands, packing
 from griffin.backends.neuron_major import make_neuron_major
 from griffin.layouts import FFBlock, decoder_layers, find_ff_blocks, is_plain, rows
 
@@ -60,21 +60,21 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self._matrices: list[kernel.Matrix] | None = None
+        self._matrices: list[operands.Matrix] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed rows and their scales."""
         return self.packed.numel() + (0 if self.scales is None else 4 * self.scales.numel())
 
-    def matrices(self) -> list[kernel.Matrix]:
+    def matrices(self) -> list[operands.Matrix]:
         """The parts as the native library sees them, rows of W; biases are in them."""
         if self.transposed:
             raise ValueError("the rows of a transposed projection belong to its inputs: it is no matrix of the library")
         if self._matrices is None:
             biases = [None] * len(self.packed) if self.bias is None else list(self.bias.chunk(len(self.packed)))
             self._matrices = [
-                kernel.matrix_rows(part, self._scales(p), d_in=self.in_features, bias=biases[p])
+                operands.matrix_rows(part, self._scales(p), d_in=self.in_features, bias=biases[p])
                 for p, part in enumerate(self.packed)
             ]
         return self._matrices
@@ -106,7 +106,7 @@ class QuantisedLinear(nn.Module):
             for at in range(0, n, step):
                 block = part[at : at + step]
                 own = None if scales is None else scales[at : at + step]
-                weight = kernel.unpack_rows(block, own, buffer[: block.shape[0]], d=self._length)
+                weight = packing.unpack_rows(block, own, buffer[: block.shape[0]], d=self._length)
                 self._multiply(x, weight.t(), out, p * n + at)
 
     def _by_columns(self, x: Tensor, out: Tensor) -> None:
@@ -116,7 +116,7 @@ class QuantisedLinear(nn.Module):
         for at in range(0, self._length, step):
             columns = min(step, self._length - at)
             weight = buffer[: n * columns].view(n, columns)
-            kernel.unpack_rows(self.packed[0], self._scales(0), weight, d=self._length, begin=at)
+            packing.unpack_rows(self.packed[0], self._scales(0), weight, d=self._length, begin=at)
             self._multiply(x, weight, out, at)
 
     def _multiply(self, x: Tensor, weight: Tensor, out: Tensor, at: int) -> None:
@@ -139,7 +139,7 @@ class QuantisedLinear(nn.Module):
             if indices is not None:
                 block, scales = part[indices], None if scales is None else scales[indices]
             out = torch.empty(block.shape[0], self._length, dtype=dtype if dtype in FLOATS.values() else torch.float32)
-            parts.append(kernel.unpack_rows(block, scales, out, d=self._length).to(dtype))
+            parts.append(packing.unpack_rows(block, scales, out, d=self._length).to(dtype))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class QuantisedLinear(nn.Module):
             for at in range(0, part.shape[0], step):
                 block = part[at : at + step]
                 out = torch.empty(block.shape[0], self._length)
-                kernel.unpack_rows(block, None if scales is None else scales[at : at + step], out, d=self._length)
+                packing.unpack_rows(block, None if scales is None else scales[at : at + step], out, d=self._length)
                 own.append(torch.linalg.vector_norm(out, dim=1))
             norms.append(torch.cat(own))
         return norms
@@ -222,7 +222,7 @@ def _replace(model: nn.Module, weights: str, *, fill: bool) -> None:
         for block in blocks:
             make_neuron_major(block, kept)
         return
-    if (reason := kernel.available()) is not None:
+    if (reason := library.available()) is not None:
         raise ValueError(f"weights={weights!r} needs the native library: {reason}")
     others = _projections(model, blocks)
     for block in blocks:
@@ -279,16 +279,16 @@ def _packed(parts: list[Tensor], weights: str, fill: bool) -> tuple[Tensor, Tens
     """Records (n, bytes) of the parts' rows, one after the other, and for int8 their scales (n, number of parts)."""
     n, d = parts[0].shape
     if not fill:
-        records = torch.empty(n, len(parts) * kernel.row_bytes(weights, d), dtype=torch.uint8)
-        kernel.advise_huge(records)
+        records = torch.empty(n, len(parts) * packing.row_bytes(weights, d), dtype=torch.uint8)
+        memory.advise_huge(records)
         return records, torch.empty(n, len(parts)) if weights == "int8" else None
     if len(parts) == 1:
-        tensors = kernel.quantise_matrix(parts[0], format=weights).tensors
+        tensors = operands.quantise_matrix(parts[0], format=weights).tensors
         return tensors[0], tensors[1][:, None] if weights == "int8" else None
     gate, up, down = (None, *parts) if len(parts) == 2 else parts
     assert up is not None
     assert down is not None
-    tensors = kernel.quantise_ff(gate, up, down, format=weights, activation="relu").tensors  # which is not kept
+    tensors = operands.quantise_ff(gate, up, down, format=weights, activation="relu").tensors  # which is not kept
     return tensors[0], tensors[1] if weights == "int8" else None
 
 
@@ -297,7 +297,7 @@ def _row(scales: Tensor | None) -> Tensor | None:
 
 
 def ff_records(block: FFBlock) -> tuple[Tensor, Tensor | None]:
-    """The records that an FF block's projections are views into, and int8's scales, as `kernel.ff_records` wants them.
+    """The records that an FF block's projections are views into, and int8's scales, for `operands.ff_records`.
 
     Shapes: (D_ff, bytes of a record) uint8; (D_ff, 3), or 2 ungated, float32.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin.backends import kernel
+from griffin.backends import kernel, library, operands
 from griffin.backends.native import NativeFF
 from griffin.backends.quantised import QuantisedLinear
 from griffin.decode.cache import BufferedCache
@@ -40,8 +40,8 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *[(name, _Norm) for name in ("attention", "query", "key", "after_attention")],
         *[(name, _Norm) for name in ("feedforward", "after_feedforward")],
-        *[(name, kernel._Matrix) for name in ("q", "k", "v", "o")],
-        ("ff", kernel._Block),
+        *[(name, operands.MatrixStruct) for name in ("q", "k", "v", "o")],
+        ("ff", operands.BlockStruct),
         ("rope", _i32),
         ("window", _i32),
     ]
@@ -57,7 +57,7 @@ class _Decoder(ctypes.Structure):
         ("embedding", _pointer),
         ("embedding_stride", _i64),
         ("final", _Norm),
-        ("head", kernel._Matrix),
+        ("head", operands.MatrixStruct),
         ("cosines", _pointer * 2),
         ("sines", _pointer * 2),
     ]
@@ -88,7 +88,7 @@ class _Experts(ctypes.Structure):
 def knows(model: Any) -> str | None:
     """Why the native step cannot run a model, as far as its config tells; `None` if it may."""
     config = model.config.get_text_config()
-    if (reason := kernel.available()) is not None:
+    if (reason := library.available()) is not None:
         return reason
     if config.model_type not in _FAMILIES:
         return f"the native step does not know the family {config.model_type}"
@@ -227,7 +227,7 @@ class NativeDecoder:
         self._make_rope_tables(2048)
         return struct
 
-    def _layer(self, layer: Any, ff: kernel.Block) -> _Layer:
+    def _layer(self, layer: Any, ff: operands.Block) -> _Layer:
         attention = layer.self_attn
         struct = _Layer()
         struct.attention = self._norm(layer.input_layernorm)
@@ -288,7 +288,7 @@ class NativeDecoder:
             return self._keep(module.matrices()[0]).struct
         if not isinstance(module, nn.Linear) or module.weight.dtype not in (*_TYPES, torch.float16):
             raise UnsupportedError(f"the native step cannot read a {type(module).__name__}")
-        return self._keep(kernel.matrix(module.weight.detach(), module.bias)).struct
+        return self._keep(operands.matrix(module.weight.detach(), module.bias)).struct
 
     def _keep(self, part: Any) -> Any:
         self._kept.append(part)

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from griffin.backends import kernel
+from griffin.backends import library
 from griffin.backends.quantised import FLOATS, QUANTISED, WEIGHTS, convert
 from griffin.errors import GriffinError
 from griffin.generation import packed
@@ -154,7 +154,7 @@ def _for_weights(
         if dtype is not None and dtype != FLOATS[weights]:
             raise ValueError(f"weights={weights!r} and dtype={dtype} say different things; leave one of them out")
         return FLOATS[weights], "cpu"
-    if (reason := kernel.available()) is not None:
+    if (reason := library.available()) is not None:
         raise ValueError(f"weights={weights!r} needs the native library: {reason}")
     return dtype, "cpu"
 
