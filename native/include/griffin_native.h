@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 1, GRIFFIN_MAX_ROWS = 16 };
+enum { GRIFFIN_ABI = 2, GRIFFIN_MAX_ROWS = 16 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_INT8, GRIFFIN_INT4 };
 enum griffin_activation { GRIFFIN_SILU, GRIFFIN_GELU, GRIFFIN_GELU_TANH, GRIFFIN_RELU, GRIFFIN_RELU2 };
 enum griffin_status {
@@ -77,12 +77,6 @@ typedef struct {
   const uint16_t *row_mask; /* (n_experts,) or NULL: bit r of entry i says that row r wants expert i */
 } griffin_rows;
 
-/* Threads of one parallel region meet here. Zero it before the region; it may then serve any number of parts. */
-typedef struct {
-  int32_t arrived, phase;
-  int64_t padding[7];
-} griffin_barrier;
-
 /* -- set-up -------------------------------------------------------------------------------------------------------- */
 GRIFFIN_API int griffin_abi(void);
 /* Use the process's own GNU OpenMP pool: addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads. With NULL
@@ -99,17 +93,6 @@ GRIFFIN_API int64_t griffin_calls(void);        /* ff and matvec calls finished 
 /* y = W_2[:,E] (act(W_g[E] x + b_g) * (W_1[E] x + b_1)) + b_2, ungated y = W_2[:,E] act(W_1[E] x + b_1) + b_2 */
 GRIFFIN_API int griffin_ff(const griffin_ff_block *block, const griffin_rows *rows, int threads);
 GRIFFIN_API int griffin_matvec(const griffin_matrix *matrix, const griffin_rows *rows, int threads);
-
-/* -- the same as parts of a caller's parallel region --------------------------------------------------------------------
- * Every one of `threads` threads calls the part with its own number, the same arguments, one barrier, and one workspace
- * of at least the given bytes, aligned to 64. Arguments are not checked. A part returns when the whole y is written. */
-GRIFFIN_API int64_t griffin_ff_workspace(const griffin_ff_block *block, int rows, int threads);
-GRIFFIN_API int64_t griffin_matvec_workspace(const griffin_matrix *matrix, int rows);
-GRIFFIN_API void griffin_ff_part(const griffin_ff_block *block, const griffin_rows *rows, void *workspace,
-                                 griffin_barrier *barrier, int thread, int threads);
-GRIFFIN_API void griffin_matvec_part(const griffin_matrix *matrix, const griffin_rows *rows, void *workspace,
-                                     griffin_barrier *barrier, int thread, int threads);
-GRIFFIN_API void griffin_barrier_wait(griffin_barrier *barrier, int threads);
 
 /* -- data --------------------------------------------------------------------------------------------------------------- */
 /* Union of one expert set a row: experts (rows, k). Fills union_out (ascending, room for min(rows * k, d_ff)) and

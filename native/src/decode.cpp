@@ -1,5 +1,6 @@
-// A whole generation step in one parallel region. The residual stream is float32; thread 0 does what is a vector long,
-// the matrices, the cache and the experts are shared out.
+// A whole generation step in one parallel region. The matrices, the cache and the experts are shared out. What is only a
+// vector long (the residual stream, in float32, its norms, and the inputs prepared from them) every thread computes for
+// itself: that is cheaper than waiting for another to have done it, so six barriers a layer are enough.
 #include "griffin_decode.h"
 
 #include <math.h>
@@ -9,7 +10,7 @@
 
 #include "attend.h"
 #include "parallel.h"
-#include "rows.h"
+#include "parts.h"
 
 namespace griffin {
 namespace {
@@ -53,27 +54,21 @@ void rotate(const float* cosines, const float* sines, float* head, int rotary) {
   }
 }
 
+// In floats; all but `inputs` rounded up to 16, a cache line.
 struct Sizes {
-  int64_t d, q, kv, partial, scores, part;
-  Sizes(const griffin_decoder& m, int rows, int length, int threads) {
+  int64_t d, q, kv, partial, scores, inputs, accumulator;
+  Sizes(const griffin_decoder& m, int rows, int length) {
+    const int heads = m.heads * m.head_size;
     d = round_up(static_cast<int64_t>(rows) * m.d_model, 16);
-    q = round_up(static_cast<int64_t>(rows) * m.heads * m.head_size, 16);
+    q = round_up(static_cast<int64_t>(rows) * heads, 16);
     kv = round_up(static_cast<int64_t>(rows) * m.kv_heads * m.head_size, 16);
     partial = round_up(static_cast<int64_t>(rows) * m.heads * (m.head_size + 2), 16);
     scores = round_up(static_cast<int64_t>(m.heads / m.kv_heads) * (length + 1), 16);
-    part = griffin_matvec_workspace(&m.head, rows);
-    for (int l = 0; l < m.n_layers; l++) {
-      const griffin_layer& own = m.layers[l];
-      for (const griffin_matrix* matrix : {&own.q, &own.k, &own.v, &own.o}) {
-        const int64_t bytes = griffin_matvec_workspace(matrix, rows);
-        part = bytes > part ? bytes : part;
-      }
-      const int64_t bytes = griffin_ff_workspace(&own.ff, rows, threads);
-      part = bytes > part ? bytes : part;
-    }
-    part = round_up(part, 64);
+    inputs = Inputs::bytes(m.d_model > heads ? m.d_model : heads, rows) / 4;
+    accumulator = ff_accumulator(m.d_model, rows);
   }
-  int64_t floats(int threads) const { return 3 * d + 2 * q + 2 * kv + threads * (partial + scores); }
+  int64_t shared() const { return d + q + 2 * kv; }
+  int64_t own() const { return inputs + accumulator + 2 * d + q + partial + scores; }
 };
 
 class Step {
@@ -81,65 +76,61 @@ class Step {
   Step(const griffin_decoder& m, const griffin_cache& cache, const griffin_experts* experts, const int64_t* tokens,
        int rows, float* logits, int threads, char* memory)
       : m_(m), cache_(cache), experts_(experts), tokens_(tokens), rows_(rows), logits_(logits),
-        sizes_(m, rows, cache.length, threads) {
+        sizes_(m, rows, cache.length) {
     attend_ = attend_portable;
 #if defined(GRIFFIN_X86)
     const char* const isa = kernels().name;
     if (!strncmp(isa, "avx512", 6)) attend_ = attend_avx512;
     else if (!strcmp(isa, "avx2")) attend_ = attend_avx2;
 #endif
-    part_ = memory;
-    float* next = reinterpret_cast<float*>(memory + sizes_.part);
+    float* next = reinterpret_cast<float*>(memory);
     const auto take = [&next](int64_t floats) { float* const own = next; next += floats; return own; };
-    x_ = take(sizes_.d), h_ = take(sizes_.d), y_ = take(sizes_.d);
-    q_ = take(sizes_.q), attended_ = take(sizes_.q);
-    k_ = take(sizes_.kv), v_ = take(sizes_.kv);
+    accumulators_ = take(sizes_.accumulator * threads);
+    y_ = take(sizes_.d), q_ = take(sizes_.q), k_ = take(sizes_.kv), v_ = take(sizes_.kv);
     partial_ = take(sizes_.partial * threads), scores_ = take(sizes_.scores * threads);
+    own_ = next;
   }
 
   static int64_t bytes(const griffin_decoder& m, int rows, int length, int threads) {
-    const Sizes sizes(m, rows, length, threads);
-    return sizes.part + sizes.floats(threads) * 4;
+    const Sizes sizes(m, rows, length);
+    return 4 * (sizes.shared() + threads * sizes.own());
   }
 
-  // `multiply` and `feedforward` end in a barrier: what they write is whole when they return.
   void run(int thread, int threads) {
-    if (thread == 0) embed();
+    float* const inputs = own_ + thread * (sizes_.inputs + 2 * sizes_.d + sizes_.q);
+    float *const x = inputs + sizes_.inputs, *const h = x + sizes_.d, *const attended = h + sizes_.d;
+    const int heads = m_.heads * m_.head_size, kv_heads = m_.kv_heads * m_.head_size;
+    embed(x);
     for (int l = 0; l < m_.n_layers; l++) {
       const griffin_layer& layer = m_.layers[l];
-      if (thread == 0) norm_rows(layer.attention, x_, h_);
-      wait(threads);
-      multiply(layer.q, h_, m_.d_model, q_, m_.heads * m_.head_size, thread, threads);
-      multiply(layer.k, h_, m_.d_model, k_, m_.kv_heads * m_.head_size, thread, threads);
-      multiply(layer.v, h_, m_.d_model, v_, m_.kv_heads * m_.head_size, thread, threads);
-      if (thread == 0) position_and_store(layer, l);
-      wait(threads);
+      norm_rows(layer.attention, x, h);
+      multiply({to(layer.q, q_, heads), to(layer.k, k_, kv_heads), to(layer.v, v_, kv_heads)}, h, inputs, thread, threads);
+      barrier_.wait(threads);
+      position_and_store(layer, l, thread, threads);
+      barrier_.wait(threads);
       attend(layer, l, thread, threads);
-      wait(threads);
-      if (thread == 0) merge(threads);
-      wait(threads);
-      multiply(layer.o, attended_, m_.heads * m_.head_size, y_, m_.d_model, thread, threads);
-      if (thread == 0) {
-        add(layer.after_attention);
-        norm_rows(layer.feedforward, x_, h_);
-      }
-      wait(threads);
-      feedforward(layer, l, thread, threads);
-      if (thread == 0) add(layer.after_feedforward);
+      barrier_.wait(threads);
+      merge(attended, threads);
+      multiply({to(layer.o, y_, m_.d_model)}, attended, inputs, thread, threads);
+      barrier_.wait(threads);
+      add(layer.after_attention, x, h);
+      norm_rows(layer.feedforward, x, h);
+      feedforward(layer, l, h, inputs, thread, threads);
+      barrier_.wait(threads);
+      add(layer.after_feedforward, x, h);
     }
-    if (thread == 0) norm_rows(m_.final, x_, h_);
-    wait(threads);
-    multiply(m_.head, h_, m_.d_model, logits_, m_.vocabulary, thread, threads);
+    norm_rows(m_.final, x, h);
+    multiply({to(m_.head, logits_, m_.vocabulary)}, h, inputs, thread, threads);
+    if (m_.logits_scale == 1.f && m_.logits_softcap <= 0) return;
+    barrier_.wait(threads);
     finish(thread, threads);
   }
 
  private:
-  void wait(int threads) { griffin_barrier_wait(&barrier_, threads); }
-
-  void embed() {
+  void embed(float* to) const {
     for (int r = 0; r < rows_; r++) {
       const char* const row = static_cast<const char*>(m_.embedding) + tokens_[r] * m_.embedding_stride;
-      float* const x = x_ + static_cast<int64_t>(r) * m_.d_model;
+      float* const x = to + static_cast<int64_t>(r) * m_.d_model;
       for (int i = 0; i < m_.d_model; i++) x[i] = widen(row, m_.embedding_format, i) * m_.embedding_scale;
     }
   }
@@ -151,35 +142,41 @@ class Step {
     }
   }
 
-  griffin_rows rows(const float* x, int64_t n_in, float* y, int64_t n_out) const {
+  static Product to(const griffin_matrix& matrix, float* y, int64_t n_out) { return {&matrix, y, n_out * 4, false}; }
+
+  griffin_rows rows(const float* x, int64_t n_in) const {
     griffin_rows rows = {};
-    rows.x = x, rows.y = y, rows.x_stride = n_in * 4, rows.y_stride = n_out * 4;
-    rows.x_type = rows.y_type = GRIFFIN_F32, rows.rows = rows_;
+    rows.x = x, rows.x_stride = n_in * 4, rows.x_type = GRIFFIN_F32, rows.rows = rows_;
+    rows.y = y_, rows.y_stride = m_.d_model * int64_t{4}, rows.y_type = GRIFFIN_F32;
     return rows;
   }
 
-  void multiply(const griffin_matrix& matrix, const float* x, int64_t n_in, float* y, int64_t n_out, int thread,
-                int threads) {
-    const griffin_rows own = rows(x, n_in, y, n_out);
-    griffin_matvec_part(&matrix, &own, part_, &barrier_, thread, threads);
+  void multiply(std::initializer_list<Product> products, const float* x, float* memory, int thread, int threads) const {
+    const griffin_matrix& first = *products.begin()->matrix;
+    const griffin_rows own = rows(x, first.d_in);
+    Inputs inputs(own, first.format, first.d_in, memory);
+    inputs.prepare(0, 1);
+    multiply_part(products.begin(), static_cast<int>(products.size()), inputs, rows_, thread, threads);
   }
 
-  void feedforward(const griffin_layer& layer, int l, int thread, int threads) {
-    griffin_rows own = rows(h_, m_.d_model, y_, m_.d_model);
+  void feedforward(const griffin_layer& layer, int l, const float* x, float* memory, int thread, int threads) {
+    griffin_rows own = rows(x, m_.d_model);
     if (experts_) {
       own.experts = experts_[l].experts, own.n_experts = experts_[l].n_experts;
       own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes;
     }
-    griffin_ff_part(&layer.ff, &own, part_, &barrier_, thread, threads);
-    wait(threads);
+    Inputs inputs(own, layer.ff.format, m_.d_model, memory);
+    inputs.prepare(0, 1);
+    ff_accumulate(layer.ff, own, inputs, accumulators_, thread, threads);
+    barrier_.wait(threads);
+    ff_reduce(layer.ff, own, accumulators_, thread, threads);
   }
 
-  void add(const griffin_norm& after) {
-    for (int r = 0; r < rows_; r++) {
-      float *const x = x_ + static_cast<int64_t>(r) * m_.d_model, *const y = y_ + static_cast<int64_t>(r) * m_.d_model;
-      normalise(after, y, y, m_.d_model);
-      for (int i = 0; i < m_.d_model; i++) x[i] += y[i] * m_.residual_scale;
-    }
+  // x += norm(y) * residual_scale, by way of `room`.
+  void add(const griffin_norm& after, float* to, float* room) const {
+    norm_rows(after, y_, room);
+    const int64_t count = static_cast<int64_t>(rows_) * m_.d_model;
+    for (int64_t i = 0; i < count; i++) to[i] += room[i] * m_.residual_scale;
   }
 
   int start(int r) const { return cache_.start ? cache_.start[r] : 0; }
@@ -190,9 +187,10 @@ class Step {
            token * element * m_.head_size;
   }
 
-  // Norm and rotate q and k, scale q, and write k and v behind the cached tokens.
-  void position_and_store(const griffin_layer& layer, int l) {
-    const int size = m_.head_size;
+  // Norm and rotate q and k, scale q, and write k and v behind the cached tokens: this thread's share of the heads.
+  void position_and_store(const griffin_layer& layer, int l, int thread, int threads) const {
+    const int size = m_.head_size, q_begin = m_.heads * thread / threads, q_end = m_.heads * (thread + 1) / threads;
+    const int kv_begin = m_.kv_heads * thread / threads, kv_end = m_.kv_heads * (thread + 1) / threads;
     for (int r = 0; r < rows_; r++) {
       const int64_t position = cache_.length - start(r);
       const float *cosines = nullptr, *sines = nullptr;
@@ -200,13 +198,13 @@ class Step {
         cosines = m_.cosines[layer.rope] + position * (m_.rotary / 2);
         sines = m_.sines[layer.rope] + position * (m_.rotary / 2);
       }
-      for (int h = 0; h < m_.heads; h++) {
+      for (int h = q_begin; h < q_end; h++) {
         float* const q = q_ + (static_cast<int64_t>(r) * m_.heads + h) * size;
         normalise(layer.query, q, q, size);
         if (cosines) rotate(cosines, sines, q, m_.rotary);
         for (int i = 0; i < size; i++) q[i] *= m_.attention_scale;
       }
-      for (int h = 0; h < m_.kv_heads; h++) {
+      for (int h = kv_begin; h < kv_end; h++) {
         float* const k = k_ + (static_cast<int64_t>(r) * m_.kv_heads + h) * size;
         normalise(layer.key, k, k, size);
         if (cosines) rotate(cosines, sines, k, m_.rotary);
@@ -254,12 +252,12 @@ class Step {
     }
   }
 
-  void merge(int threads) {
+  void merge(float* attended, int threads) const {
     for (int r = 0; r < rows_; r++) {
       for (int h = 0; h < m_.heads; h++) {
         float max = -INFINITY, sum = 0;
         for (int t = 0; t < threads; t++) max = fmaxf(max, *partial_max(t, r, h));
-        float* const out = attended_ + (static_cast<int64_t>(r) * m_.heads + h) * m_.head_size;
+        float* const out = attended + (static_cast<int64_t>(r) * m_.heads + h) * m_.head_size;
         memset(out, 0, sizeof(float) * m_.head_size);
         for (int t = 0; t < threads; t++) {
           const float weight = expf(*partial_max(t, r, h) - max);  // 0 for a thread without tokens
@@ -273,7 +271,6 @@ class Step {
   }
 
   void finish(int thread, int threads) {
-    if (m_.logits_scale == 1.f && m_.logits_softcap <= 0) return;
     const int64_t count = static_cast<int64_t>(rows_) * m_.vocabulary;
     for (int64_t i = count * thread / threads; i < count * (thread + 1) / threads; i++) {
       logits_[i] *= m_.logits_scale;
@@ -289,9 +286,9 @@ class Step {
   float* const logits_;
   const Sizes sizes_;
   AttendFn attend_;
-  griffin_barrier barrier_ = {};
-  char* part_;
-  float *x_, *h_, *y_, *q_, *attended_, *k_, *v_, *partial_, *scores_;
+  Barrier barrier_;
+  float *accumulators_, *y_, *q_, *k_, *v_, *partial_, *scores_;
+  float* own_;  // of each thread in turn: prepared inputs, residual stream, its norm, attended values
 };
 
 bool valid(const griffin_decoder& m, const griffin_cache& cache, const int64_t* tokens, int rows) {
@@ -300,6 +297,10 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const int64_t* 
   if (!m.layers || !m.embedding || !cache.keys || !cache.values || cache.length < 0) return false;
   if (m.embedding_format != GRIFFIN_F32 && m.embedding_format != GRIFFIN_BF16) return false;
   if (cache.type != GRIFFIN_F32 && cache.type != GRIFFIN_BF16) return false;
+  for (int l = 0; l < m.n_layers; l++) {
+    const griffin_layer& layer = m.layers[l];
+    if (layer.k.format != layer.q.format || layer.v.format != layer.q.format) return false;
+  }
   for (int r = 0; r < rows; r++)
     if (tokens[r] < 0 || tokens[r] >= m.vocabulary) return false;
   return true;

@@ -5,8 +5,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "inputs.h"
 #include "parallel.h"
+#include "parts.h"
 
 namespace griffin {
 namespace {
@@ -129,79 +129,75 @@ bool valid(const griffin_ff_block& block, const griffin_rows& rows) {
 struct Call {
   const griffin_ff_block* block;
   const griffin_rows* rows;
-  void* workspace;
-  griffin_barrier barrier;
+  Inputs inputs;
+  float* accumulators;
+  Barrier barrier;
 };
 
 }  // namespace
-}  // namespace griffin
 
-using namespace griffin;
+int64_t ff_accumulator(int d_model, int rows) { return accumulator_stride(d_model) * rows; }
 
-extern "C" {
-
-int64_t griffin_ff_workspace(const griffin_ff_block* block, int rows, int threads) {
-  return Inputs::bytes(block->d_model, rows) + int64_t{4} * threads * rows * accumulator_stride(block->d_model);
-}
-
-void griffin_ff_part(const griffin_ff_block* block, const griffin_rows* rows, void* workspace, griffin_barrier* barrier,
-                     int thread, int threads) {
-  const Kernels& set = kernels();
-  const int d = block->d_model, n_rows = rows->rows;
-  const int64_t stride = accumulator_stride(d), team_stride = stride * n_rows;
-  Inputs inputs(set, *rows, block->format, d, workspace);
-  float* const accumulators =
-      reinterpret_cast<float*>(static_cast<char*>(workspace) + Inputs::bytes(d, n_rows));
-  float* const mine = accumulators + thread * team_stride;
-  inputs.prepare(thread, threads);
-  memset(mine, 0, sizeof(float) * team_stride);
-  griffin_barrier_wait(barrier, threads);
-  inputs.open();
-
-  const int64_t k = rows->experts ? rows->n_experts : block->d_ff;
+void ff_accumulate(const griffin_ff_block& block, const griffin_rows& rows, const Inputs& x, float* accumulators, int thread,
+                   int threads) {
+  const int64_t floats = ff_accumulator(block.d_model, rows.rows);
+  float* const mine = accumulators + thread * floats;
+  memset(mine, 0, sizeof(float) * floats);
+  const int64_t k = rows.experts ? rows.n_experts : block.d_ff;
   const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
-  const Experts expert{*rows};
+  const Experts expert{rows};
   // Measured: rows of several kilobytes are best taken in small groups, short ones and several inputs in large ones.
-  const bool small = block->format != GRIFFIN_INT4 && n_rows == 1;
+  const bool small = block.format != GRIFFIN_INT4 && rows.rows == 1;
   const int chunk = small ? 4 : kExperts, distance = small ? 1 : 2;
-  const uint32_t all = (1u << n_rows) - 1;
-  Part part(*block, set, inputs, n_rows, mine);
+  const uint32_t all = (1u << rows.rows) - 1;
+  Part part(block, kernels(), x, rows.rows, mine);
   for (int64_t i = begin; i < end; i++) {
     const int64_t j = expert[i];
-    part.enter(j, i + distance < end ? expert[i + distance] : j, rows->row_mask ? rows->row_mask[i] & all : all);
+    part.enter(j, i + distance < end ? expert[i + distance] : j, rows.row_mask ? rows.row_mask[i] & all : all);
     if ((i - begin) % chunk != chunk - 1 && i + 1 < end) continue;
     const uint8_t* ahead[kExperts];
     int n_ahead = 0;
     for (; n_ahead < chunk && i + 1 + n_ahead < end; n_ahead++)
-      ahead[n_ahead] = static_cast<const uint8_t*>(block->down) + expert[i + 1 + n_ahead] * block->down_stride;
+      ahead[n_ahead] = static_cast<const uint8_t*>(block.down) + expert[i + 1 + n_ahead] * block.down_stride;
     part.leave(ahead, n_ahead);
   }
-  griffin_barrier_wait(barrier, threads);
+}
 
-  const bool bf16 = rows->y_type == GRIFFIN_BF16;
+void ff_reduce(const griffin_ff_block& block, const griffin_rows& rows, const float* accumulators, int thread, int threads) {
+  const int d = block.d_model;
+  const int64_t stride = accumulator_stride(d), team_stride = ff_accumulator(d, rows.rows);
+  const bool bf16 = rows.y_type == GRIFFIN_BF16;
   const int64_t blocks = round_up(d, 64) / 64;
   const int first = static_cast<int>(blocks * thread / threads * 64);
   const int64_t stop = blocks * (thread + 1) / threads * 64;
   const int count = static_cast<int>(stop < d ? stop : d) - first;
   if (count <= 0) return;
-  for (int r = 0; r < n_rows; r++)
-    set.reduce(accumulators + r * stride + first, team_stride, threads, block->out_bias ? block->out_bias + first : nullptr,
-               static_cast<char*>(rows->y) + r * rows->y_stride + first * element_size(rows->y_type), bf16, count);
+  for (int r = 0; r < rows.rows; r++)
+    kernels().reduce(accumulators + r * stride + first, team_stride, threads, block.out_bias ? block.out_bias + first : nullptr,
+               static_cast<char*>(rows.y) + r * rows.y_stride + first * element_size(rows.y_type), bf16, count);
 }
 
-int griffin_ff(const griffin_ff_block* block, const griffin_rows* rows, int threads) {
+}  // namespace griffin
+
+using namespace griffin;
+
+extern "C" int griffin_ff(const griffin_ff_block* block, const griffin_rows* rows, int threads) {
   if (!block || !rows || threads < 1 || !valid(*block, *rows)) return GRIFFIN_BAD_ARGUMENT;
-  Call call{block, rows, scratch(griffin_ff_workspace(block, rows->rows, threads)), {}};
-  if (!call.workspace) return GRIFFIN_NO_MEMORY;
+  const int64_t inputs = Inputs::bytes(block->d_model, rows->rows);
+  char* const memory = static_cast<char*>(scratch(inputs + 4 * threads * ff_accumulator(block->d_model, rows->rows)));
+  if (!memory) return GRIFFIN_NO_MEMORY;
+  Call call{block, rows, Inputs(*rows, block->format, block->d_model, memory), reinterpret_cast<float*>(memory + inputs), {}};
   parallel(
       threads,
       [](void* data, int thread, int team) {
         Call& c = *static_cast<Call*>(data);
-        griffin_ff_part(c.block, c.rows, c.workspace, &c.barrier, thread, team);
+        c.inputs.prepare(thread, team);
+        c.barrier.wait(team);
+        ff_accumulate(*c.block, *c.rows, c.inputs, c.accumulators, thread, team);
+        c.barrier.wait(team);
+        ff_reduce(*c.block, *c.rows, c.accumulators, thread, team);
       },
       &call);
   count_call();
   return GRIFFIN_OK;
 }
-
-}  // extern "C"

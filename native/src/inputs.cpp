@@ -4,20 +4,34 @@
 
 namespace griffin {
 
-Inputs::Inputs(const Kernels& kernels, const griffin_rows& rows, int format, int d, void* memory)
-    : kernels_(kernels),
+Inputs::Inputs(const griffin_rows& rows, int format, int d, void* memory)
+    : kernels_(kernels()),
       rows_(rows),
       d_(d),
       integer_(format == GRIFFIN_INT8 || format == GRIFFIN_INT4),
-      bf16_(format == GRIFFIN_BF16 && rows.x_type == GRIFFIN_BF16 && kernels.dot_bf16),
-      dot_(bf16_ ? kernels.dot_bf16 : kernels.dot[format]) {
+      bf16_(format == GRIFFIN_BF16 && rows.x_type == GRIFFIN_BF16 && kernels_.dot_bf16),
+      dot_(bf16_ ? kernels_.dot_bf16 : kernels_.dot[format]) {
   const int64_t n = rows.rows * d_padded(d);
   f32_ = static_cast<float*>(memory);
   lane_scale_ = f32_ + n;
   bf16_rows_ = reinterpret_cast<uint16_t*>(lane_scale_ + n / 4);
   q_ = reinterpret_cast<int8_t*>(bf16_rows_ + n);
-  group_sum8_ = reinterpret_cast<float*>(q_ + n);
-  sum128_ = group_sum8_ + n / kGroup;
+  group_scale_ = reinterpret_cast<float*>(q_ + n);
+  group_sum8_ = group_scale_ + n / kGroup;
+  const int64_t pad = d_padded(d);
+  for (int r = 0; r < rows.rows; r++) {
+    Input& in = input_[r];
+    if (bf16_) {
+      in.bf16 = bf16_rows_ + r * pad;
+    } else if (integer_) {
+      in.q = q_ + r * pad;
+      in.lane_scale = lane_scale_ + r * pad / 4;
+      in.group_scale = group_scale_ + r * pad / kGroup;
+      in.group_sum8 = group_sum8_ + r * pad / kGroup;
+    } else {
+      in.f32 = f32_ + r * pad;
+    }
+  }
 }
 
 void Inputs::prepare(int thread, int threads) {
@@ -36,25 +50,8 @@ void Inputs::prepare(int thread, int threads) {
       memcpy(row, x, sizeof(float) * d_);
     memset(row + d_, 0, sizeof(float) * (pad - d_));
     if (integer_)
-      sum128_[r] = kernels_.quantise(row, static_cast<int>(pad), q_ + r * pad, lane_scale_ + r * pad / 4,
-                                     group_sum8_ + r * pad / kGroup);
-  }
-}
-
-void Inputs::open() {
-  const int64_t pad = d_padded(d_);
-  for (int r = 0; r < rows_.rows; r++) {
-    Input& in = input_[r];
-    if (bf16_) {
-      in.bf16 = bf16_rows_ + r * pad;
-    } else if (integer_) {
-      in.q = q_ + r * pad;
-      in.lane_scale = lane_scale_ + r * pad / 4;
-      in.group_sum8 = group_sum8_ + r * pad / kGroup;
-      in.sum128 = sum128_[r];
-    } else {
-      in.f32 = f32_ + r * pad;
-    }
+      input_[r].sum128 = kernels_.quantise(row, static_cast<int>(pad), q_ + r * pad, lane_scale_ + r * pad / 4,
+                                     group_scale_ + r * pad / kGroup, group_sum8_ + r * pad / kGroup);
   }
 }
 

@@ -136,6 +136,20 @@ void* scratch(int64_t bytes) {
 
 void count_call() { calls.fetch_add(1, std::memory_order_relaxed); }
 
+// Sense reversing: the last to arrive resets the count and turns the phase, which the others watch.
+void Barrier::wait(int threads) {
+  if (threads <= 1) return;
+  const int32_t now = __atomic_load_n(&phase, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+    __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&phase, now + 1, __ATOMIC_RELEASE);
+    return;
+  }
+  for (int spin = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now; spin++)
+    if (spin < 4000) GRIFFIN_PAUSE();
+    else std::this_thread::yield();  // the thread we wait for may need this core
+}
+
 }  // namespace griffin
 
 extern "C" {
@@ -153,19 +167,5 @@ void griffin_use_openmp(void* parallel, void* thread_num, void* num_threads) {
 const char* griffin_threading(void) { return griffin::gomp_parallel.load() ? "openmp" : "own pool"; }
 
 int64_t griffin_calls(void) { return griffin::calls.load(std::memory_order_relaxed); }
-
-// Sense reversing: the last to arrive resets the count and turns the phase, which the others watch.
-void griffin_barrier_wait(griffin_barrier* barrier, int threads) {
-  if (threads <= 1) return;
-  const int32_t phase = __atomic_load_n(&barrier->phase, __ATOMIC_RELAXED);
-  if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-    __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&barrier->phase, phase + 1, __ATOMIC_RELEASE);
-    return;
-  }
-  for (int spin = 0; __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) == phase; spin++)
-    if (spin < 4000) GRIFFIN_PAUSE();
-    else std::this_thread::yield();  // the thread we wait for may need this core
-}
 
 }  // extern "C"

@@ -13,4 +13,11 @@ void* scratch(int64_t bytes);
 
 void count_call();
 
+// Threads of one parallel region meet here; it may serve any number of times.
+struct Barrier {
+  int32_t arrived = 0, phase = 0;
+  char padding[56];  // a cache line of its own
+  void wait(int threads);
+};
+
 }  // namespace griffin

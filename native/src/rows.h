@@ -19,6 +19,7 @@ struct Input {
   const uint16_t* bf16 = nullptr;
   const int8_t* q = nullptr;         // x / s, s = max |x| / 127 over a group
   const float* lane_scale = nullptr; // s, eight times for each group: one for each int32 lane of a dot product of bytes
+  const float* group_scale = nullptr; // s for each group
   const float* group_sum8 = nullptr; // 8 s sum(q) for each group: what int4's offset of 8 adds
   float sum128 = 0;                  // 128 sum over groups of s sum(q): what an offset of 128 adds
 };
@@ -38,7 +39,7 @@ struct Kernels {
   DotFn dot_bf16;  // bf16 weights with bf16 input, or null
   AxpyFn axpy[5];
   // Quantise a padded row of d_pad floats in groups of kGroup; returns Input::sum128.
-  float (*quantise)(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_sum8);
+  float (*quantise)(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_scale, float* group_sum8);
   // out[c] = bias[c] + sum over t < parts of part[t * stride + c], for c < count; bias may be null. out may be bf16.
   void (*reduce)(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count);
   void (*widen)(const uint16_t* bf16, float* out, int count);

@@ -120,7 +120,7 @@ inline uint32_t to_bits(float value) {
 }
 
 // The three below are plain loops: the unit's compiler flags make vectors of them.
-float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_sum8) {
+float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_scale, float* group_sum8) {
   float sum128 = 0;
   for (int g = 0; g < d_pad / kGroup; g++) {
     const float* xg = x + g * kGroup;
@@ -144,6 +144,7 @@ float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, floa
       memset(q + g * kGroup, 0, kGroup);
     }
     for (int i = 0; i < 8; i++) lane_scale[g * 8 + i] = scale;
+    group_scale[g] = scale;
     group_sum8[g] = 8.f * scale * (float)total;
     sum128 += 128.f * scale * (float)total;
   }

@@ -1,0 +1,28 @@
+// What the threads of one parallel region do together: each calls the part with its own number. No barrier is inside; what
+// a part writes is whole once all threads have passed a barrier after it.
+#pragma once
+#include "inputs.h"
+
+namespace griffin {
+
+// y = W x + bias for the rows of `x`; y is float32 or bf16, y_stride the bytes from one row to the next.
+struct Product {
+  const griffin_matrix* matrix;
+  void* y;
+  int64_t y_stride;
+  bool bf16;
+};
+
+// The rows of all the matrices, which have one input and one format, are shared out together.
+void multiply_part(const Product* products, int count, const Inputs& x, int rows, int thread, int threads);
+
+// Floats of one thread's accumulators.
+int64_t ff_accumulator(int d_model, int rows);
+// This thread's experts: their down rows, weighted, are added up in accumulators of its own, which lie one thread's after
+// the other's. `rows` says the experts; its x and y are not looked at.
+void ff_accumulate(const griffin_ff_block& block, const griffin_rows& rows, const Inputs& x, float* accumulators, int thread,
+                   int threads);
+// After a barrier: this thread's columns of y, the sum of all threads' accumulators.
+void ff_reduce(const griffin_ff_block& block, const griffin_rows& rows, const float* accumulators, int thread, int threads);
+
+}  // namespace griffin
