@@ -7,7 +7,7 @@
 namespace griffin {
 namespace {
 
-constexpr int kMaxSize = 512;
+constexpr int kMaxSize = 512, kTokens = 4;
 
 inline float widened(float value) { return value; }
 inline float widened(uint16_t value) {
@@ -68,14 +68,20 @@ void attend(const Attend& a) {
     a.sum[h] = sum;
   }
   memset(a.out, 0, sizeof(float) * a.heads * size);
-  for (int t = 0; t < count; t++) {
-    const T* const value = v + static_cast<int64_t>(t) * size;
-    for (int i = 0; i < size; i++) row[i] = widened(value[i]);
+  float rows[kTokens][kMaxSize];  // several tokens at a time, so that a visit of `out` serves them all
+  for (int t = 0; t < count; t += kTokens) {
+    const int n = count - t < kTokens ? count - t : kTokens;
+    for (int j = 0; j < kTokens; j++) {
+      const T* const value = v + static_cast<int64_t>(t + (j < n ? j : 0)) * size;
+      for (int i = 0; i < size; i++) rows[j][i] = widened(value[i]);
+    }
     for (int h = 0; h < a.heads; h++) {
-      const float p = a.scores[static_cast<int64_t>(h) * count + t];
+      const float* const s = a.scores + static_cast<int64_t>(h) * count + t;
+      const float p0 = s[0], p1 = n > 1 ? s[1] : 0.f, p2 = n > 2 ? s[2] : 0.f, p3 = n > 3 ? s[3] : 0.f;
       float* const out = a.out + h * size;
 #pragma omp simd
-      for (int i = 0; i < size; i++) out[i] += p * row[i];
+      for (int i = 0; i < size; i++)
+        out[i] += (p0 * rows[0][i] + p1 * rows[1][i]) + (p2 * rows[2][i] + p3 * rows[3][i]);
     }
   }
 }
