@@ -74,7 +74,7 @@ def test_linear_against_its_dequantised_weights(format: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_more_blocks_than_one(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("griffin.backends.quantised.BLOCK_VALUES", 128 * 130)
+    monkeypatch.setattr("griffin.backends.wide.BLOCK_VALUES", 128 * 130)
     linear = quantised(torch.randn(700, 130), format, torch.randn(700))
     x = torch.randn(20, 130)
     assert linear.bias is not None

@@ -55,6 +55,7 @@ _PLAIN = (
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
     "transformers.pytorch_utils.Conv1D",
     "transformers.models.falcon.modeling_falcon.FalconLinear",
+    "griffin.backends.wide.WideLinear",
 )
 
 # Families that a row would fit, but whose neurons are not independent of each other: model_type and why.

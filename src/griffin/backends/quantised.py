@@ -1,8 +1,8 @@
 """Weights in 8 or 4 bits: every projection of the decoder's layers and the output embeddings, in place, on the CPU.
 
 The formats are the native library's (`griffin_native.h`). A few rows of input are multiplied where the packed weights
-lie; a prompt goes through torch's own GEMM, over blocks of rows dequantised into one small buffer, so that it runs at
-the speed of bfloat16 and no whole copy of a weight ever exists.
+lie; a prompt goes through torch's own GEMM, over blocks dequantised into one small buffer (`wide.multiply`), so that it
+runs at the speed of the fastest dtype here and no whole copy of a weight ever exists.
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from griffin.backends import kernel, library, memory, operands, packing
+from griffin.backends import kernel, library, memory, operands, packing, wide
 from griffin.backends.neuron_major import make_neuron_major
 from griffin.layouts import FFBlock, decoder_layers, find_ff_blocks, is_plain, rows
 
 FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
 QUANTISED = ("int8", "int4")
 WEIGHTS = (*FLOATS, *QUANTISED)
-
-BLOCK_VALUES = 2**22
-"""Weights dequantised at a time: 8 MB of bfloat16, which the last cache holds. Smaller blocks (an L2's) were slower, as
-every block is two parallel regions: 512 rows of 2048 took 26% more time than one plain GEMM, 2048 rows 5%."""
-_COLUMNS = 128  # a block of columns begins at a multiple of this
 
 
 class QuantisedLinear(nn.Module):
@@ -91,41 +86,26 @@ class QuantisedLinear(nn.Module):
             for matrix in self.matrices():
                 kernel.matvec(matrix, flat, out=out[:, at : at + matrix.d_out])
                 at += matrix.d_out
-        elif self.transposed:
-            self._by_columns(flat, out)
         else:
-            self._by_rows(flat, out)
+            self._unpacked(flat.to(wide.product_dtype(flat.dtype)), out)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _by_rows(self, x: Tensor, out: Tensor) -> None:
-        step = max(_COLUMNS, BLOCK_VALUES // self._length // _COLUMNS * _COLUMNS)
-        n = self.packed.shape[1]
-        buffer = x.new_empty(min(step, n), self._length)
-        for p, part in enumerate(self.packed):
-            scales = self._scales(p)
-            for at in range(0, n, step):
-                block = part[at : at + step]
-                own = None if scales is None else scales[at : at + step]
-                weight = packing.unpack_rows(block, own, buffer[: block.shape[0]], d=self._length)
-                self._multiply(x, weight.t(), out, p * n + at)
+    def _unpacked(self, x: Tensor, out: Tensor) -> None:
+        """out = x W^T + bias, over blocks that are dequantised to the dtype of x."""
+        parts = len(self.packed)
+        biases = [None] * parts if self.bias is None else list(self.bias.chunk(parts))
+        for part, target, bias in zip(range(parts), out.chunk(parts, dim=1), biases, strict=True):
+            rows, scales = self.packed[part], self._scales(part)
 
-    def _by_columns(self, x: Tensor, out: Tensor) -> None:
-        n = self.packed.shape[1]
-        step = max(_COLUMNS, BLOCK_VALUES // n // _COLUMNS * _COLUMNS)
-        buffer = x.new_empty(n * min(step, self._length))
-        for at in range(0, self._length, step):
-            columns = min(step, self._length - at)
-            weight = buffer[: n * columns].view(n, columns)
-            packing.unpack_rows(self.packed[0], self._scales(0), weight, d=self._length, begin=at)
-            self._multiply(x, weight, out, at)
+            def read(begin: int, block: Tensor, rows: Tensor = rows, scales: Tensor | None = scales) -> None:
+                if self.transposed:
+                    packing.unpack_rows(rows, scales, block, d=self._length, begin=begin)
+                else:
+                    own = slice(begin, begin + block.shape[0])
+                    own_scales = None if scales is None else scales[own]
+                    packing.unpack_rows(rows[own], own_scales, block, d=self._length)
 
-    def _multiply(self, x: Tensor, weight: Tensor, out: Tensor, at: int) -> None:
-        """out[:, at : at + columns] = x @ weight + bias"""
-        target = out[:, at : at + weight.shape[1]]
-        if self.bias is None:
-            torch.mm(x, weight, out=target)
-        else:
-            torch.addmm(self.bias[at : at + weight.shape[1]].to(x.dtype), x, weight, out=target)
+            wide.multiply(x, read, target, bias=bias, transposed=self.transposed)
 
     @torch.no_grad()
     def dequantised(self, indices: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,7 +125,7 @@ class QuantisedLinear(nn.Module):
     @torch.no_grad()
     def row_norms(self) -> list[Tensor]:
         """L2 norm of every row, a tensor (n,) of float32 a part. Dequantises a block at a time."""
-        norms, step = [], max(1, BLOCK_VALUES // self._length)
+        norms, step = [], max(1, wide.BLOCK_VALUES // self._length)
         for p, part in enumerate(self.packed):
             scales, own = self._scales(p), []
             for at in range(0, part.shape[0], step):

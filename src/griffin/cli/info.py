@@ -91,6 +91,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
     """
     from griffin.analysis.ceiling import bytes_read_per_token, ceiling
     from griffin.attachment import attach
+    from griffin.backends.wide import prompt_dtype
     from griffin.decode.step import step_of
     from griffin.layouts import find_ff_blocks
 
@@ -109,6 +110,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
         "layers": [asdict(layers) for layers in _fold(blocks)],
         "backend": handle.backend.name,
         "backend_reason": handle.backend.reason,
+        "prompt_dtype": str(prompt_dtype(model, model.dtype)).removeprefix("torch."),
         "generation_step": step,
         "ff_bytes": ff_bytes,
         "read_bytes_per_token": read_bytes,
@@ -154,11 +156,13 @@ def _print_model(about: dict[str, Any]) -> None:
     from rich.table import Table
 
     of = f"{about['ff_bytes'] / 1e6:.1f} of {about['read_bytes_per_token'] / 1e6:.1f} MB"
+    slow = "" if about["prompt_dtype"] == about["dtype"] else f", as this CPU is slow with {about['dtype']} matrices"
     pairs = [
         ("name", about["name"]),
         ("family", about["family"]),
         ("parameters", f"{about['parameters'] / 1e6:.1f} M, {about['dtype']}, on {about['device']}"),
         ("backend", f"{about['backend']} ({about['backend_reason']})"),
+        ("prompt phase", f"multiplies in {about['prompt_dtype']}{slow}"),
         ("generation step", about["generation_step"]),
         ("FF share", f"{about['ff_share']:.1%} of the weights read per generated token ({of})"),
     ]

