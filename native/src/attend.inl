@@ -35,21 +35,37 @@ inline float exponential(float x) {
   return p * scale;
 }
 
+// Tokens t .. t + kTokens of k or v as float32; beyond the last one the first again. Returns how many there are.
+template <class T>
+int widen_rows(const T* data, int t, int count, int size, float (*rows)[kMaxSize]) {
+  const int n = count - t < kTokens ? count - t : kTokens;
+  for (int j = 0; j < kTokens; j++) {
+    const T* const from = data + static_cast<int64_t>(t + (j < n ? j : 0)) * size;
+    for (int i = 0; i < size; i++) rows[j][i] = widened(from[i]);
+  }
+  return n;
+}
+
 template <class T>
 void attend(const Attend& a) {
   const T* const k = static_cast<const T*>(a.k);
   const T* const v = static_cast<const T*>(a.v);
   const int size = a.size, count = a.count;
-  float row[kMaxSize];
-  for (int t = 0; t < count; t++) {
-    const T* const key = k + static_cast<int64_t>(t) * size;
-    for (int i = 0; i < size; i++) row[i] = widened(key[i]);
+  float rows[kTokens][kMaxSize];  // several tokens at a time: their sums do not wait for each other
+  for (int t = 0; t < count; t += kTokens) {
+    const int n = widen_rows(k, t, count, size, rows);
     for (int h = 0; h < a.heads; h++) {
       const float* const q = a.q + h * size;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < size; i++) sum += q[i] * row[i];
-      a.scores[static_cast<int64_t>(h) * count + t] = sum;
+      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+      for (int i = 0; i < size; i++) {
+        s0 += q[i] * rows[0][i];
+        s1 += q[i] * rows[1][i];
+        s2 += q[i] * rows[2][i];
+        s3 += q[i] * rows[3][i];
+      }
+      const float sums[kTokens] = {s0, s1, s2, s3};
+      memcpy(a.scores + static_cast<int64_t>(h) * count + t, sums, sizeof(float) * n);
     }
   }
   for (int h = 0; h < a.heads; h++) {
@@ -68,13 +84,8 @@ void attend(const Attend& a) {
     a.sum[h] = sum;
   }
   memset(a.out, 0, sizeof(float) * a.heads * size);
-  float rows[kTokens][kMaxSize];  // several tokens at a time, so that a visit of `out` serves them all
-  for (int t = 0; t < count; t += kTokens) {
-    const int n = count - t < kTokens ? count - t : kTokens;
-    for (int j = 0; j < kTokens; j++) {
-      const T* const value = v + static_cast<int64_t>(t + (j < n ? j : 0)) * size;
-      for (int i = 0; i < size; i++) rows[j][i] = widened(value[i]);
-    }
+  for (int t = 0; t < count; t += kTokens) {  // and a visit of `out` serves them all
+    const int n = widen_rows(v, t, count, size, rows);
     for (int h = 0; h < a.heads; h++) {
       const float* const s = a.scores + static_cast<int64_t>(h) * count + t;
       const float p0 = s[0], p1 = n > 1 ? s[1] : 0.f, p2 = n > 2 ? s[2] : 0.f, p3 = n > 3 ? s[3] : 0.f;
