@@ -33,22 +33,46 @@ float* scale_at(float* base, int64_t i, int64_t stride) {
   return reinterpret_cast<float*>(reinterpret_cast<char*>(base) + i * stride);
 }
 
-// scale = the value of largest magnitude / -8, so that it is exact and the 16 levels cover the side that it is on.
+// The 4-bit levels of n weights for a scale, and the scale that fits these levels best; returns the squares that this
+// leaves less than all weights zero would.
+struct Fit {
+  float scale = 0, gain = -1;
+  int8_t level[kGroup] = {};
+};
+Fit fit(const float* w, int64_t n, float inverse) {
+  Fit found;
+  float across = 0, squares = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const long level = lrintf(w[i] * inverse);
+    found.level[i] = static_cast<int8_t>(level < -8 ? -8 : level > 7 ? 7 : level);
+    across += found.level[i] * w[i];
+    squares += static_cast<float>(found.level[i] * found.level[i]);
+  }
+  if (squares > 0) found.scale = across / squares, found.gain = across * across / squares;
+  return found;
+}
+
+// The 16 levels cover the side of the largest weight with -8. A somewhat smaller or larger grid often fits the others
+// better: the best of some is taken, by least squares.
 void pack_int4(const float* source, int64_t d, uint8_t* row) {
   const int64_t p = round_up(d, 64);
   memset(row, 0x88, static_cast<size_t>(p / 2));
   for (int64_t g = 0; g < p / kGroup; g++) {
     float top = 0;
-    const int64_t begin = g * kGroup, end = begin + kGroup < d ? begin + kGroup : d;
-    for (int64_t i = begin; i < end; i++)
-      if (fabsf(source[i]) > fabsf(top)) top = source[i];
-    const uint16_t half = float_to_half(top / -8.f);
-    const float scale = half_to_float(half), inverse = scale != 0.f ? 1.f / scale : 0.f;
+    const int64_t begin = g * kGroup, n = (begin + kGroup < d ? begin + kGroup : d) - begin;
+    for (int64_t i = 0; i < n; i++)
+      if (fabsf(source[begin + i]) > fabsf(top)) top = source[begin + i];
+    Fit best;
+    if (fabsf(top) > 1e-30f)
+      for (const float reach : {-7.1f, -7.4f, -7.7f, -8.f, -8.3f, -8.6f, -8.9f}) {
+        const Fit found = fit(source + begin, n, reach / top);
+        if (found.gain > best.gain) best = found;
+      }
+    const uint16_t half = float_to_half(best.scale);
     memcpy(row + p / 2 + g * 2, &half, 2);
-    for (int64_t i = begin; i < end; i++) {
-      const float level = fminf(fmaxf(rintf(source[i] * inverse), -8.f), 7.f);
-      const Nibble at = nibble(i, p);
-      row[at.byte] = static_cast<uint8_t>((row[at.byte] & ~(15 << at.shift)) | ((static_cast<int>(level) + 8) << at.shift));
+    for (int64_t i = 0; i < n; i++) {
+      const Nibble at = nibble(begin + i, p);
+      row[at.byte] = static_cast<uint8_t>((row[at.byte] & ~(15 << at.shift)) | ((best.level[i] + 8) << at.shift));
     }
   }
 }

@@ -15,8 +15,8 @@ from torch import Tensor
 # A row whose norm is below this counts as zero: it adds nothing instead of dividing by it.
 EPS = 1e-12
 
-# Values handled at a time: the float32 copies of so many (4 MB) stay in a CPU's last cache. A quarter of it, for a core's
-# own cache, took twice the time, as every operation is a parallel region.
+# Values handled at a time: the float32 copies of so many (4 MB) stay in a CPU's last cache. A quarter of it, for a
+# core's own cache, took twice the time, as every operation is a parallel region.
 _VALUES_AT_A_TIME = 2**20
 
 

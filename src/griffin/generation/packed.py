@@ -19,7 +19,7 @@ from griffin.generation.builtin import CONVERSION
 from griffin.generation.made_once import cache_folder, is_complete, made_once, one_line, share
 from griffin.generation.progress import progress
 
-PACKING = 1
+PACKING = 2
 """Raised whenever the packed formats or their rounding change, so that cached folders of older versions are redone."""
 
 _FILE = "packed.safetensors"
