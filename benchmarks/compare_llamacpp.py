@@ -50,6 +50,7 @@ from griffin.errors import GriffinError
 
 PASSAGE = Path(griffin.__file__).parent / "cli" / "passage.txt"
 BUSY_SHARE = 0.05  # of a core that this process may take while llama.cpp has its turn
+VARIATION = 1.5  # of llama.cpp's rounds, from which on it is told: beside other load it collapses
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,21 @@ class LlamaBench:
         except OSError as error:
             raise GriffinError(f"{self.path} cannot be run: {error.strerror}; expected llama-bench") from error
         busy = (time.process_time() - own) / (time.perf_counter() - begin)
-        if busy > BUSY_SHARE:
-            raise GriffinError(
-                f"this process took {busy:.0%} of a core in llama.cpp's turn: the comparison is not fair"
-            )
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             raise GriffinError(f"llama-bench died of {name}; with AMX see the head of {Path(__file__).name}")
         try:
             (result,) = json.loads(done.stdout)
             self.build = f"b{result['build_number']} ({result['build_commit']})"
-            return float(result["avg_ts"])
+            speed = float(result["avg_ts"])
         except (ValueError, KeyError) as error:
             last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise GriffinError(f"llama-bench measured nothing: {last}") from error
+        if busy > BUSY_SHARE:
+            raise GriffinError(
+                f"this process took {busy:.0%} of a core in llama.cpp's turn: the comparison is not fair"
+            )
+        return speed
 
 
 def main() -> None:
@@ -165,13 +167,22 @@ def run(args: argparse.Namespace) -> None:
             files.check_writable(path)
     torch.set_num_threads(args.threads)
     load, rows, speeds, build = machine.load_average(), [], [], ""
+    rounds: dict[str, list[float]] = {}
     for weights in formats:
         bench = LlamaBench(args.llama_bench.resolve(), args.threads)
         own, read = compare(args, weights, bench)
         rows += own
         speeds += read
         build = bench.build
+        rounds[weights] = [round(speed, 2) for speed in bench.generation]
+        if max(bench.generation) > VARIATION * min(bench.generation):
+            print(
+                f"warning: llama.cpp's rounds went from {min(bench.generation):.1f} to {max(bench.generation):.1f} "
+                "tokens/s: this machine was not quiet, and llama.cpp suffers more from that than griffin",
+                file=sys.stderr,
+            )
     about = machine.machine() | {"load_average": load, "read_bandwidth_measured": speeds}
+    about |= {f"llama_cpp_rounds_{weights}": own_rounds for weights, own_rounds in rounds.items()}
     versions = machine.versions() | {"llama.cpp": build}
     dicts = [asdict(row) for row in rows]
     if args.csv is not None:
