@@ -172,6 +172,24 @@ def test_backends_agree_with_the_reference(backend: str, shape: shapes.Shape, dt
             assert 0 <= verification.verify(model, config, prompts) <= verification.TOLERANCES[dtype]
 
 
+@pytest.mark.skipif(library.available() is not None, reason="the native library is not built")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [TINY, TINY_OPT], ids=["llama", "opt"])
+def test_a_shape_quantised_by_layers_is_the_whole_model(shape: shapes.Shape, weights: str) -> None:
+    made = workload._built(shape, weights)
+    whole = benchmark.prepare(shapes.build(shape, torch.bfloat16), weights)
+    found, expected = made.state_dict(), whole.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    assert made.config.to_dict() == whole.config.to_dict()
+    prompts = torch.randint(VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0))
+    verification.verify(made, GriffinConfig(density=0.5, backend="native"), prompts)
+    stored = sum({value.data_ptr(): value.nbytes for value in found.values()}.values())
+    guessed = shapes.packed_bytes(shape, workload.PACKED_BYTES[weights]) - shapes.weight_bytes(shape, torch.bfloat16, 1)
+    assert 0.9 * stored < guessed <= stored  # the scales of int8's rows are left out, a thousandth at real widths
+
+
 def test_a_broken_backend_is_found_and_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     right = gather.GatherFF.write
     monkeypatch.setattr(gather.GatherFF, "write", lambda own, z: right(own, z) * -1.5 + 0.1)

@@ -635,8 +635,8 @@ def test_info_tables(tiny: str, capsys: Any) -> None:
 
 @pytest.mark.model
 def test_chat_with_smollm2(capsys: Any, stdin: Any) -> None:
-    stdin(b"My name is Ada. What is the capital of France?\nWhat is my name?\n/stats\n")
-    assert main(["chat", "--density", "1", "--max-tokens", "24"]) == 0
+    stdin(b"My name is Ada. Name the capital of France in one word.\nWhat is my name?\n/stats\n")
+    assert main(["chat", "--density", "1", "--max-tokens", "48"]) == 0  # roundings differ between CPUs, and so do words
     out, err = capsys.readouterr()
     assert "Paris" in out.splitlines()[0]
     assert err.startswith("2 turns | ")

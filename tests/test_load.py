@@ -594,6 +594,27 @@ def test_packed_models_are_made_once(tiny: Path, tmp_path: Path, monkeypatch: py
     packed.read_packed(folder, weights, None)
 
 
+@pytest.mark.model
+def test_a_gguf_file_in_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := library.available():
+        pytest.skip(reason)
+    row = BUILTIN[DEFAULT_MODEL]
+    source = tmp_path / "model.gguf"
+    builtin.fetch(row, tmp_path)
+    builtin.assemble(row, tmp_path, source)
+    builtin_model, tokenizer = load(DEFAULT_MODEL, weights="int8")
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
+    made, _ = load(source, weights="int8")
+    monkeypatch.setattr("griffin.generation.load.read_gguf", lambda *_: pytest.fail("requantised again"))
+    again, again_tokenizer = load(source, weights="int8")
+    expected = builtin_model.state_dict()
+    for model in (made, again):
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again_tokenizer("The capital of France is").input_ids == tokenizer("The capital of France is").input_ids
+
+
 def test_weights_are_refused(tiny: Path) -> None:
     message_of(ValueError, lambda: load(tiny, weights="int3"), "expected one of bf16, f32, int8, int4")
     message_of(ValueError, lambda: load(tiny, dtype="f32", weights="bf16"), "different things")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -89,6 +89,19 @@ def weight_bytes(shape: Shape, dtype: torch.dtype, layers: int | None = None) ->
     with torch.device("meta"):
         model = _from_config(shape.config(layers), dtype)
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def packed_bytes(shape: Shape, bytes_per_weight: float) -> int:
+    """Bytes of the model with its Linears quantised, and most of what is beside them while it is made by layers."""
+    dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = _from_config(shape.config(), dtype)
+    packed = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    tied = bool(model.config.tie_word_embeddings)  # the packed head is a matrix of its own, beside the embeddings
+    plain = sum(parameter.nbytes for parameter in model.parameters()) - packed * dtype.itemsize
+    if tied:
+        plain += model.get_output_embeddings().weight.nbytes
+    return int(packed * bytes_per_weight) + plain + weight_bytes(shape, dtype, 1)
 
 
 def cache_bytes(shape: Shape, dtype: torch.dtype, tokens: int) -> int:

@@ -13,18 +13,20 @@ from griffin.attachment import Conversation, attach
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.generation.step import generate_step
+from griffin.layouts import find_ff_blocks
 
-STEPS = 3
-_PROMPT_TOKENS = 16
+STEPS = 4
+_PROMPT_TOKENS = 64  # after 16 a model at density 0.25 is so unsure that roundings alone can turn it round
 
-# Largest difference of any logit, as a share of the largest logit. For comparison: one expert in ten missing gives 0.2
-# and more (tinyllama-1.1b, opt-6.7b, SmolLM2), so each of these finds it.
+# Difference of the logits as a share of their spread, over all steps. For comparison: one expert in ten missing gives
+# 0.25 and more (SmolLM2 at 0.5 and 0.25, all formats), so each of these finds it.
 TOLERANCES = {
     torch.float64: 1e-9,  # another order of summation, alone
     torch.float32: 1e-3,  # the same: errors of 2^-24 over sums of some thousand terms, layer after layer
-    torch.float16: 3e-2,  # the reference rounds z and every output to 11 bits, a fused kernel sums in float32
-    torch.bfloat16: 1.2e-1,  # the same with 8 bits, in every layer: 0.01 was found over 2 layers, 0.056 over 30
+    torch.float16: 2e-2,  # the reference rounds z and every output to 11 bits, a fused kernel sums in float32
+    torch.bfloat16: 6e-2,  # the same with 8 bits, in every layer: 0.02 was found over 30
 }
+QUANTISED_TOLERANCE = 8e-2  # integer kernels round their inputs to 8 bits as well: 0.033 was found over 30 layers
 
 
 def verify(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor) -> float:
@@ -36,7 +38,7 @@ def verify(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor) -> fl
         prompts: their first tokens are run as the prompts.
 
     Returns:
-        The largest difference found, as a share of the largest logit.
+        The difference found: see `difference`.
 
     Shapes:
         prompts: (B, S).
@@ -47,24 +49,31 @@ def verify(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor) -> fl
     prompts = prompts[:, :_PROMPT_TOKENS]
     expected = _run(model, replace(config, backend="reference"), prompts)
     found = _run(model, config, prompts, expected)
-    worst = 0.0
-    for ours, right in zip(found.logits, expected.logits, strict=True):
-        if not bool(torch.isfinite(ours).all() & torch.isfinite(right).all()):
-            raise GriffinError(f"backend {found.backend}: the logits hold inf or nan; nothing was timed")
-        worst = max(worst, difference(ours, right))
+    ours, right = torch.stack(found.logits), torch.stack(expected.logits)
+    if not bool(torch.isfinite(ours).all() & torch.isfinite(right).all()):
+        raise GriffinError(f"backend {found.backend}: the logits hold inf or nan; nothing was timed")
+    worst = difference(ours, right)
     tolerance = TOLERANCES[model.dtype]
+    if any(block.quantised for block in find_ff_blocks(model)):
+        tolerance = max(tolerance, QUANTISED_TOLERANCE)
     if worst > tolerance:
         raise GriffinError(
             f"backend {found.backend} is wrong at density {config.density:g}: its logits differ from the reference's "
-            f"by {worst:.1%} of the largest, allowed are {tolerance:.1%} in {str(model.dtype).removeprefix('torch.')}; "
-            "nothing was timed"
+            f"by {worst:.1%} of their spread, allowed are {tolerance:.1%} for these weights; nothing was timed"
         )
     return worst
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    """Root mean square of the differences, as a share of the expected logits' spread around their mean.
+
+    A constant added to all logits of a token changes no probability, so it counts on neither side.
+
+    Shapes:
+        found, expected: (..., V).
+    """
+    ours, right = (logits - logits.mean(dim=-1, keepdim=True) for logits in (found, expected))
+    return float((ours - right).norm() / right.norm().clamp_min(1e-30))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 from griffin.analysis import benchmark, machine, shapes
 from griffin.analysis.benchmark import Row
 from griffin.analysis.machine import Bandwidth
+from griffin.analysis.shapes import Shape
 from griffin.backends.quantised import FLOATS
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.generation.load import load
+from griffin.layouts import decoder_layers
 
+PACKED_BYTES = {"int8": 1.0, "int4": 0.5625}  # of a weight, its share of a scale included
 _VERIFIED_LAYERS = 2  # of a shape: as wide as the whole model, and verified in seconds
 _SHIFT = 29  # tokens by which the prompts of a batch begin later in the passage
 
@@ -69,7 +72,8 @@ def check_fits(plan: Plan) -> None:
         return
     for name in plan.shapes:
         shape = shapes.shape_of(name)
-        own, cache = shapes.weight_bytes(shape, dtype), shapes.cache_bytes(shape, dtype, tokens)
+        own = shapes.packed_bytes(shape, PACKED_BYTES[weights]) if weights in PACKED_BYTES else shapes.weight_bytes(shape, dtype)
+        cache = shapes.cache_bytes(shape, dtype, tokens)
         if own + cache > free:
             raise GriffinError(
                 f"{name} in {weights} needs {(own + cache) / 1e9:.1f} GB of memory ({own / 1e9:.1f} GB of weights, "
@@ -120,7 +124,25 @@ def _verified_shape(plan: Plan, name: str, longest: int, done: Callable[[str], N
     benchmark.verified(small, prompts, plan.configs, lambda: done(f"{name} verified"))
     del small
     gc.collect()
-    return benchmark.prepare(shapes.build(shape, dtype), weights), prompts
+    return _built(shape, weights), prompts
+
+
+def _built(shape: Shape, weights: str) -> PreTrainedModel:
+    """The whole model in a format of weights; quantised a layer at a time, so that there is never more in memory."""
+    dtype = benchmark.dtype_of(weights)
+    if weights in FLOATS:
+        return benchmark.prepare(shapes.build(shape, dtype), weights)
+    whole = benchmark.prepare(shapes.build(shape, dtype, 1), weights)
+    config, layers = shape.config(), decoder_layers(whole)[1]
+    for number in range(1, config.num_hidden_layers):
+        (layer,) = decoder_layers(benchmark.prepare(shapes.build(shape, dtype, 1), weights))[1]
+        layer.self_attn.layer_idx = number
+        layers.append(layer)
+        gc.collect()  # models hold themselves in cycles
+    whole.config.num_hidden_layers = config.num_hidden_layers
+    if getattr(config, "layer_types", None) is not None:
+        whole.config.layer_types = config.layer_types
+    return whole
 
 
 def _verified_model(plan: Plan, longest: int, done: Callable[[str], None]) -> tuple[PreTrainedModel, Tensor]:
