@@ -72,7 +72,10 @@ def check_fits(plan: Plan) -> None:
         return
     for name in plan.shapes:
         shape = shapes.shape_of(name)
-        own = shapes.packed_bytes(shape, PACKED_BYTES[weights]) if weights in PACKED_BYTES else shapes.weight_bytes(shape, dtype)
+        if weights in PACKED_BYTES:
+            own = shapes.packed_bytes(shape, PACKED_BYTES[weights])
+        else:
+            own = shapes.weight_bytes(shape, dtype)
         cache = shapes.cache_bytes(shape, dtype, tokens)
         if own + cache > free:
             raise GriffinError(
