@@ -100,7 +100,8 @@ def packed_bytes(shape: Shape, bytes_per_weight: float) -> int:
     tied = bool(model.config.tie_word_embeddings)  # the packed head is a matrix of its own, beside the embeddings
     plain = sum(parameter.nbytes for parameter in model.parameters()) - packed * dtype.itemsize
     if tied:
-        plain += model.get_output_embeddings().weight.nbytes
+        head: Any = model.get_output_embeddings  # untyped in Transformers
+        plain += head().weight.nbytes
     return int(packed * bytes_per_weight) + plain + weight_bytes(shape, dtype, 1)
 
 

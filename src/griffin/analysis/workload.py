@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ def _built(shape: Shape, weights: str) -> PreTrainedModel:
     whole = benchmark.prepare(shapes.build(shape, dtype, 1), weights)
     config, layers = shape.config(), decoder_layers(whole)[1]
     for number in range(1, config.num_hidden_layers):
-        (layer,) = decoder_layers(benchmark.prepare(shapes.build(shape, dtype, 1), weights))[1]
+        layer: Any = decoder_layers(benchmark.prepare(shapes.build(shape, dtype, 1), weights))[1][0]
         layer.self_attn.layer_idx = number
         layers.append(layer)
         gc.collect()  # models hold themselves in cycles
