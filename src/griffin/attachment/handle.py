@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -294,9 +295,9 @@ class Griffin:
             # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
             seeds = [(self.config.seed * 1_000_003 + layer) % 2**63 for layer in layers for _ in range(scores.shape[1])]
             k = self.config.experts_of(scores.shape[2])
-            chosen = selection.select(scores.flatten(0, 1), k, self.config.selection, seeds)
-            for layer, own in zip(layers, chosen.view(*scores.shape[:2], k), strict=True):
-                experts[layer] = own.unbind()
+            chosen = iter(selection.select(scores.flatten(0, 1), k, self.config.selection, seeds).unbind())
+            for layer in layers:
+                experts[layer] = tuple(islice(chosen, scores.shape[1]))
         for layer, sparse in self._sparse.items():
             sparse.select(experts[layer])
         self._experts = experts
