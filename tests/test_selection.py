@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from griffin.selection import SELECTIONS, magnitude_scores, select
+from griffin.selection import SELECTIONS, magnitude_scores, select, wanda
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -111,3 +111,12 @@ def test_rows_are_selected_as_if_each_were_alone() -> None:
         together = select(scores, 13, name, seeds)
         alone = [one(own, 13, name, seed) for own, seed in zip(scores, seeds, strict=True)]
         assert torch.equal(together, torch.stack(alone)), name
+
+
+def test_wanda_keeps_of_every_row_the_weights_of_largest_score() -> None:
+    weight, norms = torch.randn(5, 12), torch.rand(12)
+    kept = wanda(weight, norms, 4)
+    for row, found in zip(weight, kept, strict=True):
+        order = sorted(range(12), key=lambda j: -abs(float(row[j])) * float(norms[j]))
+        expected = [float(row[j]) if j in order[:4] else 0.0 for j in range(12)]
+        assert found.tolist() == expected

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-SELECTIONS = ("topk", "sample", "topk_sample", "random", "magnitude")
+SELECTIONS = ("topk", "sample", "topk_sample", "random", "magnitude", "wanda")
 BATCHES = ("shared", "per_sequence")
 BACKENDS = ("auto", "reference", "gather", "native")
 
@@ -21,8 +21,9 @@ class GriffinConfig:
 
     Args:
         density: share of the FF neurons kept in the generation phase, 0 < density <= 1. 1.0 is the full model.
-        selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control) or
-            `magnitude` (the paper's static baseline, which ignores the prompt).
+        selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control),
+            `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the paper's unstructured
+            baseline: single weights, not neurons, so that it saves no time; for evaluation).
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
         backend: `auto`, or the name of one (`reference`, `gather`, `native`).
@@ -44,6 +45,11 @@ class GriffinConfig:
         _choice("selection", self.selection, SELECTIONS)
         _choice("batch", self.batch, BATCHES)
         _choice("backend", self.backend, BACKENDS)
+        if self.selection == "wanda" and self.backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend is {self.backend!r}, but selection wanda keeps single weights, not neurons: it saves no time, "
+                "whatever computes it; leave the backend out"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
