@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from griffin import config
+
 _ROWS_AT_A_TIME = 1024  # of a weight: their scores in float32 and indices in int64 are six times a 16-bit weight
 
 Selection = Callable[[Tensor, int, Sequence[int]], Tensor]
@@ -82,6 +84,32 @@ SELECTIONS: dict[str, Selection] = {
     "wanda": topk,  # of a row's weights, not of neurons: see `wanda`
     "magnitude": topk,  # top-k of `magnitude_scores`, which stand in for the statistic
 }
+
+
+def register(name: str, summary: str) -> Callable[[Selection], Selection]:
+    """Add a selection, as a decorator of its function: from then on it is a method as those of the paper are.
+
+        @register("last", "the last k neurons")
+        def last(scores, k, seeds):
+            width = scores.shape[1]
+            return torch.arange(width - k, width).repeat(len(scores), 1)
+
+    Args:
+        name: how configs, flags and tables call it.
+        summary: what it selects, in a line.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if name in SELECTIONS:
+        raise ValueError(f"there is a selection {name!r} already; choose another name")
+
+    def add(function: Selection) -> Selection:
+        SELECTIONS[name] = function
+        config.SELECTIONS[name] = summary
+        return function
+
+    return add
 
 
 def magnitude_scores(norms: list[Tensor]) -> Tensor:

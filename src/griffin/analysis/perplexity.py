@@ -191,7 +191,7 @@ def measure(
         for row in ids.to(model.device):
             continuation = row[None, prompt:]
             with (
-                attach(model, selection="wanda" if masked else "topk", density=1.0) as gathering,
+                attach(model, selection="wanda" if masked else "topk", backend="reference") as gathering,
                 gathering.prompt_phase(),
             ):
                 cache, first = run_prompt(model, row[None, :prompt])

@@ -1,4 +1,4 @@
-"""Single weights instead of neurons: the projections' weights with zeros in them. For evaluation, as it saves no time."""
+"""Single weights instead of neurons: the projections' weights with zeros in them. For evaluation: it saves no time."""
 
 from __future__ import annotations
 
