@@ -15,6 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from griffin import config
+
+_ROWS_AT_A_TIME = 1024  # of a weight: their scores in float32 and indices in int64 are six times a 16-bit weight
+
 Selection = Callable[[Tensor, int, Sequence[int]], Tensor]
 
 
@@ -77,8 +81,35 @@ SELECTIONS: dict[str, Selection] = {
     "sample": sample,
     "topk_sample": topk_sample,
     "random": random,
+    "wanda": topk,  # of a row's weights, not of neurons: see `wanda`
     "magnitude": topk,  # top-k of `magnitude_scores`, which stand in for the statistic
 }
+
+
+def register(name: str, summary: str) -> Callable[[Selection], Selection]:
+    """Add a selection, as a decorator of its function: from then on it is a method as those of the paper are.
+
+        @register("last", "the last k neurons")
+        def last(scores, k, seeds):
+            width = scores.shape[1]
+            return torch.arange(width - k, width).repeat(len(scores), 1)
+
+    Args:
+        name: how configs, flags and tables call it.
+        summary: what it selects, in a line.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if name in SELECTIONS:
+        raise ValueError(f"there is a selection {name!r} already; choose another name")
+
+    def add(function: Selection) -> Selection:
+        SELECTIONS[name] = function
+        config.SELECTIONS[name] = summary
+        return function
+
+    return add
 
 
 def magnitude_scores(norms: list[Tensor]) -> Tensor:
@@ -91,6 +122,22 @@ def magnitude_scores(norms: list[Tensor]) -> Tensor:
     for norm in norms:
         scores = scores * norm.float()
     return scores
+
+
+def wanda(weight: Tensor, norms: Tensor, k: int) -> Tensor:
+    """A copy of a projection's weight, of every output row only the k weights of largest `|W_ij| * ||X_:,j||_2`.
+
+    The paper's baseline adaptive Wanda: X are the prompt's inputs of the projection (Sun et al., arXiv 2306.11695).
+
+    Shapes:
+        weight: (out, in). norms: (in,), float32. Returns (out, in), in the weight's dtype.
+    """
+    kept = torch.zeros_like(weight)
+    for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
+        rows = weight[start : start + _ROWS_AT_A_TIME]
+        chosen = topk(rows.float().abs() * norms, k)
+        kept[start : start + _ROWS_AT_A_TIME].scatter_(1, chosen, rows.gather(1, chosen))
+    return kept
 
 
 def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tensor:
