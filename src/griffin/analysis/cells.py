@@ -94,8 +94,8 @@ class Measured:
         n: number of examples or sequences.
         truncated: how many of them did not fit the model's context.
         data: the kind's own series, small.
-        samples: values of every example, pictures, and texts under `texts`; kept in a file of their own.
-        seconds: how long it took.
+        samples: values of every example by metric under `values` (and what each counts under `weights`), pictures, texts
+            under `texts`; kept in a file of their own.
     """
 
     metrics: Mapping[str, Metric]
@@ -103,7 +103,6 @@ class Measured:
     truncated: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     samples: Mapping[str, Any] | None = None
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,13 @@ class Folder:
     complaints: list[str] = field(default_factory=list)
 
     def append(
-        self, key: Key, model: Model, measured: Measured, versions: Mapping[str, str], machine: Mapping[str, Any]
+        self,
+        key: Key,
+        model: Model,
+        measured: Measured,
+        seconds: float,
+        versions: Mapping[str, str],
+        machine: Mapping[str, Any],
     ) -> Cell:
         """Keep a finished cell: the file of its samples first, then its line.
 
@@ -175,7 +180,7 @@ class Folder:
             versions=dict(versions),
             machine=dict(machine),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(measured.seconds, 3),
+            seconds=round(seconds, 3),
             n=measured.n,
             truncated=measured.truncated,
             metrics=dict(measured.metrics),

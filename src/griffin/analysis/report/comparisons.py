@@ -29,8 +29,8 @@ class Setting:
     @classmethod
     def of(cls, key: Key) -> Setting:
         """The setting of a cell."""
-        full = key.method == FULL
-        return cls(key.method, key.density, "shared" if full else key.batch, key.batch_size, None if full else key.phase)
+        phase = None if key.phase == "continuation" else key.phase  # the default, and the only one of other kinds
+        return cls(key.method, key.density, key.batch, key.batch_size, phase)
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Setting:
         words = ["full model" if self.method == FULL else self.method.replace("_", "+")]
         words += [f"batch of {self.batch_size}"] if self.batch_size > 1 else []
         words += [self.batch.replace("_", " ")] if self.batch_size > 1 and self.method != FULL else []
-        words += [self.phase.replace("_", " ")] if self.phase not in (None, "continuation") else []
+        words += [self.phase.replace("_", " ")] if self.phase else []
         return ", ".join(words)
 
     @property

@@ -50,7 +50,7 @@ def quality(comparisons: Comparisons, task: str, metric: str) -> Plot:
     return _plot(lines, "density", metric.replace("_", " "))
 
 
-def perplexity_against_prompt(comparisons: Comparisons, cells: Sequence[Cell]) -> Plot:
+def perplexity_against_prompt(cells: Sequence[Cell]) -> Plot:
     """Perplexity against the length of the prompt, a line for each method and density."""
     lines = []
     for (name, method, dash), own in _by_method_and_density(cells):
