@@ -180,7 +180,7 @@ def test_a_shape_quantised_by_layers_is_the_whole_model(name: str, weights: str)
     if name == "opt":
         wide = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
         shape = shapes.Shape("opt", dict(TINY_OPT.settings) | wide)
-    made = workload._built(shape, weights)
+    made = workload.built(shape, weights)
     whole = benchmark.prepare(shapes.build(shape, torch.bfloat16), weights)
     found, expected = made.state_dict(), whole.state_dict()
     assert {name: value.shape for name, value in found.items()} == {
@@ -240,7 +240,7 @@ def test_shapes_are_the_real_ones(name: str, parameters: int, ff_share: float) -
     )
 
 
-def test_a_built_shape_has_weights_everywhere() -> None:
+def test_abuilt_shape_has_weights_everywhere() -> None:
     for shape in (TINY, TINY_OPT):
         model = shapes.build(shape, torch.bfloat16)
         assert not model.training
@@ -394,7 +394,7 @@ def test_a_link_stays_a_link_and_a_device_a_device(tmp_path: Path) -> None:
     assert not Path("/dev/null").is_file()
 
 
-def test_what_does_not_fit_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_what_does_not_fit_is_refused_before_it_isbuilt(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda: 24 * 10**9)
     monkeypatch.setattr(shapes, "build", lambda *args: pytest.fail("it was built"))
     assert main(["bench", "--preset", "paper"]) == 1

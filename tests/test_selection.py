@@ -14,13 +14,17 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def one(scores: torch.Tensor, k: int, selection: str, seed: int = 0) -> torch.Tensor:
+    return select(scores[None], k, selection, [seed])[0]
+
+
 @settings(max_examples=40, deadline=None)
 @given(width=st.integers(1, 60), data=st.data())
 def test_every_selection_gives_k_ascending_experts(width: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, width))
     scores = torch.rand(width, generator=generator(data.draw(st.integers(0, 99))))
     for name in SELECTIONS:
-        experts = select(scores, k, name, generator())
+        experts = one(scores, k, name)
         assert experts.dtype == torch.int64
         assert experts.shape == (k,)
         assert bool((experts[1:] > experts[:-1]).all())
@@ -32,7 +36,7 @@ def test_every_selection_gives_k_ascending_experts(width: int, data: st.DataObje
 def test_topk_is_the_largest_and_of_equals_the_first(scores: list[int], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(scores)))
     expected = sorted(sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:k])
-    assert select(torch.tensor(scores).float(), k, "topk", generator()).tolist() == expected
+    assert one(torch.tensor(scores).float(), k, "topk").tolist() == expected
 
 
 def test_sample_draws_without_replacement_in_proportion_to_the_scores() -> None:
@@ -47,7 +51,7 @@ def test_sample_draws_without_replacement_in_proportion_to_the_scores() -> None:
     }
     counts = dict.fromkeys(expected, 0)
     for seed in range(draws):
-        counts[tuple(select(scores, 2, "sample", generator(seed)).tolist())] += 1
+        counts[tuple(one(scores, 2, "sample", seed).tolist())] += 1
     for pair, chance in expected.items():
         spread = (chance * (1 - chance) / draws) ** 0.5
         assert abs(counts[pair] / draws - chance) < 4 * spread, pair
@@ -56,14 +60,14 @@ def test_sample_draws_without_replacement_in_proportion_to_the_scores() -> None:
 def test_sample_takes_neurons_of_score_zero_last() -> None:
     scores = torch.tensor([0.0, 1.0, 0.0, 2.0])
     for seed in range(50):
-        assert {1, 3} <= set(select(scores, 3, "sample", generator(seed)).tolist())
+        assert {1, 3} <= set(one(scores, 3, "sample", seed).tolist())
 
 
 def test_topk_sample_has_half_of_the_best() -> None:
     scores = torch.arange(100).float()
     seen = set()
     for seed in range(20):
-        experts = set(select(scores, 10, "topk_sample", generator(seed)).tolist())
+        experts = set(one(scores, 10, "topk_sample", seed).tolist())
         assert set(range(95, 100)) <= experts
         seen |= experts
     assert len(seen) > 30
@@ -72,9 +76,9 @@ def test_topk_sample_has_half_of_the_best() -> None:
 def test_a_seed_means_the_same_experts() -> None:
     scores = torch.rand(200)
     for name in ("sample", "topk_sample", "random"):
-        first = select(scores, 50, name, generator(3))
-        assert torch.equal(first, select(scores, 50, name, generator(3)))
-        assert not torch.equal(first, select(scores, 50, name, generator(4)))
+        first = one(scores, 50, name, 3)
+        assert torch.equal(first, one(scores, 50, name, 3))
+        assert not torch.equal(first, one(scores, 50, name, 4))
 
 
 def test_magnitude_scores_are_products_of_row_norms() -> None:
@@ -86,8 +90,24 @@ def test_magnitude_scores_are_products_of_row_norms() -> None:
 
 def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one of topk"):
-        select(torch.rand(4), 2, "best", generator())
+        one(torch.rand(4), 2, "best")
     with pytest.raises(ValueError, match="k = 5"):
-        select(torch.rand(4), 5, "topk", generator())
-    with pytest.raises(ValueError, match="inf or nan"):
-        select(torch.tensor([1.0, float("nan")]), 1, "topk", generator())
+        one(torch.rand(4), 5, "topk")
+    with pytest.raises(ValueError, match="expected \\(N, D_ff\\)"):
+        select(torch.rand(4), 2, "topk", [0])
+    with pytest.raises(ValueError, match="2 seeds for 3 rows"):
+        select(torch.rand(3, 4), 2, "topk", [0, 1])
+    for bad in ("nan", "inf"):
+        with pytest.raises(ValueError, match="inf or nan"):
+            one(torch.tensor([1.0, float(bad)]), 1, "topk")
+
+
+def test_rows_are_selected_as_if_each_were_alone() -> None:
+    scores = torch.rand(6, 40, generator=generator())
+    scores[1] = 0.5  # equals at the edge in some rows
+    scores[4, :30] = 2.0
+    seeds = [3, 1, 4, 1, 5, 9]
+    for name in SELECTIONS:
+        together = select(scores, 13, name, seeds)
+        alone = [one(own, 13, name, seed) for own, seed in zip(scores, seeds, strict=True)]
+        assert torch.equal(together, torch.stack(alone)), name

@@ -1,66 +1,72 @@
 """From a statistic to experts: which k neurons of an FF block are kept. Pure functions on tensors.
 
-`SELECTIONS` maps a name to a function `(scores (D_ff,), k, generator) -> (k,) int64, ascending`. All randomness is
-drawn on the CPU from the generator given, so that a seed means the same experts on every device.
+`SELECTIONS` maps a name to a function `(scores (N, D_ff), k, seeds) -> (N, k) int64, ascending`. Each of the N rows is
+a selection of its own: the layers of a model, the sequences of a batch. All layers go into one call, because what a
+selection costs is mostly the number of calls. All randomness is drawn on the CPU from the row's own seed, so that a
+seed means the same experts on every device and in every batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-Selection = Callable[[Tensor, int, torch.Generator], Tensor]
+Selection = Callable[[Tensor, int, Sequence[int]], Tensor]
 
 
-def topk(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def topk(scores: Tensor, k: int, seeds: Sequence[int] = ()) -> Tensor:
     """The k neurons of largest score; of equals, those with the lower index. The paper's selection.
 
     Shapes:
-        scores: (D_ff,). Returns (k,), int64, ascending.
+        scores: (N, D_ff). Returns (N, k), int64, ascending.
     """
-    return _largest(scores, k)
+    least = scores.topk(k, sorted=False).values.amin(dim=1, keepdim=True)
+    kept = scores >= least
+    experts = kept.nonzero()[:, 1]
+    if len(experts) > scores.shape[0] * k:  # equals at the edge: of them the first only
+        edge = scores == least
+        room = k - (scores > least).sum(dim=1, keepdim=True)
+        experts = (kept & ~(edge & (edge.cumsum(dim=1) > room))).nonzero()[:, 1]
+    return experts.view(-1, k)
 
 
-def sample(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def sample(scores: Tensor, k: int, seeds: Sequence[int]) -> Tensor:
     """k neurons drawn without replacement, with probability proportional to their score (the paper's sampling variant).
 
     Drawn by the Gumbel top-k trick (Kool et al., arXiv 1903.06059): the k largest of `log s + Gumbel noise` are
     distributed exactly so. Neurons with score zero come last.
 
     Shapes:
-        scores: (D_ff,), not negative. Returns (k,), int64, ascending.
+        scores: (N, D_ff), not negative. Returns (N, k), int64, ascending.
     """
-    uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64)
-    gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-    return _largest(scores.double().log() + gumbel.to(scores.device), k)
+    return topk(_perturbed(scores, seeds), k)
 
 
-def topk_sample(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def topk_sample(scores: Tensor, k: int, seeds: Sequence[int]) -> Tensor:
     """Half of the k by top-k, the rest sampled from the other neurons (the paper's mixed variant).
 
     An odd k gives the larger half to sampling.
 
     Shapes:
-        scores: (D_ff,), not negative. Returns (k,), int64, ascending.
+        scores: (N, D_ff), not negative. Returns (N, k), int64, ascending.
     """
-    best = _largest(scores, k // 2)
-    rest = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    rest[best] = False
-    others = rest.nonzero().squeeze(1)
-    drawn = others[sample(scores[others], k - k // 2, generator)]
-    return torch.cat([best, drawn]).sort().values
+    keys = _perturbed(scores, seeds)
+    if k > 1:
+        keys.scatter_(1, topk(scores, k // 2), torch.inf)
+    return topk(keys, k)
 
 
-def random(scores: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def random(scores: Tensor, k: int, seeds: Sequence[int]) -> Tensor:
     """k neurons drawn uniformly, whatever their score: the control that shows what the statistic is worth.
 
     Shapes:
-        scores: (D_ff,). Returns (k,), int64, ascending.
+        scores: (N, D_ff). Returns (N, k), int64, ascending.
     """
-    order = torch.randperm(scores.shape[0], generator=generator)
-    drawn: Tensor = order[:k].sort().values
+    width = scores.shape[1]
+    orders = [torch.randperm(width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    drawn: Tensor = torch.stack(orders)[:, :k].sort(dim=1).values
     return drawn.to(scores.device)
 
 
@@ -85,32 +91,41 @@ def magnitude_scores(norms: list[Tensor]) -> Tensor:
     return scores
 
 
-def select(scores: Tensor, k: int, selection: str, generator: torch.Generator) -> Tensor:
-    """Experts of one FF block for one set of scores.
+def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tensor:
+    """Experts for each of N sets of scores.
+
+    Args:
+        scores: what the neurons are ranked by; rows are independent of each other.
+        k: number of experts.
+        selection: a name of `SELECTIONS`.
+        seeds: one for each row; selections without chance do not look at them.
 
     Shapes:
-        scores: (D_ff,), float. Returns (k,), int64, ascending.
+        scores: (N, D_ff), float. Returns (N, k), int64, each row ascending.
 
     Raises:
-        ValueError: the selection is unknown, k is outside 1..D_ff, or the scores are not all finite.
+        ValueError: the selection is unknown, k is outside 1..D_ff, the seeds are not one a row, or the scores are not
+            all finite.
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection is {selection!r}; expected one of {', '.join(SELECTIONS)}")
-    if scores.dim() != 1 or not 1 <= k <= scores.shape[0]:
-        raise ValueError(f"cannot select k = {k} experts from scores of shape {tuple(scores.shape)}")
+    if scores.dim() != 2 or not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"cannot select k = {k} experts from scores of shape {tuple(scores.shape)}; expected (N, D_ff)")
+    if len(seeds) != scores.shape[0]:
+        raise ValueError(f"there are {len(seeds)} seeds for {scores.shape[0]} rows of scores; expected one a row")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError(
             "the scores hold inf or nan, which come from the model's FF activations; float16 overflows in some models: "
             "load it in bfloat16 or float32"
         )
-    return SELECTIONS[selection](scores, k, generator)
+    return SELECTIONS[selection](scores, k, seeds)
 
 
-def _largest(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest scores, ascending; of equal ones at the edge, those with the lower index."""
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
-    least = scores.topk(k, sorted=False).values.min()
-    above = (scores > least).nonzero().squeeze(1)
-    at_the_edge = (scores == least).nonzero().squeeze(1)[: k - above.shape[0]]
-    return torch.cat([above, at_the_edge]).sort().values
+def _perturbed(scores: Tensor, seeds: Sequence[int]) -> Tensor:
+    """`log s + Gumbel noise`, float64, (N, D_ff)."""
+    drawn = [
+        torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
+    gumbel = -torch.log(-torch.log(torch.stack(drawn).clamp(1e-300, 1 - 1e-16)))
+    return scores.double().log() + gumbel.to(scores.device)

@@ -66,10 +66,10 @@ def shared(energies: Tensor, tokens: Tensor) -> Tensor:
     that sequence's own statistic, which differs from the sum by a factor and so selects the same experts.
 
     Shapes:
-        energies: (B, D_ff), float32. tokens: (B,), the number of real tokens S_i behind every row.
-        Returns (D_ff,), float32.
+        energies: (..., B, D_ff), float32. tokens: (..., B), the number of real tokens S_i behind every row.
+        Returns (..., D_ff), float32.
     """
-    if energies.shape[0] == 1:
-        return flocking(energies[0])
+    if energies.shape[-2] == 1:
+        return flocking(energies.squeeze(-2))
     lengths = tokens.to(device=energies.device, dtype=torch.float32).clamp_min(1.0)
-    return (flocking(energies) / lengths.sqrt()[:, None]).sum(dim=0)
+    return (flocking(energies) / lengths.sqrt()[..., None]).sum(dim=-2)

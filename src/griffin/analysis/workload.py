@@ -128,10 +128,10 @@ def _verified_shape(plan: Plan, name: str, longest: int, done: Callable[[str], N
     benchmark.verified(small, prompts, plan.configs, lambda: done(f"{name} verified"))
     del small
     gc.collect()
-    return _built(shape, weights), prompts
+    return built(shape, weights), prompts
 
 
-def _built(shape: Shape, weights: str) -> PreTrainedModel:
+def built(shape: Shape, weights: str) -> PreTrainedModel:
     """The whole model in a format of weights; quantised a layer at a time, so that there is never more in memory."""
     dtype = benchmark.dtype_of(weights)
     if weights in FLOATS:

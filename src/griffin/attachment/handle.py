@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -82,7 +82,9 @@ class Griffin:
 
         Empty before a prompt, and with the static selection `magnitude`.
         """
-        return MappingProxyType({layer: self._scores(layer) for layer in self._conversation.energies})
+        per_sequence = self.config.batch == "per_sequence"
+        found = {layer: self._scores([layer])[0] for layer in self._conversation.energies}
+        return MappingProxyType({layer: own if per_sequence else own[0] for layer, own in found.items()})
 
     @property
     def phase(self) -> Phase:
@@ -269,37 +271,44 @@ class Griffin:
         refuse_training(self.model)
         self._phase = phase
 
-    def _scores(self, layer: int) -> Tensor:
-        energies = self._conversation.energies[layer]
+    def _scores(self, layers: Sequence[int]) -> Tensor:
+        """The statistic of some layers of one width, (layers, n, D_ff), of n sets of experts a layer."""
+        energies = torch.stack([self._conversation.energies[layer] for layer in layers])
         if self.config.batch == "per_sequence":
             return statistic.flocking(energies)
-        return statistic.shared(energies, self._conversation.tokens[layer])
+        return statistic.shared(energies, torch.stack([self._conversation.tokens[layer] for layer in layers]))[:, None]
 
     @torch.no_grad()
     def _select(self) -> None:
         """Select the experts of every layer and hand them to the backend."""
         start = time.perf_counter()
         experts: dict[int, tuple[Tensor, ...]] = {}
-        for block in self.blocks:
-            if self._static:
-                scores = selection.magnitude_scores(block.input_norms())[None]
-            elif block.layer not in self._conversation.energies:
+        if self._static:
+            source = {block.layer: selection.magnitude_scores(block.input_norms())[None] for block in self.blocks}
+        else:
+            source = self._conversation.energies
+            if any(block.layer not in source for block in self.blocks):
                 raise ValueError("no prompt token came: call the model inside handle.prompt_phase()")
-            else:
-                scores = self._scores(block.layer)
-                scores = scores if scores.dim() == 2 else scores[None]
-            k = self.config.experts_of(block.width)
+        for layers in _alike({block.layer: source[block.layer] for block in self.blocks}):
+            scores = torch.stack([source[layer] for layer in layers]) if self._static else self._scores(layers)
             # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
-            experts[block.layer] = tuple(
-                selection.select(own, k, self.config.selection, self._generator(block.layer)) for own in scores
-            )
-            if block.layer in self._sparse:
-                self._sparse[block.layer].select(experts[block.layer])
+            seeds = [(self.config.seed * 1_000_003 + layer) % 2**63 for layer in layers for _ in range(scores.shape[1])]
+            k = self.config.experts_of(scores.shape[2])
+            chosen = selection.select(scores.flatten(0, 1), k, self.config.selection, seeds)
+            for layer, own in zip(layers, chosen.view(*scores.shape[:2], k), strict=True):
+                experts[layer] = own.unbind()
+        for layer, sparse in self._sparse.items():
+            sparse.select(experts[layer])
         self._experts = experts
         self.selection_s = time.perf_counter() - start
 
-    def _generator(self, layer: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + layer) % 2**63)
+
+def _alike(source: Mapping[int, Tensor]) -> Iterable[list[int]]:
+    """Layers in groups of one width and one device: what one call can select for."""
+    groups: dict[tuple[int, torch.device], list[int]] = {}
+    for layer, own in source.items():
+        groups.setdefault((own.shape[-1], own.device), []).append(layer)
+    return groups.values()
 
 
 def refuse_training(model: nn.Module) -> None:
