@@ -1,7 +1,8 @@
 """The results folder of a sweep: `cells.jsonl`, one JSON object a line, each the result of one cell of the matrix.
 
-A line is written whole and flushed to the disk, after the file of its samples, so that a run that is killed at any moment
-leaves only whole cells behind, and at most one broken last line, which is not believed. Nothing is ever overwritten.
+A line is written whole and flushed to the disk, after the file of its samples, so that a run that is killed at any
+moment leaves only whole cells behind, and at most one broken last line, which is not believed. Nothing is ever
+overwritten.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class Measured:
         n: number of examples or sequences.
         truncated: how many of them did not fit the model's context.
         data: the kind's own series, small.
-        samples: values of every example by metric under `values` (and what each counts under `weights`), pictures, texts
-            under `texts`; kept in a file of their own.
+        samples: values of every example by metric under `values` (and what each counts under `weights`), pictures,
+            texts under `texts`; kept in a file of their own.
     """
 
     metrics: Mapping[str, Metric]
@@ -233,7 +234,9 @@ def writing(path: Path, model: Model) -> Iterator[Folder]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise GriffinError(f"another griffin sweep is writing to {path}; wait for its end or choose another folder") from None
+        raise GriffinError(
+            f"another griffin sweep is writing to {path}; wait for its end or choose another folder"
+        ) from None
     except (OSError, NotImplementedError) as error:
         raise GriffinError(f"{path} cannot be locked: {error}; choose a folder on another disk") from error
     try:

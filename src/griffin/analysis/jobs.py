@@ -52,9 +52,7 @@ def perplexities(
 
     def job(prompt: int, own: torch.Tensor) -> Job:
         keys = [
-            key_of(
-                config, "perplexity", task=text, source=source, prompt=prompt, generate=generate, limit=sequences
-            )
+            key_of(config, "perplexity", task=text, source=source, prompt=prompt, generate=generate, limit=sequences)
             for config in configs
             for generate in sorted(set(generates))
         ]
@@ -75,9 +73,7 @@ def _perplexity(measured: perplexity.Measured, key: Key) -> Measured:
     assert key.prompt is not None
     assert key.generate is not None
     row = perplexity.summary(measured, key.prompt, key.generate, key.seed)
-    nll, kl, agreement = (
-        own[:, : key.generate].double() for own in (measured.nll, measured.kl, measured.agreement)
-    )
+    nll, kl, agreement = (own[:, : key.generate].double() for own in (measured.nll, measured.kl, measured.agreement))
     bins = torch.arange(key.generate).tensor_split(min(_POINTS, key.generate))
     metrics = {"perplexity": Metric.of(row.perplexity, higher_is_better=False)}
     if key.method != FULL:
@@ -142,7 +138,9 @@ def speeds(
 
 
 def _speed(row: benchmark.Row) -> Measured:
-    metrics = {name: Metric(getattr(row, name)) for name in ("speedup", "generation_tokens_per_s", "prompt_tokens_per_s")}
+    metrics = {
+        name: Metric(getattr(row, name)) for name in ("speedup", "generation_tokens_per_s", "prompt_tokens_per_s")
+    }
     return Measured(metrics=metrics, n=_ROUNDS, data=asdict(row))
 
 
@@ -177,9 +175,7 @@ def _examples(
     pieces: list[list[str]] = []
     for text in prompts:
         prompt: Prompt = text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
-        own = list(
-            stream_generate(model, tokenizer, prompt, griffin=config_of(key), max_tokens=key.generate)
-        )
+        own = list(stream_generate(model, tokenizer, prompt, griffin=config_of(key), max_tokens=key.generate))
         tokens.append([token for piece in own for token in piece.tokens])
         pieces.append([piece.text for piece in own])
         tick(1 / len(prompts))

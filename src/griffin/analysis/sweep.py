@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from griffin.analysis.cells import FULL, Cell, Folder, Key, Measured, Model, cell_id
@@ -106,7 +107,7 @@ def carry_out(
         watcher.begun(keys)
         start = time.perf_counter()
         try:
-            found = list(job.measure(keys, lambda share, count=len(keys): watcher.ticked(share * count)))
+            found = list(job.measure(keys, partial(_tick, watcher, len(keys))))
         except Exception as error:  # whatever went wrong with one cell, the others are worth having
             failed += len(keys)
             watcher.failed(keys, error)
@@ -115,3 +116,7 @@ def carry_out(
         for key, measured in zip(keys, found, strict=True):
             watcher.finished(folder.append(key, model, measured, seconds, versions, machine))
     return failed
+
+
+def _tick(watcher: Watcher, cells: int, share: float) -> None:
+    watcher.ticked(share * cells)

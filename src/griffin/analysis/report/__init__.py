@@ -149,7 +149,9 @@ def _about(cells: Sequence[Cell]) -> list[tuple[str, str]]:
 
 def _machine(cell: Cell) -> str:
     about = cell.machine
-    return f"{about.get('cpu', 'unknown')}, {about.get('cpu_cores', '?')} cores, {about.get('torch_threads', '?')} threads"
+    return (
+        f"{about.get('cpu', 'unknown')}, {about.get('cpu_cores', '?')} cores, {about.get('torch_threads', '?')} threads"
+    )
 
 
 def _counted(values: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from griffin.analysis.bootstrap import Interval, paired_interval
+from griffin.analysis.bootstrap import Interval, mean_interval, paired_interval
 from griffin.analysis.cells import FULL, Cell, Folder, Key, Metric
 
 NATS = "nll"  # values of an example whose mean's exponential is the perplexity
@@ -56,8 +56,8 @@ class Score:
         cell: where it is from.
         name: of the metric.
         metric: the figure.
-        difference: to the full model's, paired over the examples: of the figure itself, or, for perplexities, as a share
-            of the full model's; `None` for the full model and where it is missing. Ends that are nan: no interval.
+        difference: to the full model's, paired over the examples: of the figure itself, or, for perplexities, as a
+            share of the full model's; `None` for the full model and where it is missing. Ends that are nan: no interval.
         relative: the difference is a share.
     """
 
@@ -69,7 +69,7 @@ class Score:
 
     @property
     def verdict(self) -> str:
-        """`worse` or `better` where the interval of the difference leaves 0 out, `unclear` where not, `` without one."""
+        """`worse` or `better` where the interval of the difference leaves 0 out, else `unclear`; empty without one."""
         if self.difference is None or math.isnan(self.difference.low):
             return ""
         if self.difference.low <= 0.0 <= self.difference.high:
@@ -88,12 +88,16 @@ class Comparisons:
     def cells(self, kind: str) -> list[Cell]:
         """The cells of a kind, in the order of the tables."""
         found = [cell for cell in self._folder.cells.values() if cell.key.kind == kind]
-        return sorted(found, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0))
+        return sorted(
+            found, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0)
+        )
 
     @cached_property
     def tasks(self) -> list[str]:
         """Names of the tasks that were run."""
-        return list(dict.fromkeys(c.key.task for c in self._folder.cells.values() if c.key.kind == "task" and c.key.task))
+        return list(
+            dict.fromkeys(c.key.task for c in self._folder.cells.values() if c.key.kind == "task" and c.key.task)
+        )
 
     def samples(self, cell: Cell) -> dict[str, Any]:
         """The samples of a cell, read once."""
@@ -128,10 +132,13 @@ class Comparisons:
         return [score for score in found if score is not None]
 
     def _values(self, cell: Cell, name: str) -> list[float] | None:
-        """One value an example, whose mean is the figure (or its logarithm, for a perplexity)."""
+        """One value an example, whose mean is the figure (of `perplexity` its logarithm); `None` without them."""
         values = self.samples(cell).get("values", {}).get(NATS if name == PERPLEXITY else name)
-        usable = isinstance(values, list) and values and all(isinstance(value, int | float) for value in values)
-        return values if usable and (name == PERPLEXITY or PERPLEXITY not in name) else None
+        if not values or not all(isinstance(value, int | float) for value in values):
+            return None
+        found = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
+        found = math.exp(found) if name == PERPLEXITY else found
+        return values if math.isclose(found, cell.metrics[name].value, rel_tol=1e-6, abs_tol=1e-6) else None
 
     def _weights(self, cell: Cell, name: str) -> list[float] | None:
         weights = self.samples(cell).get("weights", {}).get(NATS if name == PERPLEXITY else name)

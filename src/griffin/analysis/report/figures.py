@@ -1,4 +1,4 @@
-"""The report's plots as data for plotly.js. Colours of ground and text are the page's business, as they follow the theme."""
+"""The report's plots as data for plotly.js. Colours of ground and text are the page's, as they follow the theme."""
 
 from __future__ import annotations
 
@@ -94,7 +94,13 @@ def speed(cells: Sequence[Cell]) -> Plot:
     lines = []
     pairs = sorted({(cell.key.density, cell.data["ceiling"]) for cell in cells})
     lines.append(
-        _line("ceiling", *zip(*pairs, strict=True), colour=None, dash="dot", hovertemplate="density %{x}: at most %{y:.2f}x")
+        _line(
+            "ceiling",
+            *zip(*pairs, strict=True),
+            colour=None,
+            dash="dot",
+            hovertemplate="density %{x}: at most %{y:.2f}x",
+        )
     )
     full = [cell for cell in cells if cell.key.method == FULL]
     for method, group in groupby((cell for cell in cells if cell.key.method != FULL), key=lambda cell: cell.key.method):
@@ -144,7 +150,9 @@ def heat_map(picture: dict[str, Any]) -> Plot:
         "showscale": False,
         "hovertemplate": "token %{y}, neuron %{x}<extra></extra>",
     }
-    plot = _plot([trace], "FF neuron", "token", xaxis={"showgrid": False}, yaxis={"showgrid": False, "autorange": "reversed"})
+    plot = _plot(
+        [trace], "FF neuron", "token", xaxis={"showgrid": False}, yaxis={"showgrid": False, "autorange": "reversed"}
+    )
     plot["layout"]["showlegend"] = False
     return plot
 
@@ -186,7 +194,14 @@ def _level(value: float, densities: Sequence[float]) -> Plot:
 def _line(name: str, x: Any, y: Any, *, colour: str | None, dash: str = "solid", **settings: Any) -> Plot:
     """A line; without a colour it takes that of the text."""
     ink: Plot = {"dash": dash, "width": 2} | ({} if colour is None else {"color": colour})
-    trace: Plot = {"type": "scatter", "mode": "lines", "name": html.escape(name), "x": list(x), "y": _finite(y), "line": ink}
+    trace: Plot = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": html.escape(name),
+        "x": list(x),
+        "y": _finite(y),
+        "line": ink,
+    }
     return trace | settings
 
 

@@ -1,4 +1,4 @@
-"""From the plots and tables to one HTML page that needs nothing else. The only module that imports jinja2 and plotly."""
+"""From plots and tables to one HTML page that needs nothing else. The only module that imports jinja2 and plotly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def render(**content: Any) -> str:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise GriffinError("a report needs plotly and jinja2; install them: pip install 'griffin-llm[report]'") from error
+        raise GriffinError(
+            "a report needs plotly and jinja2; install them: pip install 'griffin-llm[report]'"
+        ) from error
     environment = Environment(
         loader=FileSystemLoader(_PARTS, encoding="utf-8"),
         autoescape=True,

@@ -56,13 +56,19 @@ def main_metric(cells: Sequence[Cell]) -> str:
 
 
 def summary(comparisons: Comparisons) -> Table:
-    """One row a setting; one column for each task's main metric, the perplexity of the longest prompt, and the speed-up."""
+    """A row for each setting; columns: each task's main metric, perplexity after the longest prompt, speed-up."""
     columns: dict[str, str] = {}
     rows: dict[Setting, Row] = {}
     for task in comparisons.tasks:
         cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
         metric = main_metric(cells)
-        _add(columns, rows, task, f"{metric}, n = {_numbers(cell.n for cell in cells)}", _scores(comparisons, cells, metric))
+        _add(
+            columns,
+            rows,
+            task,
+            f"{metric}, n = {_numbers(cell.n for cell in cells)}",
+            _scores(comparisons, cells, metric),
+        )
     for text, cells in _longest(comparisons.cells("perplexity")).items():
         key = cells[0].key
         what = f"perplexity, {key.prompt} + {key.generate} tokens, n = {_numbers(cell.n for cell in cells)}"
@@ -80,7 +86,13 @@ def every_metric(comparisons: Comparisons, task: str) -> Table:
     cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
     for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
         better = next(cell.metrics[metric].higher_is_better for cell in cells if metric in cell.metrics)
-        _add(columns, rows, metric, "higher is better" if better else "lower is better", _scores(comparisons, cells, metric))
+        _add(
+            columns,
+            rows,
+            metric,
+            "higher is better" if better else "lower is better",
+            _scores(comparisons, cells, metric),
+        )
     return Table(columns, list(rows.values()))
 
 
@@ -188,9 +200,7 @@ def _scores(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> lis
     return [score for score in found if score is not None]
 
 
-def _add(
-    columns: dict[str, str], rows: dict[Setting, Row], column: str, what: str, scores: Sequence[Score]
-) -> None:
+def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: str, scores: Sequence[Score]) -> None:
     while column in columns:
         column += "'"
     columns[column] = what
