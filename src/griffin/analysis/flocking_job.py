@@ -103,8 +103,9 @@ def _pictures(model: PreTrainedModel, text: Tensor, kept: int, seed: int) -> lis
     generator = torch.Generator().manual_seed(seed)
     size = text.shape[0] - kept
     permuted = torch.cat([text[:kept], text[kept:][torch.randperm(size, generator=generator)]])
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    drawn = torch.cat([text[:kept], torch.randint(vocabulary, (size,), generator=generator)])
+    drawn = torch.cat(
+        [text[:kept], torch.randint(model.config.get_text_config().vocab_size, (size,), generator=generator)]
+    )
     layers = len(find_ff_blocks(model))
     chosen = sorted({layers // 4, layers // 2, 3 * layers // 4})
     versions = {"text": text, "tokens permuted": permuted, "random tokens": drawn}

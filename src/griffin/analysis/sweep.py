@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from griffin.analysis.cells import FULL, Cell, Folder, Key, Measured, Model, cell_id
+from griffin.analysis.cells import FULL, Cell, Key, Measured, Model, cell_id
+from griffin.analysis.folder import Folder
 from griffin.config import GriffinConfig
 
 Tick = Callable[[float], None]  # called now and then with the share of the job that was done since

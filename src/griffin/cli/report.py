@@ -27,10 +27,11 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the folder holds no results.
         GriffinError: the page cannot be written, or plotly and jinja2 are not installed.
     """
-    from griffin.analysis import cells, files
+    from griffin.analysis import files
+    from griffin.analysis.folder import read
     from griffin.analysis.report import report
 
-    folder = cells.read(args.folder)
+    folder = read(args.folder)
     output = args.output or args.folder / "report.html"
     files.check_writable(output)
     for complaint in folder.complaints:

@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     text = None if args.perplexity is None else read_text(args.perplexity)
     from griffin.analysis import cells, machine, sweep
     from griffin.analysis.fingerprint import fingerprint
+    from griffin.analysis.folder import writing
     from griffin.cli.watching import watcher
 
     model, tokenizer = load_model(args)
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     about = cells.Model(args.model, fingerprint(model), args.weights or dtype, dtype)
     jobs = _jobs(args, model, tokenizer, about, configs, tasks, text)
     total = sum(len(job.keys) for job in jobs)
-    with cells.writing(args.output, about) as folder:
+    with writing(args.output, about) as folder:
         for complaint in folder.complaints:
             print(f"warning: {complaint}", file=sys.stderr)
         todo = sweep.pending(folder, about, jobs)

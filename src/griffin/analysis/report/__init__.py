@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from griffin.analysis.cells import Cell, Folder
+from griffin.analysis.cells import Cell
+from griffin.analysis.folder import Folder
 from griffin.analysis.report import figures, tables
 from griffin.analysis.report.comparisons import Comparisons
 from griffin.analysis.report.page import render
@@ -17,7 +18,7 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
     """The page of a results folder.
 
     Args:
-        folder: what `griffin.analysis.cells.read` found.
+        folder: what `griffin.analysis.folder.read` found.
         without_text: leave out prompts and answers.
 
     Raises:

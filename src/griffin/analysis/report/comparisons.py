@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from griffin.analysis.bootstrap import Interval, mean_interval, paired_interval
-from griffin.analysis.cells import FULL, Cell, Folder, Key, Metric
+from griffin.analysis.cells import FULL, Cell, Key, Metric
+from griffin.analysis.folder import Folder
 
 NATS = "nll"  # values of an example whose mean's exponential is the perplexity
 PERPLEXITY = "perplexity"
@@ -57,7 +58,8 @@ class Score:
         name: of the metric.
         metric: the figure.
         difference: to the full model's, paired over the examples: of the figure itself, or, for perplexities, as a
-            share of the full model's; `None` for the full model and where it is missing. Ends that are nan: no interval.
+            share of the full model's; `None` for the full model and where it is missing. Ends are nan without an
+            interval.
         relative: the difference is a share.
     """
 
