@@ -1,0 +1,116 @@
+"""Confidence intervals of means over examples, by resampling the examples.
+
+Source: Efron, Bootstrap Methods: Another Look at the Jackknife (1979); the percentile interval. Examples are drawn with
+replacement as often as there are examples; the interval holds the middle `level` of the resampled means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Values = Sequence[float] | Tensor
+
+_DRAWS_AT_A_TIME = 2**22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its confidence interval.
+
+    Args:
+        value: of the examples themselves.
+        low, high: ends of the interval; nan where one example tells nothing about the spread.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_interval(
+    values: Values, *, weights: Values | None = None, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Mean of the examples' values, with its interval.
+
+    Args:
+        values: one number an example.
+        weights: what each example counts, such as its number of tokens: `sum(w v) / sum(w)`. `None`: all alike.
+        resamples: number of resamples.
+        level: share of the resampled means inside the interval.
+        seed: the same seed draws the same resamples.
+
+    Shapes:
+        values, weights: (N,).
+
+    Raises:
+        ValueError: no example, a value that is not finite, weights that do not fit, or a level outside 0..1.
+    """
+    rows, weight = _checked(values, weights, resamples, level)
+    return _interval(rows, weight, resamples, level, seed)
+
+
+def paired_interval(
+    values: Values,
+    others: Values,
+    *,
+    weights: Values | None = None,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Difference of two means over the same examples, `mean(values) - mean(others)`, with its interval.
+
+    Both values of an example are drawn together. What makes an example hard for both then cancels, so that the interval
+    is as narrow as the data allow. An interval without 0 says that the difference is real.
+
+    Args:
+        values, others: one number an example, in the same order.
+        weights, resamples, level, seed: as in `mean_interval`.
+
+    Shapes:
+        values, others, weights: (N,).
+
+    Raises:
+        ValueError: as `mean_interval`, or the two are not of the same length.
+    """
+    rows, weight = _checked(values, weights, resamples, level)
+    against, _ = _checked(others, weights, resamples, level)
+    if rows.shape != against.shape:
+        raise ValueError(f"cannot pair {rows.shape[0]} values with {against.shape[0]}; give both for the same examples")
+    return _interval(rows - against, weight, resamples, level, seed)
+
+
+def _interval(rows: Tensor, weight: Tensor, resamples: int, level: float, seed: int) -> Interval:
+    value = float((weight * rows).sum() / weight.sum())
+    n = rows.shape[0]
+    if n == 1:
+        return Interval(value, float("nan"), float("nan"))
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for start in range(0, resamples, max(1, _DRAWS_AT_A_TIME // n)):
+        count = min(resamples - start, max(1, _DRAWS_AT_A_TIME // n))
+        drawn = torch.randint(n, (count, n), generator=generator)
+        means.append((weight * rows)[drawn].sum(dim=1) / weight[drawn].sum(dim=1))
+    ends = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
+    # A resample may hold examples of weight zero only, which have no mean.
+    low, high = torch.cat(means).nanquantile(ends).tolist()
+    return Interval(value, low, high)
+
+
+def _checked(values: Values, weights: Values | None, resamples: int, level: float) -> tuple[Tensor, Tensor]:
+    rows = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
+    if rows.dim() != 1 or rows.shape[0] == 0:
+        raise ValueError(f"values have shape {tuple(rows.shape)}; expected one number for each of at least one example")
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("values hold inf or nan, which have no mean; leave those examples out, and say how many")
+    if resamples < 1 or not 0.0 < level < 1.0:
+        raise ValueError(f"resamples is {resamples} and level {level}; expected at least 1, and a share inside 0..1")
+    weight = torch.ones_like(rows) if weights is None else torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    fits = weight.shape == rows.shape and bool(torch.isfinite(weight).all() & (weight >= 0).all()) and weight.sum() > 0
+    if not fits:
+        raise ValueError("weights do not fit: expected one finite number, not negative, an example, not all zero")
+    return rows, weight
