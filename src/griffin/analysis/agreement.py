@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 
 import torch
@@ -11,7 +12,6 @@ from transformers import DynamicCache, PreTrainedModel
 from griffin.attachment import Griffin
 
 
-@torch.no_grad()
 def teacher_forced_logits(
     model: PreTrainedModel, prompt_ids: Tensor, continuation_ids: Tensor, handle: Griffin | None = None
 ) -> Tensor:
@@ -23,12 +23,35 @@ def teacher_forced_logits(
     Shapes:
         prompt_ids: (B, P). continuation_ids: (B, G). Returns (B, G, V), float32.
     """
-    cache = DynamicCache(config=model.config)
     with nullcontext() if handle is None else handle.prompt_phase():
-        first = model(prompt_ids, past_key_values=cache, use_cache=True).logits[:, -1:]
+        cache, first = run_prompt(model, prompt_ids)
     with nullcontext() if handle is None else handle.generation_phase():
-        rest = model(continuation_ids[:, :-1], past_key_values=cache, use_cache=True).logits
-    return torch.cat([first, rest], dim=1).float()
+        return run_continuation(model, continuation_ids, cache, first).float()
+
+
+@torch.no_grad()
+def run_prompt(model: PreTrainedModel, prompt_ids: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Run a prompt in the phase that was said; returns its key/value cache and the logits of its last position.
+
+    Shapes:
+        prompt_ids: (B, P). The logits are (B, 1, V), in the model's dtype.
+    """
+    cache = DynamicCache(config=model.config)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return cache, model(prompt_ids, past_key_values=cache, use_cache=True, **last).logits[:, -1:]
+
+
+@torch.no_grad()
+def run_continuation(model: PreTrainedModel, continuation_ids: Tensor, cache: DynamicCache, first: Tensor) -> Tensor:
+    """Run a known continuation of what `run_prompt` returned, in the phase that was said; the cache is extended.
+
+    Shapes:
+        continuation_ids: (B, G). first: (B, 1, V). Returns the logits of its tokens, (B, G, V), in the model's dtype.
+    """
+    if continuation_ids.shape[1] == 1:
+        return first
+    rest = model(continuation_ids[:, :-1], past_key_values=cache, use_cache=True).logits
+    return torch.cat([first, rest], dim=1)
 
 
 def top1_agreement(logits: Tensor, others: Tensor) -> float:

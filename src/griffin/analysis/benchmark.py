@@ -175,7 +175,7 @@ def measure(
     """
     runs: list[list[Run]] = [[] for _ in configs]
     bandwidths: list[Bandwidth | None] = []
-    with _laid_out_once(model, configs[0].backend):
+    with laid_out_once(model, configs[0].backend):
         for config in configs:
             _timed(model, prompts[:, :_WARM_UP_TOKENS], config, _WARM_UP_STEPS)
         bandwidths.append(machine.read_bandwidth())
@@ -196,7 +196,7 @@ def verified(
     Raises:
         GriffinError: a backend is wrong.
     """
-    with _laid_out_once(model, configs[0].backend):
+    with laid_out_once(model, configs[0].backend):
         for config in configs:
             verify(model, config, prompts)
             done()
@@ -300,11 +300,11 @@ def _native_calls() -> int:
 
 
 @contextmanager
-def _laid_out_once(model: PreTrainedModel, backend: str) -> Iterator[None]:
+def laid_out_once(model: PreTrainedModel, *backends: str) -> Iterator[None]:
     """Store the weights as the native backend wants them for as long as the block runs, not in every run anew."""
     blocks = find_ff_blocks(model)
     with ExitStack() as undo:
-        if resolve(backend, blocks).name == "native":
+        if any(resolve(backend, blocks).name == "native" for backend in backends):
             for block in blocks:
                 if not block.quantised:  # records are neuron-major as they are
                     make_neuron_major(block, undo)

@@ -1,0 +1,247 @@
+"""Perplexity of the generation phase on real text, beside the full model's.
+
+A text is cut into windows. Of each, the prompt runs through the full model and gives the experts; the tokens after it are
+scored with those experts, in one teacher-forced pass. That equals generating them token by token (a test says so), but
+takes one pass for all of them. The first token after the prompt is predicted by the full model, as in generation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from griffin.analysis.agreement import run_continuation, run_prompt
+from griffin.analysis.benchmark import check_length, laid_out_once
+from griffin.analysis.bootstrap import Interval, mean_interval, paired_interval
+from griffin.attachment import attach
+from griffin.config import GriffinConfig
+
+_VALUES_AT_A_TIME = 2**24  # logits in float32, 64 MB; several such are alive at once
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the tokens of N continuations of G tokens cost with one config, and with the full model.
+
+    Args:
+        config: the config.
+        nll: negative log likelihood of every token, in nats.
+        full_nll: the same of the full model.
+        kl: KL divergence KL(full || griffin) of the next token's distribution, in nats.
+        agreement: whether both predict the same token as the likeliest.
+
+    Shapes:
+        all (N, G), float32 on the CPU; agreement is bool.
+    """
+
+    config: GriffinConfig
+    nll: Tensor
+    full_nll: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one config for one length of prompt and continuation; intervals are over the sequences.
+
+    Args:
+        density, selection: of the config.
+        prompt_tokens, generated_tokens: of each sequence.
+        sequences: number of sequences N.
+        perplexity: `exp` of the mean negative log likelihood of all tokens.
+        full_perplexity: the full model's, on the same tokens.
+        log_ratio: `ln(perplexity / full_perplexity)`, in nats per token; its interval is paired.
+        kl: mean KL(full || griffin), in nats per token.
+        agreement: share of the tokens at which both predict the same token as the likeliest.
+    """
+
+    density: float
+    selection: str
+    prompt_tokens: int
+    generated_tokens: int
+    sequences: int
+    perplexity: Interval
+    full_perplexity: Interval
+    log_ratio: Interval
+    kl: Interval
+    agreement: Interval
+
+    def flat(self) -> dict[str, float | int | str]:
+        """The row for a table: an interval becomes three columns, `x`, `x_low` and `x_high`."""
+        cells: dict[str, float | int | str] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Interval):
+                cells |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+            else:
+                cells[name] = value
+        return cells
+
+
+def cases(densities: Iterable[float], selections: Sequence[str], backend: str, seed: int) -> list[GriffinConfig]:
+    """Every density with every selection, but density 1.0 once: there is nothing to select.
+
+    Raises:
+        ValueError: a density, a selection, the backend or the seed is none.
+    """
+    wanted = [(density, selections[0] if density == 1.0 else own) for own in selections for density in densities]
+    return [
+        GriffinConfig(density=density, selection=own, backend=backend, seed=seed)
+        for density, own in dict.fromkeys(wanted)
+    ]
+
+
+def windows(ids: Sequence[int], bos: int | None, prompts: Sequence[int], generate: int, sequences: int) -> list[Tensor]:
+    """Cut a text into sequences that do not overlap, for every length of prompt.
+
+    A window holds the longest prompt and the continuation. A shorter prompt is the end of the longest, so that every
+    length scores the same continuations, and differences between lengths are not differences between texts.
+
+    Args:
+        ids: the text's tokens, without special ones.
+        bos: the token that the model expects at the beginning of a sequence, counted as part of the prompt.
+        prompts: tokens of the prompt.
+        generate: tokens of the continuation.
+        sequences: number of windows; they are spread evenly over the text.
+
+    Returns:
+        For each length of prompt P the sequences.
+
+    Shapes: each (sequences, P + generate), int64.
+
+    Raises:
+        ValueError: a length is not positive, or the text is too short.
+    """
+    for name, value in (("prompt", min(prompts)), ("generate", generate), ("sequences", sequences)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected a whole number from 1")
+    first = [] if bos is None else [bos]
+    size = max(max(prompts) - len(first), 0) + generate
+    if len(ids) < sequences * size:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, but {sequences} sequences of {max(prompts)} + {generate} tokens that do "
+            f"not overlap need {sequences * size}; it is enough for {len(ids) // size}: give a longer text, fewer "
+            "sequences or shorter ones"
+        )
+    step = len(ids) // sequences
+    text = torch.tensor([list(ids[at * step : at * step + size]) for at in range(sequences)])
+    beginning = torch.tensor(first, dtype=torch.int64).expand(sequences, -1)
+    return [torch.cat([beginning, text[:, size - generate - (p - len(first)) :]], dim=1) for p in prompts]
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    ids: Tensor,
+    prompt: int,
+    configs: Sequence[GriffinConfig],
+    *,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Measured]:
+    """Score the continuations of N prompts with the full model and with every config.
+
+    Sequence by sequence: the prompt runs once, and its statistic and its key/value cache serve the full model and every
+    config.
+
+    Args:
+        model: the model, in eval mode, without GRIFFIN attached.
+        ids: the sequences.
+        prompt: P, the number of their first tokens that are the prompt.
+        configs: what to measure.
+        progress: called after every sequence with every config.
+
+    Shapes:
+        ids: (N, P + G), int64.
+
+    Raises:
+        ValueError: there is no prompt or no continuation, a sequence is longer than the model's context, or a config
+            does not fit the model.
+    """
+    if ids.dim() != 2 or not 1 <= prompt < ids.shape[1]:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (N, {prompt} + G) with G at least 1")
+    check_length(model, prompt, ids.shape[1] - prompt)
+    scores: list[list[_Scores]] = [[] for _ in configs]
+    full_nll: list[Tensor] = []
+    backends = dict.fromkeys(config.backend for config in configs)
+    with laid_out_once(model, *backends):
+        for row in ids.to(model.device):
+            continuation = row[None, prompt:]
+            with attach(model, backend="reference") as gathering, gathering.prompt_phase():
+                cache, first = run_prompt(model, row[None, :prompt])
+            full = run_continuation(model, continuation, copy.deepcopy(cache), first)[0]
+            full_nll.append(_scores(full, full, continuation[0]).nll)
+            for own, config in zip(scores, configs, strict=True):
+                with attach(model, config) as handle:
+                    with handle.prompt_phase(conversation=gathering.conversation):
+                        pass  # the experts are selected from the prompt that ran
+                    with handle.generation_phase():
+                        logits = run_continuation(model, continuation, copy.deepcopy(cache), first)[0]
+                own.append(_scores(logits, full, continuation[0]))
+                progress()
+    return [
+        Measured(
+            config,
+            torch.stack([one.nll for one in own]),
+            torch.stack(full_nll),
+            torch.stack([one.kl for one in own]),
+            torch.stack([one.agreement for one in own]),
+        )
+        for config, own in zip(configs, scores, strict=True)
+    ]
+
+
+def summary(measured: Measured, prompt: int, generate: int, seed: int = 0) -> Row:
+    """The figures of the first `generate` tokens of every continuation: shorter ones are prefixes of one run.
+
+    Raises:
+        ValueError: `generate` is not within the tokens that were measured, or some figure is not finite.
+    """
+    n, longest = measured.nll.shape
+    if not 1 <= generate <= longest:
+        raise ValueError(f"generate is {generate}; {longest} tokens were measured")
+    nll, full, kl, agreement = (
+        values[:, :generate].double().mean(dim=1)
+        for values in (measured.nll, measured.full_nll, measured.kl, measured.agreement)
+    )
+    return Row(
+        density=measured.config.density,
+        selection=measured.config.selection,
+        prompt_tokens=prompt,
+        generated_tokens=generate,
+        sequences=n,
+        perplexity=_exp(mean_interval(nll, seed=seed)),
+        full_perplexity=_exp(mean_interval(full, seed=seed)),
+        log_ratio=paired_interval(nll, full, seed=seed),
+        kl=mean_interval(kl, seed=seed),
+        agreement=mean_interval(agreement, seed=seed),
+    )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    nll: Tensor  # each (G,)
+    kl: Tensor
+    agreement: Tensor
+
+
+def _scores(logits: Tensor, full: Tensor, tokens: Tensor) -> _Scores:
+    """Shapes: logits, full (G, V), any float dtype; tokens (G,)."""
+    nll, kl, agreement = [], [], []
+    rows = max(1, _VALUES_AT_A_TIME // logits.shape[1])
+    for own, right, token in zip(logits.split(rows), full.split(rows), tokens.split(rows), strict=True):
+        q, p = own.float().log_softmax(dim=-1), right.float().log_softmax(dim=-1)
+        nll.append(-q.gather(1, token[:, None])[:, 0].cpu())
+        kl.append(F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1).cpu())
+        agreement.append((own.argmax(dim=-1) == right.argmax(dim=-1)).cpu())
+    return _Scores(torch.cat(nll), torch.cat(kl), torch.cat(agreement))
+
+
+def _exp(interval: Interval) -> Interval:
+    value, low, high = torch.tensor([interval.value, interval.low, interval.high], dtype=torch.float64).exp().tolist()
+    return Interval(value, low, high)

@@ -1,0 +1,216 @@
+"""Perplexity of the generation phase: one teacher-forced pass, equal to generating token by token."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import griffin
+from conftest import tiny_llama
+from griffin.analysis import perplexity
+from griffin.analysis.perplexity import measure, summary, windows
+from griffin.config import GriffinConfig
+
+PROMPT, GENERATE = 12, 20
+SELECTIONS = ("topk", "magnitude", "random")
+CONFIGS = [GriffinConfig(density=0.5, selection=selection, seed=3) for selection in SELECTIONS]
+
+
+def random_ids(sequences: int = 3, vocabulary: int = 97) -> Tensor:
+    return torch.randint(vocabulary, (sequences, PROMPT + GENERATE), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def step_by_step(model: PreTrainedModel, ids: Tensor, prompt: int, config: GriffinConfig | None) -> Tensor:
+    """Logits of the tokens after the prompt, each step one token: (N, G, V)."""
+    found = []
+    for row in ids:
+        cache, handle = DynamicCache(config=model.config), None
+        if config is None:
+            logits = [model(row[None, :prompt], past_key_values=cache, use_cache=True).logits[:, -1]]
+            for token in row[prompt:-1]:
+                logits.append(model(token.view(1, 1), past_key_values=cache, use_cache=True).logits[:, -1])
+        else:
+            with griffin.attach(model, config) as handle:
+                with handle.prompt_phase():
+                    logits = [model(row[None, :prompt], past_key_values=cache, use_cache=True).logits[:, -1]]
+                with handle.generation_phase():
+                    for token in row[prompt:-1]:
+                        logits.append(model(token.view(1, 1), past_key_values=cache, use_cache=True).logits[:, -1])
+                assert handle.sparse_calls == len(handle.pruned) * (ids.shape[1] - prompt - 1) > 0
+        found.append(torch.cat(logits))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "tolerance"),
+    [
+        # The losses are float32 numbers of a size of about 10: a unit in the last place is 1e-6.
+        (torch.float64, "reference", 5e-6),
+        (torch.float32, "reference", 2e-4),  # matrices of one and of twenty rows sum in another order
+        (torch.float32, "auto", 2e-4),
+    ],
+)
+def test_nll_is_the_loss_of_generating_step_by_step(dtype: torch.dtype, backend: str, tolerance: float) -> None:
+    model, ids = tiny_llama(dtype), random_ids()
+    configs = [GriffinConfig(density=0.5, selection=own, backend=backend, seed=3) for own in SELECTIONS]
+    full = step_by_step(model, ids, PROMPT, None)
+    targets = ids[:, PROMPT:]
+    for measured in measure(model, ids, PROMPT, configs):
+        logits = step_by_step(model, ids, PROMPT, measured.config)
+        for found, expected in ((measured.nll, logits), (measured.full_nll, full)):
+            assert found.dtype == torch.float32
+            loss = F.cross_entropy(expected.transpose(1, 2), targets, reduction="none").float()
+            torch.testing.assert_close(found, loss, rtol=0, atol=tolerance)
+        p, q = full.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+        torch.testing.assert_close(measured.kl, (p.exp() * (p - q)).sum(dim=-1).float(), rtol=0, atol=10 * tolerance)
+        assert torch.equal(measured.agreement, full.argmax(dim=-1) == logits.argmax(dim=-1))
+        assert float(measured.kl[:, 1:].min()) > 0.0  # the experts alone predict otherwise
+        assert not measured.agreement.all()
+
+
+def test_a_sliding_window_slides_in_one_pass_too() -> None:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=97,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = Gemma3ForCausalLM(config).double().eval()
+    (measured,) = measure(model, random_ids(), PROMPT, CONFIGS[:1])
+    logits = step_by_step(model, random_ids(), PROMPT, CONFIGS[0])
+    loss = F.cross_entropy(logits.transpose(1, 2), random_ids()[:, PROMPT:], reduction="none").float()
+    torch.testing.assert_close(measured.nll, loss, rtol=0, atol=5e-6)  # float32 losses of about 10
+
+
+def test_density_one_is_the_full_model_bit_for_bit() -> None:
+    (measured,) = measure(tiny_llama(torch.float32), random_ids(), PROMPT, [GriffinConfig(density=1.0)])
+    assert torch.equal(measured.nll, measured.full_nll)
+    assert torch.equal(measured.kl, torch.zeros(3, GENERATE))
+    assert measured.agreement.all()
+    row = summary(measured, PROMPT, GENERATE)
+    assert (row.log_ratio.value, row.log_ratio.low, row.log_ratio.high) == (0.0, 0.0, 0.0)
+    assert row.perplexity == row.full_perplexity
+
+
+def test_the_first_token_is_the_prompt_phases_and_a_sequence_does_not_see_the_others() -> None:
+    model, ids = tiny_llama(), random_ids()
+    (measured,) = measure(model, ids, PROMPT, CONFIGS[:1])
+    assert torch.equal(measured.nll[:, 0], measured.full_nll[:, 0])
+    (alone,) = measure(model, ids[1:2], PROMPT, CONFIGS[:1])
+    assert torch.equal(alone.nll[0], measured.nll[1])
+
+
+def test_a_shorter_continuation_is_a_prefix_of_a_longer_one() -> None:
+    model, ids = tiny_llama(), random_ids()
+    (longer,) = measure(model, ids, PROMPT, CONFIGS[:1])
+    (shorter,) = measure(model, ids[:, : PROMPT + 6], PROMPT, CONFIGS[:1])
+    torch.testing.assert_close(longer.nll[:, :6], shorter.nll, rtol=0, atol=5e-6)  # float32 losses of about 10
+    assert summary(longer, PROMPT, 6).perplexity.value == pytest.approx(math.exp(float(shorter.nll.mean())), rel=1e-5)
+    (one,) = measure(model, ids[:, : PROMPT + 1], PROMPT, CONFIGS[:1])
+    torch.testing.assert_close(one.nll, longer.full_nll[:, :1], rtol=0, atol=5e-6)  # likewise
+
+
+def test_many_logits_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_llama(), random_ids()
+    (whole,) = measure(model, ids, PROMPT, CONFIGS[:1])
+    monkeypatch.setattr(perplexity, "_VALUES_AT_A_TIME", 3 * 97)
+    (parts,) = measure(model, ids, PROMPT, CONFIGS[:1])
+    assert torch.equal(whole.nll, parts.nll)
+    assert torch.equal(whole.kl, parts.kl)
+
+
+def test_the_summary_says_what_the_tokens_say() -> None:
+    (measured,) = measure(tiny_llama(), random_ids(), PROMPT, CONFIGS[:1])
+    row = summary(measured, PROMPT, GENERATE)
+    nll, full = measured.nll.double().mean(), measured.full_nll.double().mean()
+    assert row.perplexity.value == pytest.approx(float(nll.exp()), rel=1e-12)
+    assert row.log_ratio.value == pytest.approx(float(nll - full), abs=1e-12)
+    assert row.agreement.value == pytest.approx(float(measured.agreement.double().mean()), abs=1e-12)
+    for interval in (row.perplexity, row.full_perplexity, row.log_ratio, row.kl, row.agreement):
+        assert interval.low <= interval.value <= interval.high
+    flat = row.flat()
+    assert (flat["kl"], flat["kl_low"], flat["prompt_tokens"], flat["sequences"]) == (row.kl.value, row.kl.low, 12, 3)
+    with pytest.raises(ValueError, match="20 tokens were measured"):
+        summary(measured, PROMPT, GENERATE + 1)
+
+
+def test_the_model_is_as_before_and_progress_is_told() -> None:
+    model, ids, told = tiny_llama(torch.float32), random_ids(), []
+    before, strides = model(ids).logits, model.model.layers[0].mlp.down_proj.weight.stride()
+    measure(model, ids, PROMPT, CONFIGS, progress=lambda: told.append(1))
+    assert len(told) == 9
+    assert torch.equal(model(ids).logits, before)
+    assert model.model.layers[0].mlp.down_proj.weight.stride() == strides
+
+
+def test_windows_do_not_overlap_and_all_prompts_have_the_same_continuation() -> None:
+    ids = list(range(100, 200))
+    short, long = windows(ids, 7, [3, 10], generate=5, sequences=4)
+    assert long.shape == (4, 15)
+    assert short.shape == (4, 8)
+    assert long[:, 0].tolist() == short[:, 0].tolist() == [7] * 4
+    assert torch.equal(long[:, -5:], short[:, -5:])
+    assert torch.equal(long[:, -7:], short[:, 1:])
+    tokens = long[:, 1:].flatten().tolist()
+    assert len(set(tokens)) == len(tokens) == 56
+    assert tokens[:14] == ids[:14]
+    assert tokens[-1] > 180  # spread over the text
+    (plain,) = windows(ids, None, [10], generate=5, sequences=6)
+    assert plain[0].tolist() == ids[:15]
+    (bare,) = windows(ids, 7, [1], generate=5, sequences=20)
+    assert bare[3].tolist() == [7, *range(115, 120)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([1] * 50, None, [10], 5, 4), "has 50 tokens, .* need 60; it is enough for 3"),
+        (([], None, [10], 5, 4), "has 0 tokens"),
+        (([1] * 50, None, [0], 5, 4), "prompt is 0"),
+        (([1] * 50, None, [4], 0, 4), "generate is 0"),
+        (([1] * 50, None, [4], 1, 0), "sequences is 0"),
+    ],
+)
+def test_windows_that_cannot_be_cut_are_refused(arguments: tuple, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        windows(*arguments)
+
+
+def test_sequences_that_cannot_be_measured_are_refused() -> None:
+    model = tiny_llama(max_position_embeddings=24)
+    with pytest.raises(ValueError, match="context of 24"):
+        measure(model, random_ids(), PROMPT, CONFIGS)
+    for prompt in (0, PROMPT + GENERATE):
+        with pytest.raises(ValueError, match="expected"):
+            measure(model, random_ids(), prompt, CONFIGS)
+
+
+@pytest.mark.model
+def test_one_pass_equals_generating_on_a_real_model(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    model, tokenizer = smollm2
+    text = (Path(griffin.__file__).parent / "cli" / "passage.txt").read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"][:300]).view(2, 150)
+    for measured in measure(model, ids, 120, CONFIGS[:2]):
+        logits = step_by_step(model, ids, 120, measured.config)
+        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 120:], reduction="none")
+        torch.testing.assert_close(measured.nll, loss, rtol=0, atol=2e-3)  # float32 in 30 layers, summed otherwise
+        row = summary(measured, 120, 30)
+        assert row.full_perplexity.value < row.perplexity.value
