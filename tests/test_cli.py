@@ -45,15 +45,16 @@ CONTEXT = 512
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return _save(tmp_path_factory.mktemp("tiny"), TEMPLATE, CONTEXT)
+    return save_tiny(tmp_path_factory.mktemp("tiny"), TEMPLATE, CONTEXT)
 
 
 @pytest.fixture(scope="module")
 def tiny_without_template(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return _save(tmp_path_factory.mktemp("plain"), None, CONTEXT)
+    return save_tiny(tmp_path_factory.mktemp("plain"), None, CONTEXT)
 
 
-def _save(folder: Path, template: str | None, context: int) -> str:
+def save_tiny(folder: Path, template: str | None, context: int) -> str:
+    """Save a tiny random Llama with a tokenizer of words."""
     vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -365,7 +366,7 @@ def test_stdout_closed_early_and_full(tiny: str) -> None:
 
 
 def test_generate_ctrl_c(tmp_path: Path) -> None:
-    folder = _save(tmp_path, TEMPLATE, 100_000)
+    folder = save_tiny(tmp_path, TEMPLATE, 100_000)
     command = [sys.executable, "-m", "griffin", "generate", "-m", folder, "w1", "--max-tokens", "90000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c) as process:
         assert process.stdout is not None
@@ -539,7 +540,7 @@ def test_chat_input_that_is_not_utf_8(tiny: str, capsys: Any, stdin: Any) -> Non
 
 
 def test_chat_on_a_terminal_ctrl_c_and_ctrl_d(tmp_path: Path) -> None:
-    folder = _save(tmp_path, TEMPLATE, 100_000)
+    folder = save_tiny(tmp_path, TEMPLATE, 100_000)
     master, slave = pty.openpty()
     chat = subprocess.Popen(
         [sys.executable, "-m", "griffin", "chat", "-m", folder, "--max-tokens", "90000"],

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,9 @@ import griffin
 from conftest import tiny_llama
 from griffin.analysis import perplexity
 from griffin.analysis.perplexity import measure, summary, windows
+from griffin.cli import main
 from griffin.config import GriffinConfig
+from test_cli import CONTEXT, WORDS, save_tiny
 
 PROMPT, GENERATE = 12, 20
 SELECTIONS = ("topk", "magnitude", "random")
@@ -36,18 +37,19 @@ def step_by_step(model: PreTrainedModel, ids: Tensor, prompt: int, config: Griff
     """Logits of the tokens after the prompt, each step one token: (N, G, V)."""
     found = []
     for row in ids:
-        cache, handle = DynamicCache(config=model.config), None
+        cache = DynamicCache(config=model.config)
+
+        def last(tokens: Tensor, cache: DynamicCache = cache) -> Tensor:
+            return model(tokens[None], past_key_values=cache, use_cache=True).logits[:, -1]
+
         if config is None:
-            logits = [model(row[None, :prompt], past_key_values=cache, use_cache=True).logits[:, -1]]
-            for token in row[prompt:-1]:
-                logits.append(model(token.view(1, 1), past_key_values=cache, use_cache=True).logits[:, -1])
+            logits = [last(row[:prompt]), *(last(token[None]) for token in row[prompt:-1])]
         else:
             with griffin.attach(model, config) as handle:
                 with handle.prompt_phase():
-                    logits = [model(row[None, :prompt], past_key_values=cache, use_cache=True).logits[:, -1]]
+                    logits = [last(row[:prompt])]
                 with handle.generation_phase():
-                    for token in row[prompt:-1]:
-                        logits.append(model(token.view(1, 1), past_key_values=cache, use_cache=True).logits[:, -1])
+                    logits += [last(token[None]) for token in row[prompt:-1]]
                 assert handle.sparse_calls == len(handle.pruned) * (ids.shape[1] - prompt - 1) > 0
         found.append(torch.cat(logits))
     return torch.stack(found)
@@ -214,3 +216,123 @@ def test_one_pass_equals_generating_on_a_real_model(smollm2: tuple[PreTrainedMod
         torch.testing.assert_close(measured.nll, loss, rtol=0, atol=2e-3)  # float32 in 30 layers, summed otherwise
         row = summary(measured, 120, 30)
         assert row.full_perplexity.value < row.perplexity.value
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), None, CONTEXT)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(2)
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(WORDS[at] for at in torch.randint(len(WORDS), (400,), generator=generator)))
+    return path
+
+
+def command(model: str, *words: object) -> list[str]:
+    return ["perplexity", "--model", model, *map(str, words)]
+
+
+def test_the_command_sweeps_and_writes_what_it_measured(
+    tiny: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = {name: tmp_path / f"found.{name}" for name in ("csv", "json", "png")}
+    words = [
+        "--text",
+        text,
+        "--densities",
+        "1.0,0.5",
+        "--selection",
+        "topk,random",
+        "--prompt",
+        "32,8",
+        "--sequences",
+        5,
+    ]
+    files = ["--generate", "4,16", "--csv", out["csv"], "--json", out["json"], "--plot", out["png"]]
+    assert main(command(tiny, *words, *files)) == 0
+    shown = capsys.readouterr()
+    assert "8 + 4 tokens, 5 sequences" in shown.out
+    assert "top-1" in shown.out
+    found = json.loads(out["json"].read_text())
+    rows = found["rows"]
+    assert [(row["prompt_tokens"], row["generated_tokens"]) for row in rows[::3]] == [
+        (8, 4),
+        (8, 16),
+        (32, 4),
+        (32, 16),
+    ]
+    assert [(row["density"], row["selection"]) for row in rows[:3]] == [(1.0, "topk"), (0.5, "topk"), (0.5, "random")]
+    assert (found["about"]["text"], found["about"]["seed"], found["about"]["model"]) == ("words.txt", 0, tiny)
+    for row in rows:
+        assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
+        assert (row["log_ratio"] == 0.0 and row["kl"] == 0.0) == (row["density"] == 1.0)
+    same = {row["full_perplexity"] for row in rows if row["prompt_tokens"] == 32 and row["generated_tokens"] == 16}
+    assert len(same) == 1
+    table = list(csv.DictReader(out["csv"].read_text().splitlines()))
+    assert [float(row["kl"]) for row in table] == [row["kl"] for row in rows]
+    assert {row["torch"] for row in table} == {torch.__version__}
+    with Image.open(out["png"]) as image:
+        assert image.size[0] > 1000  # two panels
+    model, tokenizer = griffin.load(tiny)
+    ids = tokenizer(text.read_text())["input_ids"]
+    (sequences,) = windows(ids, None, [32], 16, 5)
+    (expected,) = measure(model, sequences, 32, [GriffinConfig(density=0.5)])
+    assert rows[-2]["perplexity"] == pytest.approx(math.exp(float(expected.nll.double().mean())), rel=1e-9)
+
+
+def test_one_sequence_has_no_interval_and_json_says_so(
+    tiny: str, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--text", text, "--densities", "0.5", "--prompt", 8, "--generate", 4, "--sequences", 1]
+    assert main(command(tiny, *words, "--json")) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["perplexity_low"] is None
+    assert row["perplexity"] > 1.0
+    assert main(command(tiny, *words)) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--text FILE is missing: give a UTF-8 text"),
+        (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--text", "TEXT", "--prompt", 300, "--generate", 8], "the text has 400 tokens"),
+        (["--text", "TEXT", "--prompt", 511, "--generate", 8, "--sequences", 1], "text has 400 tokens"),
+        (["--text", "LONG", "--prompt", 511, "--generate", 8, "--sequences", 1], "fit the model's context of 512"),
+        (["--text", "EMPTY"], "is empty"),
+        (["--text", "TEXT", "--prompt", "0"], "expected numbers of tokens from 1"),
+        (["--text", "TEXT", "--prompt", "8,x"], "expected numbers of tokens such as"),
+        (["--text", "TEXT", "--densities", "0.5,2"], "density is 2.0"),
+        (["--text", "TEXT", "--selection", "topk,nothing"], "selection is 'nothing'"),
+        (["--text", "TEXT", "--prompt", 8, "--sequences", 0], "sequences is 0"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line_and_nothing_is_written(
+    words: list[object], message: str, tiny: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"TEXT": text, "LONG": tmp_path / "long.txt", "EMPTY": tmp_path / "empty.txt"}
+    files["LONG"].write_text(text.read_text() + " " + text.read_text())
+    files["EMPTY"].write_text(" \n")
+    csv_file = tmp_path / "found.csv"
+    assert main(command(tiny, *(files.get(word, word) for word in words), "--csv", csv_file)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not csv_file.exists()
+
+
+def test_a_tokenizer_says_whether_a_sequence_begins_with_a_token(tiny: str) -> None:
+    _, tokenizer = griffin.load(tiny)
+    assert perplexity.encode_text(tokenizer, "w1 w2") == ([6, 7], None)
+    tokenizer.bos_token = "<|user|>"
+    assert perplexity.encode_text(tokenizer, "w1 w2") == ([6, 7], None)  # there is one, but it is not put there
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", 3)]
+    )
+    assert perplexity.encode_text(tokenizer, "w1 w2") == ([6, 7], 3)
+    with pytest.raises(ValueError, match="empty"):
+        perplexity.encode_text(tokenizer, "  ")

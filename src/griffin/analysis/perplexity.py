@@ -1,20 +1,22 @@
 """Perplexity of the generation phase on real text, beside the full model's.
 
-A text is cut into windows. Of each, the prompt runs through the full model and gives the experts; the tokens after it are
-scored with those experts, in one teacher-forced pass. That equals generating them token by token (a test says so), but
-takes one pass for all of them. The first token after the prompt is predicted by the full model, as in generation.
+A text is cut into windows. Of each, the prompt runs through the full model and gives the experts; the tokens after it
+are scored with those experts, in one teacher-forced pass. That equals generating them token by token (a test says so),
+but takes one pass for all of them. The first token after the prompt is predicted by the full model, as in generation.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.analysis.agreement import run_continuation, run_prompt
 from griffin.analysis.benchmark import check_length, laid_out_once
@@ -73,14 +75,15 @@ class Row:
     kl: Interval
     agreement: Interval
 
-    def flat(self) -> dict[str, float | int | str]:
-        """The row for a table: an interval becomes three columns, `x`, `x_low` and `x_high`."""
-        cells: dict[str, float | int | str] = {}
+    def flat(self) -> dict[str, float | int | str | None]:
+        """The row for a table: an interval becomes three columns, `x`, `x_low` and `x_high`; no interval is `None`."""
+        cells: dict[str, float | int | str | None] = {}
         for name, value in vars(self).items():
-            if isinstance(value, Interval):
-                cells |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-            else:
+            if not isinstance(value, Interval):
                 cells[name] = value
+                continue
+            ends = {f"{name}_low": value.low, f"{name}_high": value.high}
+            cells |= {name: value.value} | {at: None if math.isnan(end) else end for at, end in ends.items()}
         return cells
 
 
@@ -95,6 +98,20 @@ def cases(densities: Iterable[float], selections: Sequence[str], backend: str, s
         GriffinConfig(density=density, selection=own, backend=backend, seed=seed)
         for density, own in dict.fromkeys(wanted)
     ]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int | None]:
+    """Token ids of a text, and the beginning-of-sequence token where the tokenizer puts one before every text.
+
+    Raises:
+        ValueError: the text is empty.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty; give one that is longer than a prompt and its continuation")
+    first: Any = tokenizer(text[:100], verbose=False)["input_ids"]
+    plain: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [int(token) for token in plain], bos if isinstance(bos, int) and list(first[:1]) == [bos] else None
 
 
 def windows(ids: Sequence[int], bos: int | None, prompts: Sequence[int], generate: int, sequences: int) -> list[Tensor]:
@@ -234,7 +251,7 @@ def _scores(logits: Tensor, full: Tensor, tokens: Tensor) -> _Scores:
     """Shapes: logits, full (G, V), any float dtype; tokens (G,)."""
     nll, kl, agreement = [], [], []
     rows = max(1, _VALUES_AT_A_TIME // logits.shape[1])
-    for own, right, token in zip(logits.split(rows), full.split(rows), tokens.split(rows), strict=True):
+    for own, right, token in zip(*(torch.split(each, rows) for each in (logits, full, tokens)), strict=True):
         q, p = own.float().log_softmax(dim=-1), right.float().log_softmax(dim=-1)
         nll.append(-q.gather(1, token[:, None])[:, 0].cpu())
         kl.append(F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1).cpu())

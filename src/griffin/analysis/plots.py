@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from griffin.errors import GriffinError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from griffin.analysis.perplexity import Row
 
 
 def flocking_heat_map(activations: Tensor, title: str, path: Path) -> None:
@@ -21,13 +29,7 @@ def flocking_heat_map(activations: Tensor, title: str, path: Path) -> None:
     Raises:
         GriffinError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise GriffinError("drawing needs matplotlib; install it with: pip install 'griffin-llm[plot]'") from error
-    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(10, 4.2)
     axes = figure.add_subplot()
     image = axes.imshow(
         activations.numpy(),
@@ -39,6 +41,78 @@ def flocking_heat_map(activations: Tensor, title: str, path: Path) -> None:
     )
     axes.set(title=title, xlabel="FF neuron", ylabel="token")
     figure.colorbar(image, label="relative activation |Z̄|")
+    _save(figure, path)
+
+
+def perplexity_against_length(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw perplexity against the lengths of prompt and continuation, with its intervals, and save it as PNG.
+
+    One panel for each of the two that has several values, the other at its longest. The axis of perplexity is
+    logarithmic, as some selections are far worse than others.
+
+    Args:
+        rows: of any densities, selections and lengths.
+
+    Raises:
+        GriffinError: matplotlib is not installed, or the file cannot be written.
+    """
+    longest = max(row.prompt_tokens for row in rows), max(row.generated_tokens for row in rows)
+    panels = [("prompt_tokens", "tokens of the prompt", [row for row in rows if row.generated_tokens == longest[1]])]
+    by_generated = [row for row in rows if row.prompt_tokens == longest[0]]
+    if len({row.generated_tokens for row in rows}) > 1:
+        if len({row.prompt_tokens for row in rows}) == 1:
+            panels = []
+        panels.append(("generated_tokens", "tokens generated", by_generated))
+    figure = _figure(5.5 * len(panels) + 1.5, 4.4)
+    figure.suptitle(title)
+    for axes, (length, label, own) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+    ):
+        _perplexity_lines(axes, own, length)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({getattr(row, length) for row in own})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        other = f"{longest[1]} generated" if length == "prompt_tokens" else f"prompts of {longest[0]}"
+        axes.set(title=other, xlabel=label, ylabel="perplexity")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _perplexity_lines(axes: Axes, rows: Sequence[Row], length: str) -> None:
+    lines = {(row.density, row.selection): row for row in rows if row.density < 1.0}
+    full = sorted({getattr(row, length): row.full_perplexity for row in rows}.items())
+    curves = [("full model", [at for at, _ in full], [interval for _, interval in full])]
+    for density, selection in lines:
+        own = sorted(
+            (row for row in rows if (row.density, row.selection) == (density, selection)),
+            key=lambda row: int(getattr(row, length)),
+        )
+        name = f"{selection}, density {density:g}"
+        curves.append((name, [getattr(row, length) for row in own], [row.perplexity for row in own]))
+    for number, (name, lengths, intervals) in enumerate(curves):
+        color = "black" if number == 0 else f"C{number - 1}"
+        axes.plot(lengths, [one.value for one in intervals], marker="o", color=color, label=name)
+        axes.fill_between(
+            lengths, [one.low for one in intervals], [one.high for one in intervals], color=color, alpha=0.12
+        )
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of so many inches, drawn into memory: no window, no global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GriffinError("drawing needs matplotlib; install it with: pip install 'griffin-llm[plot]'") from error
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format="png")

@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "info": "this machine, and a model's FF blocks",
     "bench": "how fast, beside the ceiling and the memory's bandwidth",
+    "perplexity": "what the generation phase costs on real text",
     "demo": "the full model and GRIFFIN side by side",
 }
 

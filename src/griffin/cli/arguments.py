@@ -47,6 +47,16 @@ def parse_densities(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers such as 0.5 or 0.75,0.5") from None
 
 
+def parse_lengths(text: str) -> list[int]:
+    """Numbers of tokens such as `128` or `64,256`; without repetitions, ascending."""
+    if not all(re.fullmatch(r"\s*\d+\s*", part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers of tokens such as 128 or 64,256")
+    lengths = sorted({int(part) for part in text.split(",")})
+    if lengths[0] < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers of tokens from 1")
+    return lengths
+
+
 # By field: what reads the value, the metavar, the help.
 _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "density": (float, "D", "share of the FF neurons kept in the generation phase, 0 < D <= 1; 1 is the full model"),

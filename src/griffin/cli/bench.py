@@ -8,14 +8,14 @@ import logging
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.cli.arguments import BUILTIN_MODELS, parse_densities
+from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_pairs, print_table
 from griffin.config import BACKENDS, SELECTIONS
 
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         torch.set_num_threads(args.threads or threads)
         about = machine.machine() | {"load_average": load}
-        with _progress(plan.runs) as done:
+        with progress_bar(plan.runs) as done:
             found, bandwidths = workload.carry_out(plan, done)
     finally:
         torch.set_num_threads(threads)
@@ -214,25 +214,6 @@ def _tell_paths(rows: Sequence[Row]) -> None:
             "speed-up compares two paths",
             file=sys.stderr,
         )
-
-
-@contextmanager
-def _progress(runs: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, only on a terminal. It is drawn between runs, never by a thread of its own during one."""
-    if not sys.stderr.isatty():
-        yield lambda what: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(file=sys.stderr), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("starting", total=runs)
-        bar.refresh()
-
-        def done(what: str) -> None:
-            bar.update(task, advance=1, description=what, refresh=True)
-
-        yield done
 
 
 def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str, str]) -> None:
