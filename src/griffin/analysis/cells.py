@@ -50,7 +50,7 @@ class Key:
 
     def __str__(self) -> str:
         words = [self.task or self.kind]
-        words += [f"{self.prompt}+{self.generate} tokens"] if self.prompt else []
+        words += [f"{self.prompt} + {self.generate} tokens"] if self.prompt and self.generate else []
         words += [self.method] if self.method == FULL else [self.method, f"{self.density:g}"]
         words += [self.batch.replace("_", " ")] if self.batch_size > 1 else []
         return " ".join(words)

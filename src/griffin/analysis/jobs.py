@@ -12,6 +12,7 @@ from griffin.analysis import benchmark, perplexity
 from griffin.analysis.cells import FULL, Key, Measured, Metric
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
 from griffin.analysis.workload import passage_prompts
+from griffin.attachment import attach
 from griffin.config import GriffinConfig
 from griffin.generation.generate import stream_generate
 from griffin.generation.text import Prompt, context_length
@@ -173,12 +174,13 @@ def _examples(
 ) -> Measured:
     tokens: list[list[int]] = []
     pieces: list[list[str]] = []
-    for text in prompts:
-        prompt: Prompt = text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
-        own = list(stream_generate(model, tokenizer, prompt, griffin=config_of(key), max_tokens=key.generate))
-        tokens.append([token for piece in own for token in piece.tokens])
-        pieces.append([piece.text for piece in own])
-        tick(1 / len(prompts))
+    with attach(model, config_of(key)) as handle:
+        for text in prompts:
+            prompt: Prompt = text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
+            own = list(stream_generate(model, tokenizer, prompt, griffin=handle, max_tokens=key.generate))
+            tokens.append([token for piece in own for token in piece.tokens])
+            pieces.append([piece.text for piece in own])
+            tick(1 / len(prompts))
     return Measured(
         metrics={"generated_tokens": Metric(sum(map(len, tokens)) / len(prompts))},
         n=len(prompts),

@@ -123,7 +123,7 @@ def _flocking(comparisons: Comparisons, cell: Cell, plot: Any) -> dict[str, Any]
             figures.per_layer(
                 {f"density {density}": values for density, values in cell.data["jaccard"].items()},
                 "Jaccard overlap of experts",
-                {f"by chance, {density}": chance for density, chance in cell.data["chance"].items()},
+                {f"density {density}": chance for density, chance in cell.data["chance"].items()},
             ),
             400,
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import Any
 
 from griffin.analysis.cells import FULL, Cell
@@ -120,21 +120,16 @@ def speed(cells: Sequence[Cell]) -> Plot:
 
 
 def per_layer(series: dict[str, Sequence[float]], title: str, levels: dict[str, float] | None = None) -> Plot:
-    """Lines over the layers, one for each name, from 0 to 1."""
-    lines = [
-        _line(
-            name,
-            list(range(len(values))),
-            list(values),
-            colour=list(_COLOURS.values())[at % len(_COLOURS)],
-            mode="lines+markers",
-            hovertemplate="layer %{x}: %{y:.3f}",
-        )
-        for at, (name, values) in enumerate(series.items())
-    ]
-    layers = max((len(values) for values in series.values()), default=1)
-    for name, level in (levels or {}).items():
-        lines.append(_line(name, [0, layers - 1], [level, level], colour=None, dash="dot", hovertemplate="%{y:.3f}"))
+    """Lines over the layers, one for each name, from 0 to 1, with a dotted level of the same colour for some."""
+    lines = []
+    for (name, values), colour in zip(series.items(), cycle(_COLOURS.values()), strict=False):
+        layers = list(range(len(values)))
+        settings = {"colour": colour, "mode": "lines+markers", "hovertemplate": "layer %{x}: %{y:.3f}"}
+        lines.append(_line(name, layers, values, **settings))
+        if levels is not None and name in levels:
+            level = [levels[name]] * len(values)
+            told = f"{html.escape(name)}, by chance: %{{y:.3f}}<extra></extra>"
+            lines.append(_line(name, layers, level, colour=colour, dash="dot", showlegend=False, hovertemplate=told))
     return _plot(lines, "layer", title, yaxis={"range": [0, 1.02]})
 
 
