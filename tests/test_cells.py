@@ -20,7 +20,9 @@ from griffin.errors import GriffinError
 
 MODEL = Model("tiny", "0123456789abcdef", "float32", "float32")
 KEYS = [Key("task", "topk", density, task="boolq", phase="continuation") for density in (0.75, 0.5, 0.25)]
-FOUND = Measured({"acc": Metric(0.5, 0.25, 0.75), "odd": Metric(math.inf)}, 4, samples={"values": {"acc": [0, 1, 1, 0]}})
+FOUND = Measured(
+    {"acc": Metric(0.5, 0.25, 0.75), "odd": Metric(math.inf)}, 4, samples={"values": {"acc": [0, 1, 1, 0]}}
+)
 
 
 def keep(folder: Folder, key: Key, measured: Measured = FOUND) -> None:
@@ -103,8 +105,9 @@ def test_a_folder_of_another_model_or_version_is_refused_and_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = filled(tmp_path)
-    with pytest.raises(ValueError, match=r"holds results of tiny .*, not of other"), writing(
-        tmp_path, replace(MODEL, name="other", fingerprint="fedcba9876543210")
+    with (
+        pytest.raises(ValueError, match=r"holds results of tiny .*, not of other"),
+        writing(tmp_path, replace(MODEL, name="other", fingerprint="fedcba9876543210")),
     ):
         pass
     monkeypatch.setattr(folders, "__version__", "9.9")
