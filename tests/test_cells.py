@@ -117,9 +117,9 @@ def test_a_folder_of_another_model_or_version_is_refused_and_stays(
 
 
 def test_two_sweeps_do_not_write_one_folder(tmp_path: Path) -> None:
-    with writing(tmp_path, MODEL):
-        with pytest.raises(GriffinError, match="another griffin sweep is writing"), writing(tmp_path, MODEL):
-            pass
+    raised = pytest.raises(GriffinError, match="another griffin sweep is writing")
+    with writing(tmp_path, MODEL), raised, writing(tmp_path, MODEL):
+        pass
     with writing(tmp_path, MODEL):
         pass
 
