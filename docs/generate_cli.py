@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "cli.md"
-COMMANDS = ("generate", "chat", "info", "bench", "perplexity", "demo")
+COMMANDS = ("generate", "chat", "info", "bench", "perplexity", "flocking", "demo")
 INTRODUCTION = """\
 # Command line
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "info": "this machine, and a model's FF blocks",
     "bench": "how fast, beside the ceiling and the memory's bandwidth",
     "perplexity": "what the generation phase costs on real text",
+    "flocking": "which neurons a sequence agrees on, and whether others do",
     "demo": "the full model and GRIFFIN side by side",
 }
 
