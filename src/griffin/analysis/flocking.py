@@ -1,14 +1,21 @@
-"""Look at flocking itself: the relative FF activations of every token of a text."""
+"""Look at flocking itself: tokens of one sequence agree on the FF neurons that matter, sequences do not.
+
+Everything starts from |Zbar|, the relative activations of every token, or from the energies `A = s**2` of whole
+sequences (see `griffin.statistic`), and is returned as tensors, by layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from griffin import selection
+from griffin.attachment import attach
+from griffin.config import GriffinConfig
 from griffin.layouts import find_ff_blocks
 from griffin.statistic import EPS
 
@@ -39,3 +46,96 @@ def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iter
             stack.callback(blocks[layer].output.register_forward_pre_hook(keep).remove)
         model(input_ids, use_cache=False)
     return found
+
+
+def compared(input_ids: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
+    """A text, the same tokens in another order, and random tokens: flocking needs no order, but it needs a text.
+
+    The first token stays where it is in all three, as many models treat the first one as special.
+
+    Args:
+        input_ids: the text.
+        vocabulary: number of tokens to draw the random ones from.
+        seed: of the order and of the random tokens.
+
+    Shapes:
+        input_ids: (1, S). Returns `original`, `permuted` and `random`, each (1, S).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = input_ids.cpu()
+    first, rest = ids[:, :1], ids[:, 1:]
+    permuted = rest[:, torch.randperm(rest.shape[1], generator=generator)]
+    drawn = torch.randint(vocabulary, rest.shape, generator=generator)
+    found = {"original": ids, "permuted": torch.cat([first, permuted], 1), "random": torch.cat([first, drawn], 1)}
+    return {name: own.to(input_ids.device) for name, own in found.items()}
+
+
+@torch.no_grad()
+def energies(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Energies of the flocking statistic of each sequence by itself, by layer.
+
+    Shapes:
+        sequences: each (1, S). Returns for each layer (N, D_ff), float32, on the CPU.
+
+    Raises:
+        ValueError: there is no sequence, or GRIFFIN cannot prune the model.
+    """
+    found: dict[int, list[Tensor]] = {}
+    for ids in sequences:
+        with attach(model, backend="reference") as handle, handle.prompt_phase():
+            model(ids.to(model.device), use_cache=False)
+        for layer, own in handle.conversation.energies.items():
+            found.setdefault(layer, []).append(own[0].cpu())
+    if not found:
+        raise ValueError("there is no sequence to run")
+    return {layer: torch.stack(own) for layer, own in found.items()}
+
+
+def energy_share(energies: Mapping[int, Tensor], density: float) -> Tensor:
+    """Share of a sequence's energy that its experts, the k neurons of most energy, hold: without flocking, the density.
+
+    Shapes:
+        energies: by layer, each (N, D_ff). Returns (layers, N).
+    """
+    shares = []
+    for own in energies.values():
+        k = GriffinConfig(density=density).experts_of(own.shape[1])
+        shares.append(own.topk(k, dim=1).values.sum(dim=1) / own.sum(dim=1).clamp_min(EPS))
+    return torch.stack(shares)
+
+
+def jaccard(energies: Mapping[int, Tensor], density: float) -> Tensor:
+    """Jaccard overlap `|A & B| / |A | B|` of the experts of every two sequences, by layer.
+
+    Two sets drawn without looking have about `density / (2 - density)` in common.
+
+    Shapes:
+        energies: by layer, each (N, D_ff). Returns (layers, N, N), float32.
+    """
+    found = []
+    for own in energies.values():
+        kept = _kept(own, density)
+        common = kept @ kept.T
+        sizes = kept.sum(dim=1)
+        found.append(common / (sizes[:, None] + sizes[None, :] - common))
+    return torch.stack(found)
+
+
+def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], density: float) -> Tensor:
+    """Jaccard overlap of a conversation's experts after one turn with those after a later one, by layer.
+
+    Args:
+        before, after: what `handle.conversation.energies` held after the turns, of the first sequence.
+        density: share of the neurons kept.
+
+    Shapes:
+        before, after: by layer, each (B, D_ff). Returns (layers,).
+    """
+    both = {layer: torch.stack([own[0], after[layer][0]]) for layer, own in before.items()}
+    return jaccard(both, density)[:, 0, 1].cpu()
+
+
+def _kept(energies: Tensor, density: float) -> Tensor:
+    """1.0 where a neuron is an expert, else 0.0; shapes as `energies`, (N, D_ff)."""
+    k = GriffinConfig(density=density).experts_of(energies.shape[1])
+    return torch.zeros_like(energies).scatter_(1, selection.topk(energies, k), 1.0)

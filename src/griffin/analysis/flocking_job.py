@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from griffin.analysis import flocking
 from griffin.analysis.cells import FULL, Key, Measured, Metric
-from griffin.analysis.flocking import relative_activations
 from griffin.analysis.sweep import Job, Tick
-from griffin.attachment import attach
-from griffin.config import GriffinConfig
 from griffin.generation.text import context_length
 from griffin.layouts import find_ff_blocks
 
@@ -26,7 +23,7 @@ _BRIGHTEST = (
 )
 
 
-def flocking(
+def flocking_job(
     model: PreTrainedModel, name: str, ids: Sequence[int], bos: int | None, tokens: int, seed: int, source: str
 ) -> Job:
     """One cell: pictures of three layers for a text, its tokens permuted, and random tokens; experts of several texts.
@@ -48,74 +45,43 @@ def flocking(
         first = [] if bos is None else [bos]
         step, size = len(ids) // _SEQUENCES, most - len(first)
         texts = torch.tensor([[*first, *ids[at * step : at * step + size]] for at in range(_SEQUENCES)])
-        energies = []
-        for text in texts:
-            energies.append(_energies(model, text[None]))
-            tick(0.8 / _SEQUENCES)
-        pictures = _pictures(model, texts[0], len(first), seed)
-        yield _measured(energies, pictures)
+        energies = flocking.energies(model, texts.split(1))  # type: ignore[no-untyped-call]
+        tick(0.8)
+        yield _measured(energies, _pictures(model, texts[:1], seed))
 
     return Job((key,), measure)
 
 
-def _measured(energies: Sequence[list[Tensor]], pictures: list[dict[str, object]]) -> Measured:
-    """Shapes: energies of each sequence, of each layer (D_ff,)."""
-    jaccard: dict[str, list[float]] = {}
-    held: dict[str, list[float]] = {}
+def _measured(energies: Mapping[int, Tensor], pictures: list[dict[str, object]]) -> Measured:
+    """Shapes: energies by layer, each (N, D_ff)."""
+    n = next(iter(energies.values())).shape[0]
+    pairs = torch.triu_indices(n, n, 1)
+    series: dict[str, dict[str, list[float]]] = {"jaccard": {}, "energy": {}}
     for density in DENSITIES:
-        name, config = f"{density:g}", GriffinConfig(density=density)
-        jaccard[name], held[name] = [], []
-        for layer in zip(*energies, strict=True):
-            tops = [own.topk(config.experts_of(own.shape[0])) for own in layer]
-            masks = [
-                torch.zeros_like(own, dtype=torch.bool).index_fill(0, top.indices, True)
-                for own, top in zip(layer, tops, strict=True)
-            ]
-            overlaps = [float((one & other).sum() / (one | other).sum()) for one, other in combinations(masks, 2)]
-            jaccard[name].append(sum(overlaps) / len(overlaps))
-            shares = [float(top.values.sum() / own.sum()) for own, top in zip(layer, tops, strict=True)]
-            held[name].append(sum(shares) / len(shares))
+        overlaps = flocking.jaccard(energies, density)[:, pairs[0], pairs[1]]
+        series["jaccard"][f"{density:g}"] = overlaps.mean(dim=1).tolist()
+        series["energy"][f"{density:g}"] = flocking.energy_share(energies, density).mean(dim=1).tolist()
     metrics = {
         f"{what} at {density}": Metric(sum(values) / len(values))
-        for what, series in (("jaccard", jaccard), ("energy", held))
-        for density, values in series.items()
+        for what, own in series.items()
+        for density, values in own.items()
     }
     chance = {f"{density:g}": density / (2 - density) for density in DENSITIES}
-    return Measured(
-        metrics=metrics,
-        n=len(energies),
-        data={"jaccard": jaccard, "chance": chance, "energy": held},
-        samples={"pictures": pictures},
-    )
+    return Measured(metrics, n, data={**series, "chance": chance}, samples={"pictures": pictures})
 
 
-@torch.no_grad()
-def _energies(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """Energy of every neuron, by layer. Shapes: ids (1, S); returns (D_ff,) each."""
-    with attach(model, backend="reference") as handle, handle.prompt_phase():
-        model(ids.to(model.device), use_cache=False)
-        gathered = handle.conversation.energies
-    return [gathered[layer][0].cpu() for layer in sorted(gathered)]
-
-
-def _pictures(model: PreTrainedModel, text: Tensor, kept: int, seed: int) -> list[dict[str, object]]:
-    """Of three layers: the text, its tokens permuted but the first `kept`, and random ones in their place."""
-    generator = torch.Generator().manual_seed(seed)
-    size = text.shape[0] - kept
-    permuted = torch.cat([text[:kept], text[kept:][torch.randperm(size, generator=generator)]])
-    drawn = torch.cat(
-        [text[:kept], torch.randint(model.config.get_text_config().vocab_size, (size,), generator=generator)]
-    )
+def _pictures(model: PreTrainedModel, text: Tensor, seed: int) -> list[dict[str, object]]:
+    """Three layers' pictures of a text, of its tokens permuted, and of random tokens. Shapes: text (1, S)."""
+    versions = flocking.compared(text.to(model.device), model.config.get_text_config().vocab_size, seed)
     layers = len(find_ff_blocks(model))
     chosen = sorted({layers // 4, layers // 2, 3 * layers // 4})
-    versions = {"text": text, "tokens permuted": permuted, "random tokens": drawn}
-    found = {name: relative_activations(model, own[None].to(model.device), chosen) for name, own in versions.items()}
+    found = {name: flocking.relative_activations(model, own, chosen) for name, own in versions.items()}
     pictures: list[dict[str, object]] = []
     for layer in chosen:
         shown = {name: own[layer][: _PICTURE[0], : _PICTURE[1]] for name, own in found.items()}
-        most = max(float(shown["text"].quantile(_BRIGHTEST)), 1e-12)
+        most = max(float(shown["original"].quantile(_BRIGHTEST)), 1e-12)
         maps = {name: {"shape": list(own.shape), "bytes": _bytes(own / most)} for name, own in shown.items()}
-        pictures.append({"layer": layer, "shape": maps["text"]["shape"], "maps": maps})
+        pictures.append({"layer": layer, "shape": maps["original"]["shape"], "maps": maps})
     return pictures
 
 

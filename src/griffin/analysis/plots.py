@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,18 +29,83 @@ def flocking_heat_map(activations: Tensor, title: str, path: Path) -> None:
     Raises:
         GriffinError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = _figure(10, 4.2)
+    flocking_heat_maps({title: activations}, "", path)
+
+
+def flocking_heat_maps(activations: Mapping[str, Tensor], title: str, path: Path) -> None:
+    """Draw several heat maps as `flocking_heat_map` does, one above the other, on the scale of the first.
+
+    Args:
+        activations: by title.
+        title: of the whole picture.
+        path: the file.
+
+    Shapes:
+        activations: each (S, D_ff), not negative.
+
+    Raises:
+        GriffinError: matplotlib is not installed, or the file cannot be written.
+    """
+    first = next(iter(activations.values()))
+    most = max(float(first.quantile(0.99)) if first.numel() < 2**24 else float(first.max()), 1e-12)
+    figure = _figure(10, 1.2 + 3.0 * len(activations))
+    figure.suptitle(title)
+    panels = figure.subplots(len(activations), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (name, own) in zip(panels, activations.items(), strict=True):
+        image = axes.imshow(
+            own.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=most, rasterized=True
+        )
+        axes.set(title=name, ylabel="token")
+    panels[-1].set_xlabel("FF neuron")
+    figure.colorbar(image, ax=panels, label="relative activation |Z̄|")
+    _save(figure, path)
+
+
+def lines_against_layer(lines: Mapping[str, Tensor], label: str, title: str, path: Path) -> None:
+    """Draw values of every layer, such as overlaps or shares of energy, as lines, and save them as PNG.
+
+    Args:
+        lines: by name.
+        label: what the values are.
+        title: of the picture.
+        path: the file.
+
+    Shapes:
+        lines: each (layers,), from 0 to 1.
+
+    Raises:
+        GriffinError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = _figure(7, 4.2)
     axes = figure.add_subplot()
-    image = axes.imshow(
-        activations.numpy(),
-        aspect="auto",
-        interpolation="nearest",
-        cmap="magma",
-        vmin=0.0,
-        vmax=max(float(activations.quantile(0.99)) if activations.numel() < 2**24 else float(activations.max()), 1e-12),
-    )
-    axes.set(title=title, xlabel="FF neuron", ylabel="token")
-    figure.colorbar(image, label="relative activation |Z̄|")
+    for name, values in lines.items():
+        axes.plot(range(len(values)), values.tolist(), marker="o", markersize=3, label=name)
+    axes.set(title=title, xlabel="layer", ylabel=label, ylim=(0.0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def overlap_matrix(overlap: Tensor, title: str, path: Path) -> None:
+    """Draw the pairwise overlap of the sequences' experts as a matrix with its numbers, and save it as PNG.
+
+    Shapes:
+        overlap: (N, N), from 0 to 1.
+
+    Raises:
+        GriffinError: matplotlib is not installed, or the file cannot be written.
+    """
+    n = overlap.shape[0]
+    figure = _figure(2.5 + 0.45 * n, 1.8 + 0.45 * n)
+    axes = figure.add_subplot()
+    image = axes.imshow(overlap.numpy(), cmap="viridis", vmin=0.0, vmax=1.0)
+    for row in range(n):
+        for column in range(n):
+            value = float(overlap[row, column])
+            color = "black" if value > 0.6 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    axes.set(title=title, xlabel="sequence", ylabel="sequence", xticks=range(n), yticks=range(n))
+    figure.colorbar(image, label="Jaccard overlap of the experts")
     _save(figure, path)
 
 

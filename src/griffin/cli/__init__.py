@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "how fast, beside the ceiling and the memory's bandwidth",
     "eval": "what is lost: tasks of lm-evaluation-harness",
     "perplexity": "what the generation phase costs on real text",
+    "flocking": "which neurons a sequence agrees on, and whether others do",
     "sweep": "methods, densities and tasks in one resumable run",
     "report": "one HTML page of a sweep",
     "demo": "the full model and GRIFFIN side by side",

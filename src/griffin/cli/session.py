@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from griffin.attachment import attach
+from griffin.attachment import Conversation, attach
 from griffin.config import GriffinConfig
 from griffin.generation.generate import Result, fold, stream_generate
 from griffin.generation.step import Sampling
@@ -47,6 +47,11 @@ class Session:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._handle = attach(model, config)  # at density 1 too: it gathers the statistic for later densities
         self.reset()
+
+    @property
+    def conversation(self) -> Conversation:
+        """What the prompt phases have gathered so far."""
+        return self._handle.conversation
 
     def reset(self) -> str:
         """Forget the conversation."""

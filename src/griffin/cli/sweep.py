@@ -169,7 +169,7 @@ def _jobs(
 ) -> list[Job]:
     """Everything that was asked for, what is soonest done first."""
     from griffin.analysis import jobs
-    from griffin.analysis.flocking_job import flocking
+    from griffin.analysis.flocking_job import flocking_job
     from griffin.analysis.perplexity import encode_text
     from griffin.analysis.sweep import settings
 
@@ -184,7 +184,7 @@ def _jobs(
         name, own = ("passage", passage) if text is None else (args.perplexity.name, text)
         ids, bos = encode_text(tokenizer, own)
         if args.flocking:
-            found.append(flocking(model, name, ids, bos, _FLOCKING_TOKENS, args.seed, _hash(own)))
+            found.append(flocking_job(model, name, ids, bos, _FLOCKING_TOKENS, args.seed, _hash(own)))
         if text is not None:
             lengths = args.prompt, args.generate, args.sequences
             found += jobs.perplexities(model, name, ids, bos, configs, *lengths, _hash(text))
