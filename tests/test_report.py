@@ -19,7 +19,7 @@ from griffin.analysis.report import report
 from griffin.analysis.report.comparisons import Comparisons
 from griffin.analysis.report.tables import first_difference
 from griffin.cli import main
-from test_cli import CONTEXT, TEMPLATE, _save
+from test_cli import CONTEXT, TEMPLATE, save_tiny
 
 HOSTILE = "</script><b>&\"'"
 FULL_VALUES = [1.0, 1, 1, 0, 1, 1, 1, 0, 1, 1]
@@ -30,7 +30,7 @@ VALUES = {0.75: [1.0, 1, 1, 0, 1, 1, 1, 0, 0, 1], 0.5: [0.0, 0, 1, 0, 0, 0, 1, 0
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cells of every kind: of a tiny model, and a task whose values are known."""
     folder = tmp_path_factory.mktemp("results")
-    model = _save(tmp_path_factory.mktemp("tiny"), TEMPLATE, 2 * CONTEXT)
+    model = save_tiny(tmp_path_factory.mktemp("tiny"), TEMPLATE, 2 * CONTEXT)
     text = folder / f"{HOSTILE.replace('/', '')}.txt"
     text.write_text(" ".join(f"w{(7 * number + number // 5) % 95}" for number in range(4000)))
     wanted = ["--flocking", "--examples", "--speed", "--perplexity", str(text), "--prompt", "16,64", "--generate", "32"]

@@ -18,12 +18,12 @@ from griffin.analysis.folder import read
 from griffin.analysis.sweep import config_of, key_of, settings
 from griffin.cli import main
 from griffin.config import GriffinConfig
-from test_cli import CONTEXT, TEMPLATE, _save
+from test_cli import CONTEXT, TEMPLATE, save_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return _save(tmp_path_factory.mktemp("tiny"), TEMPLATE, CONTEXT)
+    return save_tiny(tmp_path_factory.mktemp("tiny"), TEMPLATE, CONTEXT)
 
 
 @pytest.fixture(scope="module")
