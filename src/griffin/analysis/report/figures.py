@@ -67,7 +67,7 @@ def perplexity_against_prompt(cells: Sequence[Cell]) -> Plot:
         )
     lengths = sorted({cell.key.prompt for cell in cells if cell.key.prompt})
     axis = {"type": "log", "tickvals": lengths, "ticktext": [f"{length:,}" for length in lengths]}
-    return _plot(lines, "tokens of the prompt", PERPLEXITY, xaxis=axis)
+    return _plot(lines, "tokens of the prompt", PERPLEXITY, xaxis=axis, yaxis={"type": "log"})
 
 
 def perplexity_against_generated(cells: Sequence[Cell]) -> Plot:
@@ -86,7 +86,7 @@ def perplexity_against_generated(cells: Sequence[Cell]) -> Plot:
                 hovertemplate="around generated token %{x}: %{y:.4g}",
             )
         )
-    return _plot(lines, "tokens generated", PERPLEXITY)
+    return _plot(lines, "tokens generated", PERPLEXITY, yaxis={"type": "log"})
 
 
 def speed(cells: Sequence[Cell]) -> Plot:

@@ -218,16 +218,20 @@ def _entry(score: Score) -> Entry:
     interval = "" if math.isnan(metric.low) else f"{number(metric.low)} to {number(metric.high)}"
     text = ""
     if difference is not None:
-        text = _signed(difference.value, score.relative)
+        unit = "" if not score.relative else "%" if difference.value < 1 else "x"
+        text = _signed(difference.value, unit)
         if not math.isnan(difference.low):
-            text += f" ({_signed(difference.low, score.relative)} to {_signed(difference.high, score.relative)})"
+            text += f" ({_signed(difference.low, unit)} to {_signed(difference.high, unit)})"
     return Entry(number(metric.value), interval, text, score.verdict)
 
 
-def _signed(value: float, relative: bool) -> str:
+def _signed(value: float, unit: str) -> str:
+    """A difference: as it is, as a share in %, or, where it is more than the whole, as x times the full figure."""
     if math.isnan(value):
         return "?"
-    text = f"{value:+.1%}" if relative else f"{value:+.3f}"
+    if unit == "x":
+        return f"{1 + value:,.1f}x" if value < 99 else f"{1 + value:,.0f}x"
+    text = f"{value:+.1%}" if unit == "%" else f"{value:+.3f}"
     return text.replace("-", "\u2212")
 
 
