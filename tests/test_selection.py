@@ -7,7 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from griffin.selection import SELECTIONS, magnitude_scores, select
+import griffin
+from conftest import tiny_llama
+from griffin import config
+from griffin.config import GriffinConfig
+from griffin.selection import SELECTIONS, magnitude_scores, register, select, wanda
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -111,3 +115,31 @@ def test_rows_are_selected_as_if_each_were_alone() -> None:
         together = select(scores, 13, name, seeds)
         alone = [one(own, 13, name, seed) for own, seed in zip(scores, seeds, strict=True)]
         assert torch.equal(together, torch.stack(alone)), name
+
+
+def test_wanda_keeps_of_every_row_the_weights_of_largest_score() -> None:
+    weight, norms = torch.randn(5, 12), torch.rand(12)
+    kept = wanda(weight, norms, 4)
+    for row, found in zip(weight, kept, strict=True):
+        order = sorted(range(12), key=lambda j: -abs(float(row[j])) * float(norms[j]))
+        expected = [float(row[j]) if j in order[:4] else 0.0 for j in range(12)]
+        assert found.tolist() == expected
+
+
+def test_a_new_method_is_one_function() -> None:
+    @register("last", "the last k neurons")
+    def last(scores: torch.Tensor, k: int, seeds: object) -> torch.Tensor:
+        return torch.arange(scores.shape[1] - k, scores.shape[1]).repeat(len(scores), 1)
+
+    try:
+        model, ids = tiny_llama(), torch.tensor([[5, 17, 3, 88]])
+        with griffin.attach(model, GriffinConfig(density=0.5, selection="last")) as handle, handle.prompt_phase():
+            model(ids)
+        assert handle.experts[1].tolist() == list(range(40, 80))
+        assert "last" in config.SELECTIONS
+        with pytest.raises(ValueError, match="already"):
+            register("last", "")
+    finally:
+        del SELECTIONS["last"], config.SELECTIONS["last"]
+    with pytest.raises(ValueError, match="expected one of"):
+        GriffinConfig(selection="last")

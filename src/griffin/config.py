@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-SELECTIONS = ("topk", "sample", "topk_sample", "random", "magnitude")
+# The one list of methods, by name: flags, help pages, sweeps and reports read it. `griffin.selection` has a function
+# for each of them, and its `register` adds another.
+SELECTIONS = {
+    "topk": "the neurons of largest flocking statistic: the paper's",
+    "sample": "drawn with probability proportional to the statistic: the paper's variant",
+    "topk_sample": "half of each: the paper's variant",
+    "random": "drawn uniformly: control",
+    "magnitude": "the neurons of largest weights, whatever the prompt: the paper's static baseline",
+    "wanda": "single weights by weight times input, which saves no time: the paper's unstructured baseline",
+}
 BATCHES = ("shared", "per_sequence")
 BACKENDS = ("auto", "reference", "gather", "native")
 
@@ -21,8 +30,9 @@ class GriffinConfig:
 
     Args:
         density: share of the FF neurons kept in the generation phase, 0 < density <= 1. 1.0 is the full model.
-        selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control) or
-            `magnitude` (the paper's static baseline, which ignores the prompt).
+        selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control),
+            `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the paper's unstructured
+            baseline: single weights, not neurons, so that it saves no time; for evaluation).
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
         backend: `auto`, or the name of one (`reference`, `gather`, `native`).
@@ -41,9 +51,14 @@ class GriffinConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", _density(self.density))
-        _choice("selection", self.selection, SELECTIONS)
+        _choice("selection", self.selection, tuple(SELECTIONS))
         _choice("batch", self.batch, BATCHES)
         _choice("backend", self.backend, BACKENDS)
+        if self.selection == "wanda" and self.backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend is {self.backend!r}, but selection wanda keeps single weights, not neurons: it saves no "
+                "time, whatever computes it; leave the backend out"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:

@@ -8,10 +8,16 @@ seed means the same experts on every device and in every batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from griffin import config
+
+_ROWS_AT_A_TIME = 1024  # of a weight: their scores in float32 and indices in int64 are six times a 16-bit weight
 
 Selection = Callable[[Tensor, int, Sequence[int]], Tensor]
 
@@ -23,13 +29,13 @@ def topk(scores: Tensor, k: int, seeds: Sequence[int] = ()) -> Tensor:
         scores: (N, D_ff). Returns (N, k), int64, ascending.
     """
     least = scores.topk(k, sorted=False).values.amin(dim=1, keepdim=True)
-    kept = scores >= least
-    experts = kept.nonzero()[:, 1]
+    experts = _true(scores >= least)
     if len(experts) > scores.shape[0] * k:  # equals at the edge: of them the first only
         edge = scores == least
         room = k - (scores > least).sum(dim=1, keepdim=True)
-        experts = (kept & ~(edge & (edge.cumsum(dim=1) > room))).nonzero()[:, 1]
-    return experts.view(-1, k)
+        experts = _true((scores > least) | (edge & (edge.cumsum(dim=1) <= room)))
+    firsts = torch.arange(0, scores.numel(), scores.shape[1], device=scores.device)
+    return experts.view(-1, k) - firsts[:, None]
 
 
 def sample(scores: Tensor, k: int, seeds: Sequence[int]) -> Tensor:
@@ -75,8 +81,35 @@ SELECTIONS: dict[str, Selection] = {
     "sample": sample,
     "topk_sample": topk_sample,
     "random": random,
+    "wanda": topk,  # of a row's weights, not of neurons: see `wanda`
     "magnitude": topk,  # top-k of `magnitude_scores`, which stand in for the statistic
 }
+
+
+def register(name: str, summary: str) -> Callable[[Selection], Selection]:
+    """Add a selection, as a decorator of its function: from then on it is a method as those of the paper are.
+
+        @register("last", "the last k neurons")
+        def last(scores, k, seeds):
+            width = scores.shape[1]
+            return torch.arange(width - k, width).repeat(len(scores), 1)
+
+    Args:
+        name: how configs, flags and tables call it.
+        summary: what it selects, in a line.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if name in SELECTIONS:
+        raise ValueError(f"there is a selection {name!r} already; choose another name")
+
+    def add(function: Selection) -> Selection:
+        SELECTIONS[name] = function
+        config.SELECTIONS[name] = summary
+        return function
+
+    return add
 
 
 def magnitude_scores(norms: list[Tensor]) -> Tensor:
@@ -89,6 +122,22 @@ def magnitude_scores(norms: list[Tensor]) -> Tensor:
     for norm in norms:
         scores = scores * norm.float()
     return scores
+
+
+def wanda(weight: Tensor, norms: Tensor, k: int) -> Tensor:
+    """A copy of a projection's weight, of every output row only the k weights of largest `|W_ij| * ||X_:,j||_2`.
+
+    The paper's baseline adaptive Wanda: X are the prompt's inputs of the projection (Sun et al., arXiv 2306.11695).
+
+    Shapes:
+        weight: (out, in). norms: (in,), float32. Returns (out, in), in the weight's dtype.
+    """
+    kept = torch.zeros_like(weight)
+    for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
+        rows = weight[start : start + _ROWS_AT_A_TIME]
+        chosen = topk(rows.float().abs() * norms, k)
+        kept[start : start + _ROWS_AT_A_TIME].scatter_(1, chosen, rows.gather(1, chosen))
+    return kept
 
 
 def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tensor:
@@ -113,7 +162,7 @@ def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tens
         raise ValueError(f"cannot select k = {k} experts from scores of shape {tuple(scores.shape)}; expected (N, D_ff)")
     if len(seeds) != scores.shape[0]:
         raise ValueError(f"there are {len(seeds)} seeds for {scores.shape[0]} rows of scores; expected one a row")
-    if not bool(torch.isfinite(scores).all()):
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(scores)):  # nan becomes either
         raise ValueError(
             "the scores hold inf or nan, which come from the model's FF activations; float16 overflows in some models: "
             "load it in bfloat16 or float32"
@@ -129,3 +178,10 @@ def _perturbed(scores: Tensor, seeds: Sequence[int]) -> Tensor:
     ]
     gumbel = -torch.log(-torch.log(torch.stack(drawn).clamp(1e-300, 1 - 1e-16)))
     return scores.double().log() + gumbel.to(scores.device)
+
+
+def _true(mask: Tensor) -> Tensor:
+    """Where a mask is true, counted through all its rows, int64, ascending."""
+    if mask.device.type == "cpu":  # a third of the time: torch branches at every element
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero().squeeze(1)

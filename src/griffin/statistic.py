@@ -50,6 +50,26 @@ def energy(z: Tensor, mask: Tensor | None = None) -> Tensor:
     return total.squeeze(1)
 
 
+def input_energy(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared L2 norm of every input of a projection over the tokens, `sum_t mask[b, t] * x[b, t, j]**2` (Wanda's X).
+
+    It adds up as `energy` does, but its rows are not scaled.
+
+    Shapes:
+        x: (B, S, D), any float dtype. mask: (B, S), true or 1 where a token is real; `None` means all are.
+        Returns (B, D), float32.
+    """
+    total = x.new_zeros((x.shape[0], x.shape[2]), dtype=torch.float32)
+    tokens = max(1, _VALUES_AT_A_TIME // (x.shape[0] * x.shape[2]))
+    for start in range(0, x.shape[1], tokens):
+        squares = x[:, start : start + tokens].to(torch.float32, copy=True).square_()
+        if mask is not None:
+            keep = mask[:, start : start + tokens].to(device=x.device, dtype=torch.bool)
+            squares = torch.where(keep[..., None], squares, 0.0)  # a padded row may hold inf or nan
+        total += squares.sum(dim=1)
+    return total
+
+
 def flocking(energies: Tensor) -> Tensor:
     """The flocking statistic `s = sqrt(A)`.
 

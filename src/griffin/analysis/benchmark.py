@@ -282,6 +282,8 @@ def ff_bytes_per_step(handle: Griffin) -> int:
     """
     whole = {block.layer: block.nbytes for block in find_ff_blocks(handle.model)}
     for block in handle.blocks:
+        if block.layer not in handle.experts:
+            continue  # wanda reads every weight
         experts = handle.experts[block.layer]
         sets = experts if isinstance(experts, list) else [experts]
         if handle.config.experts_of(block.width) == block.width:

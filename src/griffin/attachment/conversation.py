@@ -23,10 +23,13 @@ class Conversation:
     Args:
         energies: by layer, each (B, D_ff), float32.
         tokens: by layer, the number of real tokens behind every row, (B,), int64.
+        inputs: by layer, the squared norms of the FF block's inputs, (B, D), and of the output projection's, (B, D_ff),
+            float32; gathered for the selection wanda only.
     """
 
     energies: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def add(self, layer: int, z: Tensor, mask: Tensor | None) -> None:
         """Add the tokens of one forward pass.
@@ -50,9 +53,27 @@ class Conversation:
         self.energies[layer] = self.energies[layer] + energies
         self.tokens[layer] = self.tokens[layer] + counts
 
+    def add_inputs(self, layer: int, x: Tensor, z: Tensor) -> None:
+        """Add the squared norms of one forward pass's inputs. Call it before `add`, which checks the batch.
+
+        Shapes:
+            x: (B, D). z: (B, D_ff).
+
+        Raises:
+            ValueError: the conversation holds tokens whose inputs are unknown.
+        """
+        if layer in self.inputs and self.inputs[layer][0].shape == x.shape:
+            x, z = self.inputs[layer][0] + x, self.inputs[layer][1] + z
+        elif layer in self.energies:
+            raise ValueError(
+                "the conversation began with another selection or batch, so the inputs that wanda needs are unknown; "
+                "start a new one"
+            )
+        self.inputs[layer] = x, z
+
     def copy(self) -> Conversation:
         """An independent copy: `add` replaces tensors and never writes into them, so the dicts are enough."""
-        return Conversation(dict(self.energies), dict(self.tokens))
+        return Conversation(dict(self.energies), dict(self.tokens), dict(self.inputs))
 
 
 def cached_tokens(cache: Any) -> int:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from griffin import backends, selection, statistic
 from griffin.attachment.conversation import Conversation
+from griffin.attachment.masking import mask_weights
 from griffin.attachment.patching import patch
 from griffin.backends import native
+from griffin.backends.masked import MaskedFF
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock, Layout, find_ff_blocks
 
@@ -47,7 +50,8 @@ class Griffin:
         self.config = config
         found = find_ff_blocks(model, layout)
         self.blocks: tuple[FFBlock, ...] = _chosen(found, config)
-        self.backend = backends.resolve(config.backend, found)
+        self._masked = config.selection == "wanda"  # single weights, not neurons
+        self.backend = backends.MASKED if self._masked else backends.resolve(config.backend, found)
         self._all_blocks = tuple(found)
         self._whole_bytes = sum(block.nbytes for block in found) - sum(block.nbytes for block in self.blocks)
         self.selection_s = 0.0  # seconds that the last selection took, copying included
@@ -55,6 +59,7 @@ class Griffin:
         self._conversation = Conversation()
         self._mask: Tensor | None = None
         self._masks_given: Tensor | None = None
+        self._input: Tensor | None = None  # of the FF block that runs
         self._batch: int | None = None
         self._tokens_seen: dict[int, int] = {}
         self._experts: dict[int, tuple[Tensor, ...]] = {}
@@ -63,6 +68,7 @@ class Griffin:
         self._native: dict[int, native.NativeFF] = {}
         self._undo = ExitStack()
         self._attached = False
+        self._ready = False  # whether weights are masked
         self._static = config.selection == "magnitude"  # experts that do not depend on the prompt
         _refuse_attached(self.blocks)
 
@@ -72,7 +78,7 @@ class Griffin:
     def experts(self) -> Mapping[int, Tensor | list[Tensor]]:
         """Experts by layer: int64 (k,), ascending; with per-sequence experts a list of B of them.
 
-        Empty before a prompt.
+        Empty before a prompt, and with the selection `wanda`, which keeps single weights of all neurons.
         """
         per_sequence = self.config.batch == "per_sequence" and not self._static
         return MappingProxyType({layer: list(own) if per_sequence else own[0] for layer, own in self._experts.items()})
@@ -115,6 +121,8 @@ class Griffin:
     @property
     def ff_bytes_per_token(self) -> int:
         """Bytes of FF weights that one sequence's next token reads in the generation phase."""
+        if self._masked:
+            return self._whole_bytes + sum(block.nbytes for block in self.blocks)
         kept = sum(block.nbytes * self.config.experts_of(block.width) // block.width for block in self.blocks)
         return self._whole_bytes + kept
 
@@ -141,7 +149,12 @@ class Griffin:
         self._conversation = Conversation() if conversation is None else conversation.copy()
         self._masks_given, self._mask, self._batch, self._tokens_seen = attention_mask, None, None, {}
         if not self._static:
-            self._experts = {}
+            self._experts, self._ready = {}, False
+        if not self._masked:
+            self._conversation.inputs.clear()  # they would not be of all tokens any more
+        for sparse in self._sparse.values():
+            if isinstance(sparse, MaskedFF):
+                sparse.clear()
         hook = self.model.register_forward_pre_hook(self._see_mask, with_kwargs=True)
         try:
             yield
@@ -151,7 +164,7 @@ class Griffin:
         finally:
             hook.remove()
             self._phase = Phase.FULL
-            self._mask = self._masks_given = None
+            self._mask = self._masks_given = self._input = None
 
     @contextmanager
     def generation_phase(self, *, rows: Sequence[int] | None = None) -> Iterator[None]:
@@ -167,7 +180,7 @@ class Griffin:
         """
         self._enter(Phase.GENERATION)
         try:
-            if not self._experts:
+            if not self._experts and not self._ready:
                 raise ValueError("there are no experts yet: run the prompt inside handle.prompt_phase() first")
             self._use_experts_of(None if rows is None else tuple(rows))
             yield
@@ -222,6 +235,8 @@ class Griffin:
         def forward(x: Tensor) -> Tensor:
             if sparse is not None and self._phase is Phase.GENERATION:
                 return sparse.read(which, x)
+            if which == 0 and self._masked and self._phase is Phase.PROMPT:
+                self._input = x.detach()
             return full(x)
 
         setattr(forward, _MARK, True)
@@ -250,6 +265,12 @@ class Griffin:
         if self._masks_given is not None:
             mask = self._masks_given[:, seen : seen + tokens]
         self._tokens_seen[block.layer] = seen + tokens
+        if self._masked:
+            assert self._input is not None
+            x = self._input.reshape(*z.shape[:2], -1)
+            self._conversation.add_inputs(
+                block.layer, statistic.input_energy(x, mask), statistic.input_energy(z.detach(), mask)
+            )
         self._conversation.add(block.layer, z.detach(), mask)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -302,6 +323,11 @@ class Griffin:
     def _select(self) -> None:
         """Select the experts of every layer and hand them to the backend."""
         start = time.perf_counter()
+        if self._masked:
+            mask_weights(self.blocks, self._sparse, self._conversation, self.config)
+            self._ready = True
+            self.selection_s = time.perf_counter() - start
+            return
         experts: dict[int, tuple[Tensor, ...]] = {}
         if self._static:
             source = {block.layer: selection.magnitude_scores(block.input_norms())[None] for block in self.blocks}
@@ -314,9 +340,9 @@ class Griffin:
             # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
             seeds = [(self.config.seed * 1_000_003 + layer) % 2**63 for layer in layers for _ in range(scores.shape[1])]
             k = self.config.experts_of(scores.shape[2])
-            chosen = selection.select(scores.flatten(0, 1), k, self.config.selection, seeds)
-            for layer, own in zip(layers, chosen.view(*scores.shape[:2], k), strict=True):
-                experts[layer] = own.unbind()
+            chosen = iter(selection.select(scores.flatten(0, 1), k, self.config.selection, seeds).unbind())
+            for layer in layers:
+                experts[layer] = tuple(islice(chosen, scores.shape[1]))
         for layer, sparse in self._sparse.items():
             sparse.select(experts[layer])
         self._experts = experts

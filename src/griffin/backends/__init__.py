@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from griffin.backends import gather, library, native, reference
+from griffin.backends import gather, library, masked, native, reference
 from griffin.layouts import FFBlock
 
 
@@ -64,6 +64,9 @@ _BACKENDS: dict[str, type[SparseFF]] = {
     "gather": gather.GatherFF,
     "native": native.NativeFF,
 }
+
+
+MASKED = Backend("masked", "single weights are kept, not neurons: saves no time", masked.MaskedFF)
 
 
 def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
