@@ -1,7 +1,7 @@
 """Rows of the tasks from local files, in the columns that the harness's tasks expect.
 
-`load(task, folder)` returns the split `test` and, where there is one, the split `shots` that few-shot examples come from.
-A malformed row is refused with its file and line.
+`load(task, folder)` returns the split `test` and, where there is one, the split `shots`, of the few-shot examples. A
+malformed row is refused with its file and line.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def _piqa(folder: Path) -> Splits:
     rows = [row for _, row in _json_rows(path, goal=str, sol1=str, sol2=str)]
     labels = [(where, line.strip()) for where, line in _lines(labels_path) if line.strip()]
     if len(rows) != len(labels):
-        raise ValueError(f"{path} has {len(rows)} rows and {labels_path} {len(labels)} labels; expected one for each row")
+        raise ValueError(
+            f"{path} has {len(rows)} rows and {labels_path} {len(labels)} labels; expected one for each row"
+        )
     tested = []
     for row, (where, label) in zip(rows, labels, strict=True):
         row_label = _index_of(where, "the label", label, 2)
@@ -146,7 +148,9 @@ def _coqa(folder: Path) -> Splits:
         number = int(turn)
         _texts(where, "answers", doc["answers"])
         turns = doc["previous_qa"][:number]  # the list holds the turns after this one, too
-        if len(turns) < number or not all(isinstance(own, dict) and {"question", "answer"} <= own.keys() for own in turns):
+        if len(turns) < number or not all(
+            isinstance(own, dict) and {"question", "answer"} <= own.keys() for own in turns
+        ):
             raise ValueError(f"{where}: previous_qa lacks some of the {number} turns before this one")
         if story in last and last[story][0] > number:
             continue

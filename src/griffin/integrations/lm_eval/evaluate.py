@@ -29,8 +29,8 @@ class TaskResult:
         higher_is_better: by metric.
         n: number of examples.
         truncated: contexts that were longer than the model's window.
-        samples: for every example `doc_id`, `target`, and `response`: the generated text after the task's filter, or for
-            every choice its log-likelihood and whether it is the greedy one.
+        samples: for every example `doc_id`, `target`, and `response`: the generated text after the task's filter, or
+            for every choice its log-likelihood and whether it is the greedy one.
     """
 
     task: str

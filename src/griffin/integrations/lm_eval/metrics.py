@@ -1,8 +1,8 @@
 """Prompts and metrics of the tasks whose functions the harness's own files cannot give.
 
-The harness's CoQA imports a part of transformers that version 5 no longer has, and its LongBench (QASPER) needs packages for
-Chinese text. What is here follows them: SQuAD's normalisation (Rajpurkar et al., arXiv 1606.05250, section 6.1), and for
-CoQA the mean over the answers left out in turn (Reddy et al., arXiv 1808.07042, section 6.1).
+The harness's CoQA imports a part of transformers that version 5 no longer has, and its LongBench (QASPER) packages for
+Chinese text. What is here follows them: SQuAD's normalisation (Rajpurkar et al., arXiv 1606.05250, section 6.1), and
+for CoQA the mean over the answers left out in turn (Reddy et al., arXiv 1808.07042, section 6.1).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def coqa_prompt(doc: Doc) -> str:
 
 
 def coqa_answers(doc: Doc) -> list[str]:
-    """The accepted answers of the last question: the first annotator's, then others that differ from it in more than case."""
+    """The accepted answers of the last question: the first annotator's, then those that differ in more than case."""
     turn = len(doc["questions"]["input_text"]) - 1
     answers = [doc["answers"]["input_text"][turn]]
     for others in (doc.get("additional_answers") or {}).values():

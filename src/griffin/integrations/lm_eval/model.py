@@ -21,7 +21,7 @@ from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
 from griffin.generation.builtin import BUILTIN
 from griffin.generation.generate import end_tokens
-from griffin.generation.load import load
+from griffin.generation.load import load, loading_error
 from griffin.generation.step import Sampling, generate_step
 from griffin.generation.text import Answer
 from griffin.integrations.lm_eval import PHASES
@@ -42,8 +42,8 @@ class GriffinLM(HFLM):  # type: ignore[misc]
     - `generate_until`: the prompt is the prompt phase, and griffin's own loop generates; the native step where there is
       one. Settings that it does not know (beam search) go to the model's `generate`, with GRIFFIN attached.
     - `loglikelihood`: see `griffin.integrations.lm_eval.scoring` for the two phases.
-    - `loglikelihood_rolling`: windows as `hf` cuts them. Every window's context part is its prompt phase: a single token
-      (where the text begins: the prefix token), and more only in the last window. So experts are selected from nearly
+    - `loglikelihood_rolling`: windows as `hf` cuts them. Every window's context part is its prompt phase: one token
+      (where the text begins: the prefix token), more only in the last window. So experts are selected from nearly
       nothing, which is the hardest test; `griffin perplexity` gives them a prompt.
 
     At density 1.0 nothing is attached and every method is HFLM's, so results are those of `hf` to the last digit.
@@ -55,7 +55,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         phase: `continuation` or `last_token`.
         weights: `int8`, `int4`, `bf16` or `f32`, as `griffin.load` stores them.
         disable_tqdm: show no progress bars.
-        **arguments: the fields of `GriffinConfig`, and HFLM's own arguments (of the two `backend`s it is GriffinConfig's).
+        **arguments: the fields of `GriffinConfig`, and HFLM's own arguments (`backend` is GriffinConfig's).
 
     Raises:
         ValueError: an unknown argument or value, `batch_size=auto` below density 1.0, or a model that `attach` refuses.
@@ -76,7 +76,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"unknown model argument {name!r}{hint}; known are phase, weights, {', '.join(_CONFIG)}, and those of hf"
+                    f"unknown model argument {name!r}{hint}; known are phase, weights, {', '.join(_CONFIG)} and hf's"
                 )
         if phase not in PHASES:
             raise ValueError(f"phase is {phase!r}; expected one of {', '.join(PHASES)}")
@@ -94,8 +94,12 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         if isinstance(name, str) and (name in BUILTIN or name.lower().endswith(".gguf") or weights is not None):
             loaded = _griffin_load(name, weights, arguments)
             pretrained, arguments["tokenizer"] = loaded
-        super().__init__(pretrained, **arguments)
-        self._name = name if isinstance(name, str) else str(getattr(name, "name_or_path", ""))
+        try:
+            super().__init__(pretrained, **arguments)
+        except (OSError, ValueError) as error:
+            if not isinstance(pretrained, str):
+                raise
+            raise loading_error(pretrained, arguments.get("revision"), error) from error
         if not self._full:
             attach(self.model, self.griffin).detach()  # refuse a model that it cannot prune before a long run
 
@@ -156,8 +160,8 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         for texts, _, scored in requests:
             if not 0 < len(scored) <= self.max_length:
                 raise ValueError(
-                    f"a continuation has {len(scored)} tokens ({str(texts)[-60:]!r}); expected 1 to {self.max_length}, the "
-                    "model's window"
+                    f"a continuation has {len(scored)} tokens ({str(texts)[-60:]!r}); expected 1 to {self.max_length}, "
+                    "the model's window"
                 )
         scorer = Scorer(
             self.model,

@@ -2,10 +2,10 @@
 
 Two phases can be meant (`phase`):
 
-- `continuation`: the context is the prompt phase, run once for all of its continuations. Its last token is then computed
-  again, with the experts, and so are the continuation's tokens: every one of them is predicted by the experts alone.
-- `last_token`: the paper's simulation of classification. The whole input but its last token is the prompt phase, and only
-  that last token is computed with the experts; so it is the last token of the continuation that they predict.
+- `continuation`: the context is the prompt phase, run once for all of its continuations. Its last token is then
+  computed again, with the experts, and so are the continuation's tokens: every one of them is predicted by the experts.
+- `last_token`: the paper's simulation of classification. The whole input but its last token is the prompt phase, and
+  only that last token is computed with the experts; so it is the last token of the continuation that they predict.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Scorer:
         cache.crop(-1)  # the last token of the context comes again, with the experts
         own_experts = self._handle.config.batch == "per_sequence"
         rows = [[(row, index) for index in own] for row, own in enumerate(indices)]
-        groups = rows if own_experts else [sum(rows, [])]
+        groups = rows if own_experts else [list(chain.from_iterable(rows))]
         size = max(_ROWS, self._batch_size)
         for group in groups:
             for at in range(0, len(group), size):
@@ -136,7 +137,9 @@ class Scorer:
         own_mask = None if mask is None else mask[torch.tensor(rows, device=device), :-1]
         logprobs, greedy = [], []
         with self._handle.generation_phase(rows=rows):
-            for tokens, target in zip(ids.split(_TOKENS, dim=1), wanted.split(_TOKENS, dim=1), strict=True):
+            for tokens, target in zip(
+                torch.split(ids, _TOKENS, dim=1), torch.split(wanted, _TOKENS, dim=1), strict=True
+            ):
                 if own_mask is not None:
                     own_mask = torch.cat([own_mask, own_mask.new_ones(tokens.shape)], dim=1)
                 logits = self._log_softmax(self._forward(tokens, own_mask, own))
@@ -153,7 +156,9 @@ class Scorer:
         ids, mask = pad(inputs, self._pad_token, self._model.device)
         prompt, last = (ids, ids) if alone else (ids[:, :-1], ids[:, -1:])
         with self._handle.prompt_phase():
-            first = self._forward(prompt, None if mask is None else mask[:, : prompt.shape[1]], cache, keep=max(1, before))
+            first = self._forward(
+                prompt, None if mask is None else mask[:, : prompt.shape[1]], cache, keep=max(1, before)
+            )
         if alone:
             cache.crop(-1)
         with self._handle.generation_phase():
@@ -195,6 +200,8 @@ def _right_padded(tokens: Sequence[tuple[int, ...]], pad_token: int, device: tor
 def _rows_of(cache: DynamicCache | Cache, rows: Tensor) -> Cache:
     """A cache of some of the sequences, in that order; the given one stays as it is."""
     chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]  # a layer replaces its tensors, it does not write in them
+    chosen.layers = [
+        copy.copy(layer) for layer in cache.layers
+    ]  # a layer replaces its tensors, it does not write in them
     chosen.batch_select_indices(rows)  # type: ignore[attr-defined, unused-ignore]
     return chosen

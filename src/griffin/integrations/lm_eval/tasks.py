@@ -2,8 +2,8 @@
 
 A file's keys are those of the harness's task files, and three more: `harness`, the harness's file that it starts from;
 `harness_functions: false`, where that file's functions cannot be imported; `local`, changes for rows from local files.
-The folder of local files comes as `data` in the harness's metadata (`--metadata data=DIR`); without it the rows come from
-the Hub.
+The folder of local files comes as `data` in the harness's metadata (`--metadata data=DIR`); without it the rows come
+from the Hub.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from griffin.errors import GriffinError
 from griffin.integrations.lm_eval import TASK_FILES, TASKS, data
 
 
-class GriffinTask(ConfigurableTask):
+class GriffinTask(ConfigurableTask):  # type: ignore[misc]
     """A task of the harness, with rows from local files if its metadata names a folder of them as `data`.
 
     Raises:
@@ -54,8 +54,8 @@ class GriffinTask(ConfigurableTask):
         except Exception as error:  # whatever datasets, fsspec or the network raise
             reason = " ".join(str(error).split())[:200]
             raise GriffinError(
-                f"the rows of task {self.config.task} cannot be loaded from the Hub ({reason}); check the network, or give "
-                "the folder of local files: --data DIR"
+                f"the rows of task {self.config.task} cannot be loaded from the Hub ({reason}); check the network, or "
+                "give the folder of local files: --data DIR"
             ) from error
 
 
