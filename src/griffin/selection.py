@@ -112,9 +112,7 @@ def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tens
     if selection not in SELECTIONS:
         raise ValueError(f"selection is {selection!r}; expected one of {', '.join(SELECTIONS)}")
     if scores.dim() != 2 or not 1 <= k <= scores.shape[1]:
-        raise ValueError(
-            f"cannot select k = {k} experts from scores of shape {tuple(scores.shape)}; expected (N, D_ff)"
-        )
+        raise ValueError(f"cannot select k = {k} experts from scores of shape {tuple(scores.shape)}; expected (N, D_ff)")
     if len(seeds) != scores.shape[0]:
         raise ValueError(f"there are {len(seeds)} seeds for {scores.shape[0]} rows of scores; expected one a row")
     if not all(math.isfinite(extreme) for extreme in torch.aminmax(scores)):  # nan becomes either

@@ -15,6 +15,7 @@ from lm_eval.utils import setup_logging
 
 from griffin.errors import GriffinError
 from griffin.integrations.lm_eval import TASK_FILES
+from griffin.integrations.lm_eval.data import load
 from griffin.integrations.lm_eval.model import GriffinLM  # registers `griffin`, for releases that read no entry points
 from griffin.integrations.lm_eval.tasks import check_names
 
@@ -47,13 +48,14 @@ def run(
         ValueError: wrong flags or tasks, a missing or malformed file, a model that GRIFFIN cannot prune.
         GriffinError: the model or the rows cannot be fetched.
     """
-    if data is not None:
-        check_names(tasks)
     args = _parsed(parser, flags)
     args.tasks = list(tasks)
     args.model, args.batch_size = "griffin", batch_size
     args.model_args = {**(args.model_args or {}), **model_args}
     if data is not None:
+        check_names(tasks)
+        for task in tasks:
+            load(task, data)  # before the model is loaded
         args.metadata = {**(args.metadata or {}), "data": str(data)}
     # Later paths win, so a user's own tasks do.
     args.include_path = [str(TASK_FILES), *([args.include_path] if args.include_path else [])]
