@@ -8,7 +8,7 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ TEXTS = [
     ("", ["nothing came before this"]),
     ("The river was wide, and the boat was very small", [" indeed."]),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors are faster so, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +102,8 @@ def test_density_1_equals_hf_on_every_task(
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 0)
     known = manager({"data": str(data)})
     hf = HFLM(model, tokenizer=tokenizer)
-    expected: Any = lm_eval.simple_evaluate(hf, tasks=[task], task_manager=known, bootstrap_iters=0, **seeds)
-    found = evaluate(model, tokenizer, GriffinConfig(density=1.0), tasks=[task], data=data)[task]
+    expected: Any = lm_eval.simple_evaluate(hf, tasks=[task], task_manager=known, limit=2, bootstrap_iters=0, **seeds)
+    found = evaluate(model, tokenizer, GriffinConfig(density=1.0), tasks=[task], data=data, limit=2)[task]
     values = {key.split(",")[0]: value for key, value in expected["results"][task].items() if "," in key}
     values = {key: value for key, value in values.items() if not key.endswith("_stderr")}
     assert values
@@ -462,7 +471,7 @@ def test_prompts_are_the_harnesss(data: Path) -> None:
             '{"input": "x", "instructions": ["a"], "outputs": []}',
             "line 3",
         ),
-        ("cnn_dailymail", "cnn_dailymail/cnn_dailymail_test.csv", "only one", "line 8: expected 3 columns"),
+        ("cnn_dailymail", "cnn_dailymail/cnn_dailymail_test.csv", "only one", "line 11: expected 3 columns"),
     ],
 )
 def test_malformed_rows_are_named(task: str, file: str, line: str, message: str, tmp_path: Path) -> None:
@@ -569,7 +578,7 @@ def test_a_task_with_one_example(
         (["--tasks", "copa", "--density", "7"], "density is 7.0"),
         (["--tasks", "copa", "--seed", "x"], "--seed is 'x'"),
         (["--tasks", "copa", "--dtype", "int3"], "--dtype is 'int3'"),
-        (["--tasks", "cpoa", "--data", "."], "did you mean 'copa'"),
+        (["--tasks", "hellswag", "--data", "."], "did you mean 'hellaswag'"),
         (["--tasks", "copa", "--data", "nowhere"], "nowhere is no folder"),
         (["--tasks", "copa", "--data", "."], "superglue_copa_val.jsonl is missing"),
         (["--tasks", "copa", "--no-such-flag", "3"], "unrecognized arguments: --no_such_flag 3"),

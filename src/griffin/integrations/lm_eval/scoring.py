@@ -199,6 +199,8 @@ def _right_padded(tokens: Sequence[tuple[int, ...]], pad_token: int, device: tor
 
 def _rows_of(cache: DynamicCache | Cache, rows: Tensor) -> Cache:
     """A cache of some of the sequences, in that order; the given one stays as it is."""
+    if cache.get_seq_length() == 0:
+        return DynamicCache()
     chosen = copy.copy(cache)
     chosen.layers = [
         copy.copy(layer) for layer in cache.layers
