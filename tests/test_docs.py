@@ -42,5 +42,6 @@ def imported_by(statement: str) -> set[str]:
 
 def test_importing_griffin_is_light() -> None:
     assert not imported_by("import griffin") & {"torch", "transformers", "numpy", "rich"}
-    heavy = {"vllm", "lm_eval", "fastapi", "matplotlib"}
+    heavy = {"vllm", "lm_eval", "fastapi", "matplotlib", "plotly"}
     assert not imported_by("import griffin; [getattr(griffin, name) for name in griffin.__all__]") & heavy
+    assert not imported_by("import griffin.integrations.lm_eval, griffin.cli.eval") & {*heavy, "torch", "datasets"}

@@ -39,7 +39,10 @@ def write_text(path: Path, text: str) -> None:
         if _special(path):
             path.write_text(text, encoding="utf-8")
             return
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         partial.replace(path.resolve())
     except OSError as error:
         raise GriffinError(f"cannot write to {path}: {error.strerror or error}") from error

@@ -63,6 +63,7 @@ class Griffin:
         self._batch: int | None = None
         self._tokens_seen: dict[int, int] = {}
         self._experts: dict[int, tuple[Tensor, ...]] = {}
+        self._rows: tuple[int, ...] | None = None  # whose experts the backend has; None: every sequence its own
         self._sparse: dict[int, backends.SparseFF] = {}
         self._native: dict[int, native.NativeFF] = {}
         self._undo = ExitStack()
@@ -159,22 +160,29 @@ class Griffin:
             yield
             if not self._static:
                 self._select()
+                self._rows = None
         finally:
             hook.remove()
             self._phase = Phase.FULL
             self._mask = self._masks_given = self._input = None
 
     @contextmanager
-    def generation_phase(self) -> Iterator[None]:
+    def generation_phase(self, *, rows: Sequence[int] | None = None) -> Iterator[None]:
         """Compute the experts only.
 
+        Args:
+            rows: for several continuations of the prompts: row i of this batch continues prompt `rows[i]`, and uses its
+                experts. `None`: the batch is that of the prompt phase.
+
         Raises:
-            ValueError: inside another phase, in training mode, after `detach`, or before a prompt phase.
+            ValueError: inside another phase, in training mode, after `detach`, before a prompt phase, or `rows` names a
+                prompt that there was not.
         """
         self._enter(Phase.GENERATION)
         try:
             if not self._experts and not self._ready:
                 raise ValueError("there are no experts yet: run the prompt inside handle.prompt_phase() first")
+            self._use_experts_of(None if rows is None else tuple(rows))
             yield
         finally:
             self._phase = Phase.FULL
@@ -291,6 +299,18 @@ class Griffin:
             raise ValueError(f"already in the {self._phase.value} phase; phases do not nest")
         refuse_training(self.model)
         self._phase = phase
+
+    def _use_experts_of(self, rows: tuple[int, ...] | None) -> None:
+        """Hand the backend the experts of these sequences, where each sequence has its own."""
+        sequences = max(map(len, self._experts.values()))
+        if sequences == 1 or rows == self._rows:
+            return
+        if rows is not None and not (rows and 0 <= min(rows) <= max(rows) < sequences):
+            raise ValueError(f"rows is {rows}; expected numbers of the {sequences} prompts, from 0 to {sequences - 1}")
+        chosen = range(sequences) if rows is None else rows[:1] if len(set(rows)) == 1 else rows
+        for layer, sparse in self._sparse.items():
+            sparse.select([self._experts[layer][row] for row in chosen])
+        self._rows = rows
 
     def _scores(self, layers: Sequence[int]) -> Tensor:
         """The statistic of some layers of one width, (layers, n, D_ff), of n sets of experts a layer."""

@@ -20,8 +20,11 @@ COMMANDS = {
     "chat": "talk with a model",
     "info": "this machine, and a model's FF blocks",
     "bench": "how fast, beside the ceiling and the memory's bandwidth",
+    "eval": "what is lost: tasks of lm-evaluation-harness",
     "perplexity": "what the generation phase costs on real text",
     "flocking": "which neurons a sequence agrees on, and whether others do",
+    "sweep": "methods, densities and tasks in one resumable run",
+    "report": "one HTML page of a sweep",
     "demo": "the full model and GRIFFIN side by side",
 }
 
@@ -55,6 +58,7 @@ def _run(argv: list[str]) -> int:
     parser = Parser(prog="griffin", usage="griffin COMMAND [options]", description="Faster LLM generation by GRIFFIN.")
     parser.add_argument("--version", action="version", version=f"griffin {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    takes_others = False
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, prog=f"griffin {name}", usage=f"griffin {name} [options]")
         if name in argv:  # only the module of the command that was asked for is imported
@@ -62,11 +66,15 @@ def _run(argv: list[str]) -> int:
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+            takes_others = getattr(module, "TAKES_OTHER_FLAGS", False)
     try:
-        args = parser.parse_args(argv)
+        args, others = parser.parse_known_args(argv)
+        if others and not takes_others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        args.others = others
+        code: int = args.run(args)
     except SystemExit as stop:  # --help, --version, wrong usage
         return int(stop.code or 0)
-    code: int = args.run(args)
     return code
 
 

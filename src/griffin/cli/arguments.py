@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,10 +98,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare one flag for each field of `GriffinConfig`."""
+def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
+    """Declare one flag for each field of `GriffinConfig`, but for those `without`."""
     group = parser.add_argument_group("GRIFFIN")
     for field in fields(GriffinConfig):
+        if field.name in without:
+            continue
         read, metavar, text = _CONFIG[field.name]
         if field.name in ("layers", "seed"):
             group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text)

@@ -298,6 +298,18 @@ def _check_causal(source: str, config: PreTrainedConfig) -> None:
     raise _NotCausalError(f"{source} is {kind} ({what}); expected a decoder-only language model")
 
 
+def loading_error(name: str, revision: str | None, error: Exception) -> Exception:
+    """The error to raise where transformers, called by another framework, failed to load a folder or a Hub id."""
+    path = Path(name).expanduser()
+    if not (path.exists() or _looks_like_path(name)):
+        return _hub_error(name, revision, error)
+    if not path.exists():
+        return ValueError(f"{name} does not exist; expected {_EXPECTED}")
+    if not (path / "config.json").is_file():
+        return ValueError(f"{name} is no model: no config.json; expected {_EXPECTED}")
+    return GriffinError(f"the model folder {name} cannot be loaded: {one_line(error)}")
+
+
 def _hub_error(name: str, revision: str | None, error: Exception) -> Exception:
     """What went wrong between here and the Hub, as the error to raise."""
     causes = list(_causes(error))

@@ -1,0 +1,166 @@
+"""Cells of a sweep: what one measures, what was found, and the line of JSON that holds it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from griffin.analysis.bootstrap import Interval
+
+FULL = "full"
+SAMPLES = "samples"
+KINDS = ("task", "perplexity", "speed", "flocking", "examples")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a cell measures, apart from the model.
+
+    Args:
+        kind: one of `KINDS`.
+        method: name of a selection, or `full`: the full model.
+        density: share of the FF neurons kept; 1.0 for `full`.
+        batch: whose experts a batch has, as in `GriffinConfig`; `shared` for batches of one.
+        batch_size: sequences run at once.
+        phase: which tokens a task scores with experts (`continuation`, `last_token`); `None` where it does not matter.
+        task: name of the task or of the text.
+        source: where the task's data come from (`files` or `hub`), or a hash of the text.
+        prompt: tokens of the prompt.
+        generate: tokens generated, or scored as if generated.
+        limit: most examples; `None`: all.
+        seed: of the random selections and of the bootstrap.
+    """
+
+    kind: str
+    method: str
+    density: float
+    batch: str = "shared"
+    batch_size: int = 1
+    phase: str | None = None
+    task: str | None = None
+    source: str | None = None
+    prompt: int | None = None
+    generate: int | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        words = [self.task or self.kind]
+        words += [f"{self.prompt} + {self.generate} tokens"] if self.prompt and self.generate else []
+        words += [self.method] if self.method == FULL else [self.method, f"{self.density:g}"]
+        words += [self.batch.replace("_", " ")] if self.batch_size > 1 else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a cell with its confidence interval, `nan` where there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    higher_is_better: bool = True
+
+    @classmethod
+    def of(cls, interval: Interval, *, higher_is_better: bool = True) -> Metric:
+        """The metric of an interval."""
+        return cls(interval.value, interval.low, interval.high, higher_is_better)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measuring a cell found.
+
+    Args:
+        metrics: figures by name.
+        n: number of examples or sequences.
+        truncated: how many of them did not fit the model's context.
+        data: the kind's own series, small.
+        samples: values of every example by metric under `values` (and what each counts under `weights`), pictures,
+            texts under `texts`; kept in a file of their own.
+    """
+
+    metrics: Mapping[str, Metric]
+    n: int
+    truncated: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model a folder holds results of: `name` is how it was asked for, `fingerprint` what it is."""
+
+    name: str
+    fingerprint: str
+    weights: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A finished cell, as read from a folder."""
+
+    id: str
+    key: Key
+    model: Model
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    date: str
+    seconds: float
+    n: int
+    truncated: int
+    metrics: Mapping[str, Metric]
+    data: Mapping[str, Any]
+    samples: str | None  # path inside the folder
+
+
+def cell_id(key: Key, model: Model) -> str:
+    """16 hex digits that name a cell: the SHA-256 of its key and the model's fingerprint."""
+    text = json.dumps({"key": asdict(key), "model": model.fingerprint}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cell_from(found: Any) -> Cell:
+    """The cell in a line's JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is none.
+    """
+    if not isinstance(found, dict) or set(found) != {own.name for own in fields(Cell)}:
+        raise ValueError("its fields are not those of a cell")
+    key = Key(**found["key"])
+    model = Model(**found["model"])
+    if found["id"] != cell_id(key, model):
+        raise ValueError("its id does not belong to its key")
+    metrics = {name: Metric(**_with_nan(own)) for name, own in found["metrics"].items()}
+    if key.kind not in KINDS or not isinstance(found["data"], dict):
+        raise ValueError(f"its kind is {key.kind!r}")
+    expected = None if found["samples"] is None else f"{SAMPLES}/{found['id']}.json"
+    if found["samples"] != expected:
+        raise ValueError(f"its samples are in {found['samples']!r}, expected {expected!r}")
+    return Cell(**{**found, "key": key, "model": model, "metrics": metrics})
+
+
+def _with_nan(metric: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: math.nan if metric[name] is None else float(metric[name]) for name in ("value", "low", "high")}
+    return values | {"higher_is_better": bool(metric["higher_is_better"])}
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(_without_nan(value), allow_nan=False, separators=(",", ":"))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(own) for own in value]
+    return value

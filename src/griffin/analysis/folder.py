@@ -1,0 +1,193 @@
+"""The results folder of a sweep: `cells.jsonl`, one cell a line, and the files of their samples.
+
+A line is written whole and flushed to the disk, after the file of its samples, so that a run that is killed at any
+moment leaves only whole cells behind, and at most one broken last line, which is not believed. Nothing is ever
+overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from griffin.analysis.cells import SAMPLES, Cell, Key, Measured, Model, cell_from, cell_id, json_text
+from griffin.analysis.files import write_text
+from griffin.errors import GriffinError
+from griffin.version import __version__
+
+LINES = "cells.jsonl"
+
+
+@dataclass
+class Folder:
+    """A results folder.
+
+    Args:
+        path: where it is.
+        cells: its finished cells by id, in the order in which they were finished.
+        complaints: what was found in it that is not believed, one clear line each.
+    """
+
+    path: Path
+    cells: dict[str, Cell] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+    def append(
+        self,
+        key: Key,
+        model: Model,
+        measured: Measured,
+        seconds: float,
+        versions: Mapping[str, str],
+        machine: Mapping[str, Any],
+    ) -> Cell:
+        """Keep a finished cell: the file of its samples first, then its line.
+
+        Raises:
+            GriffinError: it cannot be written; the folder is then as it was.
+        """
+        name = cell_id(key, model)
+        samples = None
+        if measured.samples is not None:
+            samples = f"{SAMPLES}/{name}.json"
+            _make(self.path / SAMPLES)
+            write_text(self.path / samples, json_text(measured.samples) + "\n")
+        cell = Cell(
+            id=name,
+            key=key,
+            model=model,
+            versions=dict(versions),
+            machine=dict(machine),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+            n=measured.n,
+            truncated=measured.truncated,
+            metrics=dict(measured.metrics),
+            data=dict(measured.data),
+            samples=samples,
+        )
+        _append_line(self.path / LINES, json_text(asdict(cell)))
+        self.cells[name] = cell
+        return cell
+
+    def samples_of(self, cell: Cell) -> dict[str, Any]:
+        """The samples of a cell; empty if it has none.
+
+        Raises:
+            GriffinError: their file cannot be read.
+        """
+        if cell.samples is None:
+            return {}
+        try:
+            found = json.loads((self.path / cell.samples).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise GriffinError(f"{self.path / cell.samples} cannot be read: {error}") from error
+        return found if isinstance(found, dict) else {}
+
+
+def read(path: Path) -> Folder:
+    """Read a results folder. Lines that are not whole cells are left out and complained of.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no `cells.jsonl`.
+        GriffinError: it cannot be read.
+    """
+    if not (path / LINES).is_file():
+        what = "is not a folder" if path.exists() and not path.is_dir() else f"has no {LINES}"
+        what = what if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}; expected a folder that griffin sweep has written")
+    return _read(path)
+
+
+@contextmanager
+def writing(path: Path, model: Model) -> Iterator[Folder]:
+    """A results folder to add cells of a model to, made if it is not there, and locked as long as the block runs.
+
+    Raises:
+        ValueError: it holds results of another model or of another version of griffin; nothing is written then.
+        GriffinError: it cannot be written, or another sweep is writing to it.
+    """
+    _make(path)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise GriffinError(
+            f"another griffin sweep is writing to {path}; wait for its end or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise GriffinError(f"{path} cannot be locked: {error}; choose a folder on another disk") from error
+    try:
+        folder = _read(path)
+        for cell in folder.cells.values():
+            _check(path, cell, model)
+        yield folder
+    finally:
+        lock.release()
+
+
+def _check(path: Path, cell: Cell, model: Model) -> None:
+    if cell.model.fingerprint != model.fingerprint:
+        ours, theirs = (f"{own.name} ({own.weights}, {own.fingerprint})" for own in (model, cell.model))
+        raise ValueError(f"{path} holds results of {theirs}, not of {ours}; choose another folder with -o")
+    if (other := cell.versions.get("griffin")) != __version__:
+        raise ValueError(
+            f"{path} holds results of griffin {other}, this is {__version__}; choose another folder with -o"
+        )
+
+
+def _read(path: Path) -> Folder:
+    folder = Folder(path)
+    try:
+        lines = (path / LINES).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise GriffinError(f"{path / LINES} cannot be read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            cell = cell_from(json.loads(line))
+            if cell.samples is not None:
+                json.loads((path / cell.samples).read_bytes())
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            half = " (cut off in the middle)" if number == len(lines) else ""
+            reason = " ".join(str(error).split()) or type(error).__name__
+            folder.complaints.append(f"{path / LINES}, line {number}{half}: not a whole cell, left out: {reason}")
+            continue
+        folder.cells[cell.id] = cell
+    return folder
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Add a line to a file, whole and flushed to the disk, or not at all; a broken last line is closed first."""
+    try:
+        with path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            try:
+                file.write(start + line.encode("ascii") + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, size)
+                raise
+    except OSError as error:
+        raise GriffinError(f"cannot write to {path}: {error.strerror or error}; finished cells are safe") from error
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GriffinError(f"cannot make the folder {path}: {error.strerror or error}") from error

@@ -1,0 +1,189 @@
+"""The jobs of a sweep that need nothing but the model: perplexity, speed, flocking, answers to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from griffin.analysis import benchmark, perplexity
+from griffin.analysis.cells import FULL, Key, Measured, Metric
+from griffin.analysis.sweep import Job, Tick, config_of, key_of
+from griffin.analysis.workload import passage_prompts
+from griffin.attachment import attach
+from griffin.config import GriffinConfig
+from griffin.generation.generate import stream_generate
+from griffin.generation.text import Prompt, context_length
+
+_POINTS = 32  # of a curve over the tokens generated
+_ROUNDS = 3
+
+
+def perplexities(
+    model: PreTrainedModel,
+    text: str,
+    ids: Sequence[int],
+    bos: int | None,
+    configs: Sequence[GriffinConfig],
+    prompts: Sequence[int],
+    generates: Sequence[int],
+    sequences: int,
+    source: str,
+) -> list[Job]:
+    """A job for each length of prompt; the shorter continuations are prefixes of the longest.
+
+    Args:
+        text: the text's name.
+        ids: its tokens, without special ones.
+        bos: the token that the model expects at the beginning.
+        configs: of `griffin.analysis.sweep.settings`.
+        prompts, generates: tokens of the prompt and of the continuation.
+        sequences: number of sequences cut from the text.
+        source: what tells this text from another of the same name.
+
+    Raises:
+        ValueError: a length is out of range, the text is too short, or the model's context is.
+    """
+    longest = max(generates)
+    benchmark.check_length(model, max(prompts), longest)
+    windows = perplexity.windows(ids, bos, prompts, longest, sequences)
+    source = f"{source}, windows of {max(prompts)} + {longest}"  # others would cut other sequences
+
+    def job(prompt: int, own: torch.Tensor) -> Job:
+        keys = [
+            key_of(config, "perplexity", task=text, source=source, prompt=prompt, generate=generate, limit=sequences)
+            for config in configs
+            for generate in sorted(set(generates))
+        ]
+
+        def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+            wanted = list(dict.fromkeys(config_of(key) for key in todo))
+            steps = len(own) * len(wanted)
+            found = perplexity.measure(model, own, prompt, wanted, progress=lambda: tick(1 / steps))
+            by_config = dict(zip(wanted, found, strict=True))
+            return (_perplexity(by_config[config_of(key)], key) for key in todo)
+
+        return Job(tuple(keys), measure)
+
+    return [job(prompt, own) for prompt, own in zip(prompts, windows, strict=True)]
+
+
+def _perplexity(measured: perplexity.Measured, key: Key) -> Measured:
+    assert key.prompt is not None
+    assert key.generate is not None
+    row = perplexity.summary(measured, key.prompt, key.generate, key.seed)
+    nll, kl, agreement = (own[:, : key.generate].double() for own in (measured.nll, measured.kl, measured.agreement))
+    bins = torch.arange(key.generate).tensor_split(min(_POINTS, key.generate))
+    metrics = {"perplexity": Metric.of(row.perplexity, higher_is_better=False)}
+    if key.method != FULL:
+        metrics["kl"] = Metric.of(row.kl, higher_is_better=False)
+        metrics["agreement"] = Metric.of(row.agreement)
+    return Measured(
+        metrics=metrics,
+        n=row.sequences,
+        data={
+            "position": [float(own.double().mean()) + 1 for own in bins],
+            "perplexity": [float(nll[:, own].mean().exp()) for own in bins],
+        },
+        samples={
+            "values": {
+                "nll": nll.mean(dim=1).tolist(),
+                "kl": kl.mean(dim=1).tolist(),
+                "agreement": agreement.mean(dim=1).tolist(),
+            }
+        },
+    )
+
+
+def speeds(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    weights: str,
+    passage: str,
+    configs: Sequence[GriffinConfig],
+    prompt: int,
+    generate: int,
+) -> Job:
+    """One job: all configs that can save time take turns, verified against the reference backend before they are timed.
+
+    Args:
+        name, weights: of the model, for the rows.
+        passage: text that the prompt is taken from.
+        configs: of `griffin.analysis.sweep.settings`.
+        prompt, generate: tokens; less where the model's context is too short for them.
+    """
+    context = context_length(model)
+    if context is not None and prompt + generate > context:
+        prompt, generate = context - context // 4, context // 4
+    timed = [config for config in configs if config.selection != "wanda"]  # which reads every weight
+    keys = tuple(key_of(config, "speed", prompt=prompt, generate=generate) for config in timed)
+
+    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+        if model.device.type != "cpu":
+            raise ValueError(f"speed is measured on the CPU, the model is on {model.device}; add --device cpu")
+        full = next(key for key in keys if key.method == FULL)
+        wanted = list(dict.fromkeys([full, *todo]))
+        own = [config_of(key) for key in wanted]
+        encoded = tokenizer(passage, verbose=False)["input_ids"]
+        prompts = passage_prompts(encoded, tokenizer.bos_token_id, 1, prompt)
+        steps = len(own) * (1 + _ROUNDS)
+        benchmark.verified(model, prompts, own, lambda: tick(1 / steps))
+        runs, read = benchmark.measure(model, prompts, own, generate, _ROUNDS, lambda: tick(1 / steps))
+        rows = benchmark.rows(name, weights, model, prompts, generate, own, runs, read)
+        by_key = dict(zip(wanted, rows, strict=True))
+        return (_speed(by_key[key]) for key in todo)
+
+    return Job(keys, measure)
+
+
+def _speed(row: benchmark.Row) -> Measured:
+    metrics = {
+        name: Metric(getattr(row, name)) for name in ("speedup", "generation_tokens_per_s", "prompt_tokens_per_s")
+    }
+    return Measured(metrics=metrics, n=_ROUNDS, data=asdict(row))
+
+
+def examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    configs: Sequence[GriffinConfig],
+    generate: int,
+    source: str,
+) -> list[Job]:
+    """A job for each config: answers to the prompts, generated greedily.
+
+    Args:
+        prompts: what is asked; as a message where the tokenizer has a chat template.
+        generate: most tokens of an answer.
+        source: what tells these prompts from others.
+    """
+
+    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+        for key in todo:
+            yield _examples(model, tokenizer, prompts, key, tick)
+
+    keys = [key_of(config, "examples", source=source, generate=generate, limit=len(prompts)) for config in configs]
+    return [Job((key,), measure) for key in keys]
+
+
+def _examples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], key: Key, tick: Tick
+) -> Measured:
+    tokens: list[list[int]] = []
+    pieces: list[list[str]] = []
+    with attach(model, config_of(key)) as handle:
+        for text in prompts:
+            prompt: Prompt = text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
+            own = list(stream_generate(model, tokenizer, prompt, griffin=handle, max_tokens=key.generate))
+            tokens.append([token for piece in own for token in piece.tokens])
+            pieces.append([piece.text for piece in own])
+            tick(1 / len(prompts))
+    return Measured(
+        metrics={"generated_tokens": Metric(sum(map(len, tokens)) / len(prompts))},
+        n=len(prompts),
+        samples={"tokens": tokens, "texts": {"prompts": list(prompts), "pieces": pieces}},
+    )

@@ -1,0 +1,167 @@
+"""One HTML page with what a sweep has measured: works offline, light and dark, on a telephone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from griffin.analysis.cells import Cell
+from griffin.analysis.folder import Folder
+from griffin.analysis.report import figures, tables
+from griffin.analysis.report.comparisons import Comparisons
+from griffin.analysis.report.page import render
+from griffin.version import __version__
+
+
+def report(folder: Folder, *, without_text: bool = False) -> str:
+    """The page of a results folder.
+
+    Args:
+        folder: what `griffin.analysis.folder.read` found.
+        without_text: leave out prompts and answers.
+
+    Raises:
+        ValueError: the folder has no finished cell, or cells of several models.
+        GriffinError: jinja2 or plotly is not installed, or a file of samples cannot be read.
+    """
+    if not folder.cells:
+        raise ValueError(f"{folder.path} holds no finished cell yet; run griffin sweep first")
+    cells = list(folder.cells.values())
+    models = {cell.model.fingerprint: cell.model for cell in cells}
+    if len(models) > 1:
+        names = ", ".join(f"{model.name} ({model.fingerprint})" for model in models.values())
+        raise ValueError(f"{folder.path} holds results of several models: {names}; give each its own folder")
+    comparisons = Comparisons(folder)
+    plots: dict[str, Any] = {}
+
+    def plot(figure: dict[str, Any], height: int = 340) -> dict[str, Any]:
+        name = f"plot-{len(plots)}"
+        plots[name] = figure
+        return {"name": name, "height": height}
+
+    return render(
+        model=cells[0].model,
+        version=__version__,
+        about=_about(cells),
+        complaints=folder.complaints,
+        summary=tables.summary(comparisons),
+        tasks=[_task(comparisons, task, plot) for task in comparisons.tasks],
+        texts=_texts(comparisons, plot),
+        speed=_speed(comparisons, plot),
+        flocking=[_flocking(comparisons, cell, plot) for cell in comparisons.cells("flocking")],
+        answers=[] if without_text else tables.answers(comparisons),
+        plots=plots,
+    )
+
+
+def _task(comparisons: Comparisons, task: str, plot: Any) -> dict[str, Any]:
+    cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
+    metric = tables.main_metric(cells)
+    return {
+        "name": task,
+        "metric": metric,
+        "n": max(cell.n for cell in cells),
+        "truncated": max(cell.truncated for cell in cells),
+        "plot": plot(figures.quality(comparisons, task, metric), 300),
+        "table": tables.every_metric(comparisons, task),
+    }
+
+
+def _texts(comparisons: Comparisons, plot: Any) -> list[dict[str, Any]]:
+    found = []
+    cells = comparisons.cells("perplexity")
+    for text in dict.fromkeys(cell.key.task or "text" for cell in cells):
+        own = [cell for cell in cells if (cell.key.task or "text") == text]
+        longest_prompt = max(cell.key.prompt or 0 for cell in own)
+        longest = max(cell.key.generate or 0 for cell in own)
+        against_prompt = [cell for cell in own if cell.key.generate == longest]
+        against_generated = [cell for cell in against_prompt if cell.key.prompt == longest_prompt]
+        found.append(
+            {
+                "name": text,
+                "n": max(cell.n for cell in own),
+                "prompt": longest_prompt,
+                "generate": longest,
+                "against_prompt": plot(figures.perplexity_against_prompt(against_prompt), 400),
+                "against_generated": plot(figures.perplexity_against_generated(against_generated), 400),
+                "table": tables.perplexities(comparisons, own),
+            }
+        )
+    return found
+
+
+def _speed(comparisons: Comparisons, plot: Any) -> dict[str, Any] | None:
+    cells = comparisons.cells("speed")
+    if not cells:
+        return None
+    key, data = cells[0].key, cells[0].data
+    return {
+        "prompt": key.prompt,
+        "generate": key.generate,
+        "backend": data["backend"],
+        "weights": data["weights"],
+        "plot": plot(figures.speed(cells), 400),
+        "table": tables.speeds(cells),
+    }
+
+
+def _flocking(comparisons: Comparisons, cell: Cell, plot: Any) -> dict[str, Any]:
+    pictures = comparisons.samples(cell).get("pictures", [])
+    return {
+        "text": cell.key.task,
+        "n": cell.n,
+        "pictures": [
+            {
+                "layer": int(picture["layer"]),
+                "neurons": int(picture["shape"][1]),
+                "maps": [(name, plot(figures.heat_map(own), 260)) for name, own in picture["maps"].items()],
+            }
+            for picture in pictures
+        ],
+        "jaccard": plot(
+            figures.per_layer(
+                {f"density {density}": values for density, values in cell.data["jaccard"].items()},
+                "Jaccard overlap of experts",
+                {f"density {density}": chance for density, chance in cell.data["chance"].items()},
+            ),
+            400,
+        ),
+        "energy": plot(
+            figures.per_layer(
+                {f"density {density}": values for density, values in cell.data["energy"].items()},
+                "share of the statistic's energy",
+            ),
+            400,
+        ),
+    }
+
+
+def _about(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """What the figures were measured with, each said once for all cells, or with how many cells it holds of."""
+    return [
+        ("measured", _span(cell.date[:10] for cell in cells)),
+        ("cells", f"{len(cells)}, {sum(cell.seconds for cell in cells) / 60:.1f} minutes in all"),
+        ("versions", _counted(", ".join(f"{name} {own}" for name, own in cell.versions.items()) for cell in cells)),
+        ("processor", _counted(_machine(cell) for cell in cells)),
+        ("seed", _counted(str(cell.key.seed) for cell in cells)),
+    ]
+
+
+def _machine(cell: Cell) -> str:
+    about = cell.machine
+    return (
+        f"{about.get('cpu', 'unknown')}, {about.get('cpu_cores', '?')} cores, {about.get('torch_threads', '?')} threads"
+    )
+
+
+def _counted(values: Iterable[str]) -> str:
+    counts = Counter(values)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{value} ({count} cells)" for value, count in counts.items())
+
+
+def _span(dates: Iterable[str]) -> str:
+    found = sorted(dates)
+    return " to ".join(dict.fromkeys((found[0], found[-1])))

@@ -1,0 +1,160 @@
+"""What GRIFFIN costs: every figure of a sweep beside the full model's, with the interval of their difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from griffin.analysis.bootstrap import Interval, mean_interval, paired_interval
+from griffin.analysis.cells import FULL, Cell, Key, Metric
+from griffin.analysis.folder import Folder
+
+NATS = "nll"  # values of an example whose mean's exponential is the perplexity
+PERPLEXITY = "perplexity"
+_METHODS = (FULL, "topk", "topk_sample", "sample", "magnitude", "wanda", "random")  # the order in tables and legends
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the tables: how the model was run."""
+
+    method: str
+    density: float
+    batch: str
+    batch_size: int
+    phase: str | None
+
+    @classmethod
+    def of(cls, key: Key) -> Setting:
+        """The setting of a cell."""
+        phase = None if key.phase == "continuation" else key.phase  # the default, and the only one of other kinds
+        return cls(key.method, key.density, key.batch, key.batch_size, phase)
+
+    @property
+    def name(self) -> str:
+        """A few words: the method and what is out of the ordinary."""
+        words = ["full model" if self.method == FULL else self.method.replace("_", "+")]
+        words += [f"batch of {self.batch_size}"] if self.batch_size > 1 else []
+        words += [self.batch.replace("_", " ")] if self.batch_size > 1 and self.method != FULL else []
+        words += [self.phase.replace("_", " ")] if self.phase else []
+        return ", ".join(words)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Where it comes in a table: by method, the denser first."""
+        known = _METHODS.index(self.method) if self.method in _METHODS else len(_METHODS)
+        return known, self.method, self.batch_size, self.batch, self.phase or "", -self.density
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure of a cell beside the full model's.
+
+    Args:
+        cell: where it is from.
+        name: of the metric.
+        metric: the figure.
+        difference: to the full model's, paired over the examples: of the figure itself, or, for perplexities, as a
+            share of the full model's; `None` for the full model and where it is missing. Ends are nan without an
+            interval.
+        relative: the difference is a share.
+    """
+
+    cell: Cell
+    name: str
+    metric: Metric
+    difference: Interval | None
+    relative: bool
+
+    @property
+    def verdict(self) -> str:
+        """`worse` or `better` where the interval of the difference leaves 0 out, else `unclear`; empty without one."""
+        if self.difference is None or math.isnan(self.difference.low):
+            return ""
+        if self.difference.low <= 0.0 <= self.difference.high:
+            return "unclear"
+        return "better" if (self.difference.value > 0) == self.metric.higher_is_better else "worse"
+
+
+class Comparisons:
+    """The cells of a folder, each figure compared with the full model's of the same task and examples."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._samples: dict[str, dict[str, Any]] = {}
+        self._full = {_alike(cell.key): cell for cell in folder.cells.values() if cell.key.method == FULL}
+
+    def cells(self, kind: str) -> list[Cell]:
+        """The cells of a kind, in the order of the tables."""
+        found = [cell for cell in self._folder.cells.values() if cell.key.kind == kind]
+        return sorted(
+            found, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0)
+        )
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that were run."""
+        return list(
+            dict.fromkeys(c.key.task for c in self._folder.cells.values() if c.key.kind == "task" and c.key.task)
+        )
+
+    def samples(self, cell: Cell) -> dict[str, Any]:
+        """The samples of a cell, read once."""
+        if cell.id not in self._samples:
+            self._samples[cell.id] = self._folder.samples_of(cell)
+        return self._samples[cell.id]
+
+    def full(self, cell: Cell) -> Cell | None:
+        """The full model's cell of the same kind, task and lengths."""
+        return self._full.get(_alike(cell.key))
+
+    def score(self, cell: Cell, name: str) -> Score | None:
+        """A figure of a cell; `None` if the cell does not have it."""
+        metric = cell.metrics.get(name)
+        if metric is None:
+            return None
+        relative = PERPLEXITY in name
+        full = self.full(cell)
+        if full is None or full is cell or name not in full.metrics:
+            return Score(cell, name, metric, None, relative)
+        ours, theirs = (self._values(own, name) for own in (cell, full))
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            return Score(cell, name, metric, _without_interval(metric, full.metrics[name], relative), relative)
+        found = paired_interval(ours, theirs, weights=self._weights(full, name), seed=cell.key.seed)
+        if relative:
+            found = Interval(*(math.expm1(end) for end in (found.value, found.low, found.high)))
+        return Score(cell, name, metric, found, relative)
+
+    def scores(self, cells: Iterable[Cell]) -> list[Score]:
+        """All figures of some cells."""
+        found = [self.score(cell, name) for cell in cells for name in cell.metrics]
+        return [score for score in found if score is not None]
+
+    def _values(self, cell: Cell, name: str) -> list[float] | None:
+        """One value an example, whose mean is the figure (of `perplexity` its logarithm); `None` without them."""
+        values = self.samples(cell).get("values", {}).get(NATS if name == PERPLEXITY else name)
+        if not values or not all(isinstance(value, int | float) for value in values):
+            return None
+        found = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
+        found = math.exp(found) if name == PERPLEXITY else found
+        return values if math.isclose(found, cell.metrics[name].value, rel_tol=1e-6, abs_tol=1e-6) else None
+
+    def _weights(self, cell: Cell, name: str) -> list[float] | None:
+        weights = self.samples(cell).get("weights", {}).get(NATS if name == PERPLEXITY else name)
+        return weights if isinstance(weights, list) else None
+
+
+def _alike(key: Key) -> Key:
+    """What a cell and the full model's cell that it is compared with have in common.
+
+    The seed counts too: it draws the examples where a task has examples to draw.
+    """
+    return replace(key, method=FULL, density=1.0, batch="shared", phase=None)
+
+
+def _without_interval(metric: Metric, full: Metric, relative: bool) -> Interval:
+    value = metric.value / full.value - 1 if relative and full.value else metric.value - full.value
+    return Interval(value, math.nan, math.nan)

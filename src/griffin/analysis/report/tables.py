@@ -1,0 +1,240 @@
+"""The report's tables and texts, as the page's template takes them: everything is a string, nothing is escaped yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from griffin.analysis.cells import FULL, Cell
+from griffin.analysis.report.comparisons import PERPLEXITY, Comparisons, Score, Setting
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure in a table: its value, its difference to the full model's, and whether that is real."""
+
+    value: str
+    interval: str = ""
+    difference: str = ""
+    verdict: str = ""
+
+
+@dataclass
+class Row:
+    """One setting in a table, with its figures by column."""
+
+    name: str
+    density: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows and the columns' headings, each with a line on what it is."""
+
+    columns: dict[str, str]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer beside the full model's: what they share, the first token that differs, and the rest."""
+
+    name: str
+    tokens: int
+    first: int | None  # number of the first token that differs, from 1; `None`: none does
+    shared: str
+    differing: str
+    rest: str
+
+
+def main_metric(cells: Sequence[Cell]) -> str:
+    """The metric of a task that the summary shows: the first it has."""
+    return next((name for cell in cells for name in cell.metrics), "")
+
+
+def summary(comparisons: Comparisons) -> Table:
+    """A row for each setting; columns: each task's main metric, perplexity after the longest prompt, speed-up."""
+    columns: dict[str, str] = {}
+    rows: dict[Setting, Row] = {}
+    for task in comparisons.tasks:
+        cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
+        metric = main_metric(cells)
+        _add(
+            columns,
+            rows,
+            task,
+            f"{metric}, n = {_numbers(cell.n for cell in cells)}",
+            _scores(comparisons, cells, metric),
+        )
+    for text, cells in _longest(comparisons.cells("perplexity")).items():
+        key = cells[0].key
+        what = f"perplexity, {key.prompt} + {key.generate} tokens, n = {_numbers(cell.n for cell in cells)}"
+        _add(columns, rows, text, what, _scores(comparisons, cells, PERPLEXITY))
+    cells = comparisons.cells("speed")
+    if cells:
+        _add(columns, rows, "speed-up", "of the generation phase", _scores(comparisons, cells, "speedup"))
+    return Table(columns, [rows[setting] for setting in sorted(rows, key=lambda own: own.order)])
+
+
+def every_metric(comparisons: Comparisons, task: str) -> Table:
+    """All figures of a task."""
+    columns: dict[str, str] = {}
+    rows: dict[Setting, Row] = {}
+    cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
+    for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
+        better = next(cell.metrics[metric].higher_is_better for cell in cells if metric in cell.metrics)
+        _add(
+            columns,
+            rows,
+            metric,
+            "higher is better" if better else "lower is better",
+            _scores(comparisons, cells, metric),
+        )
+    return Table(columns, list(rows.values()))
+
+
+def perplexities(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
+    """All lengths of one text: perplexity, KL divergence and top-1 agreement."""
+    columns: dict[str, str] = {}
+    rows: dict[Setting, Row] = {}
+    for prompt, generate in sorted({(cell.key.prompt or 0, cell.key.generate or 0) for cell in cells}):
+        own = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
+        _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, own, PERPLEXITY))
+    longest = next(iter(_longest(cells).values()))
+    for metric, what in (("kl", "KL divergence from the full model, nats"), ("agreement", "same likeliest token")):
+        found = _scores(comparisons, [cell for cell in longest if cell.key.method != FULL], metric)
+        _add(columns, rows, metric, what, found)
+    return Table(columns, list(rows.values()))
+
+
+def speeds(cells: Sequence[Cell]) -> Table:
+    """Tokens a second, bytes a second, and how much of the ceiling was reached."""
+    columns = {
+        "generation": "tokens/s",
+        "prompt": "tokens/s",
+        "speed-up": "of the generation",
+        "ceiling": "1 / (1 - f (1 - density))",
+        "read": "GB/s of weights",
+        "bandwidth": "share of the memory's",
+        "selection": "ms, once a prompt",
+    }
+    rows = []
+    for cell in cells:
+        data, share = cell.data, cell.data["share_of_read_bandwidth"]
+        texts = (
+            f"{data['generation_tokens_per_s']:.1f}",
+            f"{data['prompt_tokens_per_s']:.0f}",
+            f"{data['speedup']:.2f}x",
+            f"{data['ceiling']:.2f}x",
+            f"{data['bytes_per_s'] / 1e9:.1f}",
+            "?" if share is None else f"{share:.0%}",
+            f"{data['selection_ms']:.1f}",
+        )
+        row = _row(Setting.of(cell.key))
+        row.entries = {name: Entry(text) for name, text in zip(columns, texts, strict=True)}
+        rows.append(row)
+    return Table(columns, rows)
+
+
+def answers(comparisons: Comparisons) -> list[tuple[str, list[Answer]]]:
+    """Each example's prompt with the answers to it, the full model's first."""
+    cells = comparisons.cells("examples")
+    full = next((cell for cell in cells if cell.key.method == FULL), None)
+    if full is None:
+        return []
+    theirs = comparisons.samples(full)
+    found = []
+    for at, prompt in enumerate(theirs["texts"]["prompts"]):
+        own = [_answer(comparisons.samples(cell), theirs, at, cell) for cell in cells if comparisons.full(cell) == full]
+        found.append((str(prompt), own))
+    return found
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Index of the first token in which two answers differ, one that only one of them has included; `None`: none."""
+    for at, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            return at
+    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
+def number(value: float) -> str:
+    """A figure with as many digits as say something."""
+    if math.isnan(value):
+        return "?"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _answer(ours: dict[str, Any], theirs: dict[str, Any], at: int, cell: Cell) -> Answer:
+    pieces = ours["texts"]["pieces"][at]
+    first = first_difference(ours["tokens"][at], theirs["tokens"][at])
+    cut = len(pieces) if first is None else first
+    # The text of a token may come with the next one: characters of several tokens come with their last.
+    end = next((place + 1 for place in range(cut, len(pieces)) if pieces[place]), cut)
+    name = Setting.of(cell.key).name
+    return Answer(
+        name=name if cell.key.method == FULL else f"{name}, density {cell.key.density:g}",
+        tokens=len(ours["tokens"][at]),
+        first=None if first is None else first + 1,
+        shared="".join(pieces[:cut]),
+        differing="".join(pieces[cut:end]),
+        rest="".join(pieces[end:]),
+    )
+
+
+def _longest(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Of each text the cells of the longest prompt and generation."""
+    found = {}
+    for text in dict.fromkeys(cell.key.task or "text" for cell in cells):
+        own = [cell for cell in cells if (cell.key.task or "text") == text]
+        most = max((cell.key.prompt or 0, cell.key.generate or 0) for cell in own)
+        found[text] = [cell for cell in own if (cell.key.prompt or 0, cell.key.generate or 0) == most]
+    return found
+
+
+def _scores(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> list[Score]:
+    found = [comparisons.score(cell, metric) for cell in cells]
+    return [score for score in found if score is not None]
+
+
+def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: str, scores: Sequence[Score]) -> None:
+    while column in columns:
+        column += "'"
+    columns[column] = what
+    for score in scores:
+        setting = Setting.of(score.cell.key)
+        rows.setdefault(setting, _row(setting)).entries[column] = _entry(score)
+
+
+def _row(setting: Setting) -> Row:
+    return Row(setting.name, f"{setting.density:g}")
+
+
+def _entry(score: Score) -> Entry:
+    metric, difference = score.metric, score.difference
+    interval = "" if math.isnan(metric.low) else f"{number(metric.low)} to {number(metric.high)}"
+    text = ""
+    if difference is not None:
+        unit = "" if not score.relative else "%" if difference.value < 1 else "x"
+        text = _signed(difference.value, unit)
+        if not math.isnan(difference.low):
+            text += f" ({_signed(difference.low, unit)} to {_signed(difference.high, unit)})"
+    return Entry(number(metric.value), interval, text, score.verdict)
+
+
+def _signed(value: float, unit: str) -> str:
+    """A difference: as it is, as a share in %, or, where it is more than the whole, as x times the full figure."""
+    if math.isnan(value):
+        return "?"
+    if unit == "x":
+        return f"{1 + value:,.1f}x" if value < 99 else f"{1 + value:,.0f}x"
+    text = f"{value:+.1%}" if unit == "%" else f"{value:+.3f}"
+    return text.replace("-", "\u2212")
+
+
+def _numbers(values: Any) -> str:
+    found = sorted(set(values))
+    return " to ".join(str(value) for value in dict.fromkeys((found[0], found[-1])))

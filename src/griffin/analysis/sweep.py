@@ -1,0 +1,123 @@
+"""A sweep: the matrix of methods, densities, tasks and lengths as jobs, and the loop that carries them out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from griffin.analysis.cells import FULL, Cell, Key, Measured, Model, cell_id
+from griffin.analysis.folder import Folder
+from griffin.config import GriffinConfig
+
+Tick = Callable[[float], None]  # called now and then with the share of the job that was done since
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cells that are measured together, because they share work or have to take turns.
+
+    Args:
+        keys: the cells.
+        measure: measures those of them that are given, in their order.
+    """
+
+    keys: tuple[Key, ...]
+    measure: Callable[[Sequence[Key], Tick], Iterable[Measured]]
+
+
+class Watcher:
+    """What is told while a sweep runs; every method may be left as it is."""
+
+    def begun(self, keys: Sequence[Key]) -> None:
+        """These cells are measured now."""
+
+    def ticked(self, cells: float) -> None:
+        """So many cells more are done, in parts."""
+
+    def finished(self, cell: Cell) -> None:
+        """A cell is in the folder."""
+
+    def failed(self, keys: Sequence[Key], error: Exception) -> None:
+        """These cells could not be measured."""
+
+
+def settings(
+    methods: Sequence[str], densities: Sequence[float], batches: Sequence[str] = ("shared",), **settings: Any
+) -> list[GriffinConfig]:
+    """The matrix: the full model once, then every method at every density below 1, which is the full model whatever the
+    method, and every kind of batch.
+
+    Raises:
+        ValueError: a method, a density or a kind of batch is none.
+    """
+    full = GriffinConfig(density=1.0, **settings)
+    wanted = [
+        replace(full, density=density, selection=method, batch=batch)
+        for method in methods
+        for batch in batches
+        for density in densities
+    ]
+    return [full, *dict.fromkeys(config for config in wanted if config.density < 1.0)]
+
+
+def key_of(config: GriffinConfig, kind: str, **more: Any) -> Key:
+    """The key of a cell that a config is measured in."""
+    method = FULL if config.density == 1.0 else config.selection
+    batch = config.batch if method != FULL else "shared"
+    return Key(kind=kind, method=method, density=config.density, batch=batch, seed=config.seed, **more)
+
+
+def config_of(key: Key) -> GriffinConfig:
+    """The config that a cell is measured with."""
+    if key.method == FULL:
+        return GriffinConfig(density=1.0, seed=key.seed)
+    return GriffinConfig(density=key.density, selection=key.method, batch=key.batch, seed=key.seed)
+
+
+def pending(folder: Folder, model: Model, jobs: Iterable[Job]) -> list[tuple[Job, tuple[Key, ...]]]:
+    """The jobs that are not done, each with its cells that are not in the folder."""
+    found = []
+    for job in jobs:
+        missing = tuple(key for key in job.keys if cell_id(key, model) not in folder.cells)
+        if missing:
+            found.append((job, missing))
+    return found
+
+
+def carry_out(
+    folder: Folder,
+    model: Model,
+    todo: Sequence[tuple[Job, tuple[Key, ...]]],
+    versions: Mapping[str, str],
+    machine: Mapping[str, Any],
+    watcher: Watcher,
+) -> int:
+    """Measure what is pending; a job that fails is told, and the others go on.
+
+    Returns:
+        The number of cells that failed.
+
+    Raises:
+        GriffinError: the folder cannot be written.
+    """
+    failed = 0
+    for job, keys in todo:
+        watcher.begun(keys)
+        start = time.perf_counter()
+        try:
+            found = list(job.measure(keys, partial(_tick, watcher, len(keys))))
+        except Exception as error:  # whatever went wrong with one cell, the others are worth having
+            failed += len(keys)
+            watcher.failed(keys, error)
+            continue
+        seconds = (time.perf_counter() - start) / len(keys)  # they were measured together
+        for key, measured in zip(keys, found, strict=True):
+            watcher.finished(folder.append(key, model, measured, seconds, versions, machine))
+    return failed
+
+
+def _tick(watcher: Watcher, cells: int, share: float) -> None:
+    watcher.ticked(share * cells)

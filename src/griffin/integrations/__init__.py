@@ -1,0 +1,1 @@
+"""Other frameworks. Each room is the only one that imports its framework."""

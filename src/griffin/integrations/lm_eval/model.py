@@ -1,0 +1,257 @@
+"""GRIFFIN as the model `griffin` of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from griffin.attachment import Griffin, attach
+from griffin.config import GriffinConfig
+from griffin.generation.builtin import BUILTIN
+from griffin.generation.generate import end_tokens
+from griffin.generation.load import load, loading_error
+from griffin.generation.step import Sampling, generate_step
+from griffin.generation.text import Answer
+from griffin.integrations.lm_eval import PHASES
+from griffin.integrations.lm_eval.scoring import Request, Scorer
+
+logger = logging.getLogger("griffin")
+
+_CONFIG = tuple(field.name for field in fields(GriffinConfig))
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")
+# What HFLM passes on to from_pretrained, of which it takes anything.
+_PASSED_ON = ("attn_implementation", "device_map")
+
+
+@register_model("griffin")
+class GriffinLM(HFLM):  # type: ignore[misc]
+    """The harness's own Transformers model (`hf`), with the experts in the generation phase.
+
+    - `generate_until`: the prompt is the prompt phase, and griffin's own loop generates; the native step where there is
+      one. Settings that it does not know (beam search) go to the model's `generate`, with GRIFFIN attached.
+    - `loglikelihood`: see `griffin.integrations.lm_eval.scoring` for the two phases.
+    - `loglikelihood_rolling`: windows as `hf` cuts them. Every window's context part is its prompt phase: one token
+      (where the text begins: the prefix token), more only in the last window. So experts are selected from nearly
+      nothing, which is the hardest test; `griffin perplexity` gives them a prompt.
+
+    At density 1.0 nothing is attached and every method is HFLM's, so results are those of `hf` to the last digit.
+    Contexts beyond the window are cut from the left, as `hf` does; they are counted in `truncated` and told in the log.
+
+    Args:
+        pretrained: what `griffin.load` takes. Folders and Hub ids are loaded by HFLM, so that they equal `hf`; built-in
+            names and `.gguf` files by `griffin.load`. Or a model.
+        phase: `continuation` or `last_token`.
+        weights: `int8`, `int4`, `bf16` or `f32`, as `griffin.load` stores them.
+        disable_tqdm: show no progress bars.
+        **arguments: the fields of `GriffinConfig`, and HFLM's own arguments (`backend` is GriffinConfig's).
+
+    Raises:
+        ValueError: an unknown argument or value, `batch_size=auto` below density 1.0, or a model that `attach` refuses.
+        GriffinError: the model cannot be fetched or read.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        phase: str = "continuation",
+        weights: str | None = None,
+        disable_tqdm: bool = False,
+        **arguments: Any,
+    ) -> None:
+        known = (*_CONFIG, "phase", "weights", *inspect.signature(HFLM.__init__).parameters, *_PASSED_ON)
+        for name in arguments:
+            if name not in known or name in ("self", "kwargs"):
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"unknown model argument {name!r}{hint}; known are phase, weights, {', '.join(_CONFIG)} and hf's"
+                )
+        if phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}; expected one of {', '.join(PHASES)}")
+        self.griffin = GriffinConfig.from_mapping({name: arguments.pop(name) for name in _CONFIG if name in arguments})
+        self.phase = phase
+        self.truncated = self.contexts = 0  # contexts cut from the left, of all
+        self._full = self.griffin.density == 1.0
+        self._quiet = disable_tqdm
+        self._handle: Griffin | None = None
+        if not self._full and str(arguments.get("batch_size", 1)).startswith("auto"):
+            raise ValueError(
+                "batch_size is 'auto', but a batch shares its experts, so results would depend on it; give a number"
+            )
+        name = pretrained
+        if isinstance(name, str) and (name in BUILTIN or name.lower().endswith(".gguf") or weights is not None):
+            loaded = _griffin_load(name, weights, arguments)
+            pretrained, arguments["tokenizer"] = loaded
+        try:
+            super().__init__(pretrained, **arguments)
+        except (OSError, ValueError) as error:
+            if not isinstance(pretrained, str):
+                raise
+            raise loading_error(pretrained, arguments.get("revision"), error) from error
+        if not self._full:
+            attach(self.model, self.griffin).detach()  # refuse a model that it cannot prune before a long run
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """See the harness's `LM.loglikelihood`."""
+        with self._attached():
+            results: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or self._quiet)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """See the harness's `LM.loglikelihood_rolling`."""
+        with self._attached():
+            results: list[float] = super().loglikelihood_rolling(requests, disable_tqdm or self._quiet)
+        return results
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """See the harness's `LM.generate_until`."""
+        with self._attached():
+            results: list[str] = super().generate_until(requests, disable_tqdm or self._quiet)
+        return results
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into its results: HFLM's, and the method's."""
+        info: dict[str, Any] = super().get_model_info()
+        return info | {"griffin": {**asdict(self.griffin), "phase": self.phase}, "truncated": self.truncated}
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """Attach GRIFFIN where there is something to prune, and tell at the end how many contexts were cut."""
+        cut, seen = self.truncated, self.contexts
+        if self._full:
+            yield
+        else:
+            with attach(self.model, self.griffin) as self._handle:
+                yield
+            self._handle = None
+        if self.truncated > cut:
+            logger.warning(
+                "%d of %d contexts are longer than the window of %d tokens and were cut from the left",
+                self.truncated - cut,
+                self.contexts - seen,
+                self.max_length,
+            )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        self.contexts += len(requests)
+        self.truncated += sum(len(own) + len(scored) > self.max_length + 1 for _, own, scored in requests)
+        if self._full or self._handle is None:
+            full: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+                requests, disable_tqdm=disable_tqdm or self._quiet, override_bs=override_bs
+            )
+            return full
+        for texts, _, scored in requests:
+            if not 0 < len(scored) <= self.max_length:
+                raise ValueError(
+                    f"a continuation has {len(scored)} tokens ({str(texts)[-60:]!r}); expected 1 to {self.max_length}, "
+                    "the model's window"
+                )
+        scorer = Scorer(
+            self.model,
+            self._handle,
+            phase=self.phase,
+            batch_size=override_bs or int(self.batch_size),
+            pad_token=self.tokenizer.pad_token_id,
+            log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype),
+        )
+        windows = [Request(tuple(own), tuple(scored)).within(self.max_length) for _, own, scored in requests]
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self._quiet, desc="Running loglikelihood requests")
+        with bar, self._autocast():
+            for score in scorer(windows):
+                results[score.index] = score.loglikelihood, score.greedy
+                if requests[score.index][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[score.index][0], results[score.index])
+                bar.update()
+        return results
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """HFLM's, which counts what is cut."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        self.contexts += len(strings)
+        if left_truncate_len:
+            self.truncated += int((mask.sum(dim=1) > left_truncate_len).sum())
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        """Generate until every row has stopped.
+
+        Shapes: context (B, S), left-padded. Returns (B, S + new), padded on the right.
+        """
+        mask = settings.get("attention_mask")
+        drawn = {name: value for name, value in settings.items() if name not in ("attention_mask", "do_sample")}
+        temperature = float(drawn.pop("temperature", 0.0) or 0.0)
+        sampled = settings.get("do_sample", temperature > 0)
+        if self._full or self._handle is None or not set(drawn) <= set(_SAMPLING):
+            generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
+            return generated
+        if sampled and temperature == 0:
+            temperature = 1.0
+        seed = int(torch.randint(2**31, ()))  # from the harness's own seed of torch
+        sampling = Sampling(temperature=temperature if sampled else 0.0, seed=seed, **drawn)
+        ends = set(end_tokens(self.model, self.tokenizer))
+        added = self.tokenizer.get_added_vocab()
+        ends |= {added[text] for text in stop if text in added}  # special tokens do not show in the text
+        answers = [Answer(self.tokenizer, stop) for _ in context]
+        done = [False] * len(answers)
+        mask = None if mask is None or bool(mask.all()) else mask
+        rows: list[Tensor] = []
+        with self._autocast():
+            steps = generate_step(self.model, context, attention_mask=mask, handle=self._handle, sampling=sampling)
+            for _, step in zip(range(max_length - context.shape[1]), steps, strict=False):
+                tokens = step.tokens.clone()
+                for row, token in enumerate(step.tokens.tolist()):
+                    if done[row]:
+                        tokens[row] = self.tokenizer.pad_token_id
+                    elif token in ends:
+                        done[row] = True
+                    else:
+                        answers[row].add(token)
+                        done[row] = answers[row].stopped
+                rows.append(tokens)
+                if all(done):
+                    break
+        return torch.cat([context, torch.stack(rows, dim=1)], dim=1)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _griffin_load(name: str, weights: str | None, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and tokenizer by `griffin.load`, which takes these of HFLM's arguments."""
+    dtype, device = arguments.pop("dtype", None), arguments.pop("device", None)
+    revision = arguments.pop("revision", None)
+    if isinstance(device, str) and device.startswith("cuda") and not torch.cuda.is_available():
+        device = None  # the harness's default
+    return load(
+        name,
+        dtype=None if dtype == "auto" else dtype,
+        device=device,
+        weights=weights,
+        revision=None if revision == "main" else revision,
+    )

@@ -1,0 +1,171 @@
+"""`griffin report`: the page of a small sweep, in a real browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from griffin.analysis import machine
+from griffin.analysis.bootstrap import paired_interval
+from griffin.analysis.cells import FULL, Key, Measured, Metric
+from griffin.analysis.folder import read, writing
+from griffin.analysis.report import report
+from griffin.analysis.report.comparisons import Comparisons
+from griffin.analysis.report.tables import first_difference
+from griffin.cli import main
+from test_cli import CONTEXT, TEMPLATE, save_tiny
+
+HOSTILE = "</script><b>&\"'"
+FULL_VALUES = [1.0, 1, 1, 0, 1, 1, 1, 0, 1, 1]
+VALUES = {0.75: [1.0, 1, 1, 0, 1, 1, 1, 0, 0, 1], 0.5: [0.0, 0, 1, 0, 0, 0, 1, 0, 0, 0]}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells of every kind: of a tiny model, and a task whose values are known."""
+    folder = tmp_path_factory.mktemp("results")
+    model = save_tiny(tmp_path_factory.mktemp("tiny"), TEMPLATE, 2 * CONTEXT)
+    text = folder / f"{HOSTILE.replace('/', '')}.txt"
+    text.write_text(" ".join(f"w{(7 * number + number // 5) % 95}" for number in range(4000)))
+    wanted = ["--flocking", "--examples", "--speed", "--perplexity", str(text), "--prompt", "16,64", "--generate", "32"]
+    arguments = ["sweep", "-m", model, *wanted, "--sequences", "4", "--methods", "topk,random", "-o", str(folder)]
+    assert main(arguments) == 0
+    own = next(iter(read(folder).cells.values())).model
+    with writing(folder, own) as opened:
+        for density, values in {1.0: FULL_VALUES, **VALUES}.items():
+            method, phase = (FULL, None) if density == 1.0 else ("topk", "continuation")
+            key = Key("task", method, density, task="boolq", source="files", phase=phase, limit=10)
+            metrics = {"acc": Metric(sum(values) / 10, 0.1, 0.9)}
+            samples = {"values": {"acc": values}, "texts": {"samples": [{"response": "TASKTEXT"}]}}
+            opened.append(key, own, Measured(metrics, 10, 1, samples=samples), 1.0, machine.versions(), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(results: Path) -> Path:
+    assert main(["report", str(results)]) == 0
+    return results / "report.html"
+
+
+def test_differences_are_the_paired_ones(results: Path) -> None:
+    comparisons = Comparisons(read(results))
+    cells = [cell for cell in comparisons.cells("task") if cell.key.method == "topk"]
+    close, far = comparisons.scores(cells)
+    assert close.difference == paired_interval(VALUES[0.75], FULL_VALUES)
+    assert (close.verdict, far.verdict) == ("unclear", "worse")
+    full = comparisons.full(cells[0])
+    assert full is not None
+    score = comparisons.score(full, "acc")
+    assert score is not None
+    assert score.difference is None
+    texts = [cell for cell in comparisons.cells("perplexity") if cell.key.method == "topk"]
+    for score in comparisons.scores(texts):
+        if score.name == "perplexity":
+            full = comparisons.full(score.cell)
+            assert full is not None
+            assert score.difference is not None
+            expected = score.metric.value / full.metrics["perplexity"].value - 1
+            assert score.difference.value == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
+
+
+def test_the_first_token_that_differs() -> None:
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([], []) is None
+
+
+def test_the_page_is_whole_and_escaped(page: Path) -> None:
+    text = page.read_text()
+    assert HOSTILE.replace("/", "") not in text
+    assert text.count("<script") == text.count("</script>") == 3 + text.count("<script>\\")
+    assert "TASKTEXT" not in text  # texts of tasks are never shown
+    own = text.split("<script>")[0]
+    assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", own)
+    plots = json.loads(re.search(r'id="plots">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
+    assert len(plots) == 1 + 2 + 1 + 9 + 2  # task, perplexity twice, speed, pictures, overlap and energy
+
+
+def test_without_text_no_prompt_and_no_answer_is_in_it(results: Path, page: Path, tmp_path: Path) -> None:
+    assert "<mark>" in page.read_text()
+    bare = tmp_path / "bare.html"
+    assert main(["report", str(results), "-o", str(bare), "--without-text"]) == 0
+    assert "fisherman" in page.read_text()
+    assert "fisherman" not in bare.read_text()
+    assert 'class="answer"' not in bare.read_text()
+
+
+def test_a_broken_line_is_said_on_the_page(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(results, copied)
+    with (copied / "cells.jsonl").open("a") as file:
+        file.write('{"id": "<i>')
+    assert main(["report", str(copied)]) == 0
+    assert "not a whole cell" in capsys.readouterr().err
+    assert "not a whole cell" in (copied / "report.html").read_text()
+
+
+def test_a_folder_without_cells_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "missing")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "cells.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no finished cell" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("without_text", [False, True])
+def test_any_part_of_the_cells_makes_a_page(results: Path, without_text: bool) -> None:
+    for kind in ("task", "perplexity", "speed", "flocking", "examples"):
+        folder = read(results)
+        folder.cells = {name: cell for name, cell in folder.cells.items() if cell.key.kind == kind}
+        assert "</html>" in report(folder, without_text=without_text)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 360)])
+def test_the_page_in_a_browser(browser: Any, page: Path, scheme: str, width: int) -> None:
+    context = browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 800}, is_mobile=width < 600, offline=True
+    )
+    opened = context.new_page()
+    told: list[str] = []
+    opened.on("console", lambda message: told.append(message.text))
+    opened.on("pageerror", lambda error: told.append(str(error)))
+    opened.on(
+        "request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or told.append(request.url)
+    )
+    opened.goto(page.as_uri())
+    plots = opened.locator(".plot")
+    assert plots.count() == 15
+    opened.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 15", timeout=60_000)
+    assert opened.locator(".plot .scatterlayer .trace").count() > 10
+    assert opened.locator(".plot .heatmaplayer image").count() == 9
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert opened.evaluate(overflow) == 0
+    for details in opened.locator("details").all():
+        details.evaluate("element => { element.open = true }")
+    assert opened.evaluate(overflow) == 0
+    ground = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = opened.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) > 3 * 128 for colour in (ground, ink)]
+    assert light == ([False, True] if scheme == "dark" else [True, False])
+    assert told == []
+    context.close()
