@@ -43,7 +43,8 @@ def quality(comparisons: Comparisons, task: str, metric: str) -> Plot:
             error_y=_error_bars(own),
             hovertemplate="density %{x}: %{y:.4g}",
         )
-        for (name, method), own in _by_setting(score for score in scores if score.cell.key.method != FULL)
+        for (name, method), pruned in _by_setting(score for score in scores if score.cell.key.method != FULL)
+        for own in [[*full[:1], *pruned]]  # every method is the full model at density 1
     ]
     if full:
         lines.insert(0, _level(full[0].metric.value, [score.cell.key.density for score in scores]))
