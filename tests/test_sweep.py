@@ -122,7 +122,11 @@ def test_ctrl_c_leaves_a_folder_to_go_on_with(
         return real(model, own, prompt, *args, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(jobs.perplexity, "measure", measure)
-    assert main(command(tiny, text, tmp_path, "--densities", "0.5")) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a background job
+    try:
+        assert main(command(tiny, text, tmp_path, "--densities", "0.5")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted: 8 of 16 cells" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(command(tiny, text, tmp_path, "--densities", "0.5")) == 0

@@ -302,7 +302,7 @@ class Griffin:
 
     def _use_experts_of(self, rows: tuple[int, ...] | None) -> None:
         """Hand the backend the experts of these sequences, where each sequence has its own."""
-        sequences = max(map(len, self._experts.values()))
+        sequences = max(map(len, self._experts.values()), default=1)  # wanda has weights masked, and no experts
         if sequences == 1 or rows == self._rows:
             return
         if rows is not None and not (rows and 0 <= min(rows) <= max(rows) < sequences):
