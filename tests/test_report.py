@@ -42,8 +42,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             method, phase = (FULL, None) if density == 1.0 else ("topk", "continuation")
             key = Key("task", method, density, task="boolq", source="files", phase=phase, limit=10)
             metrics = {"acc": Metric(sum(values) / 10, 0.1, 0.9)}
-            samples = {"values": {"acc": values}, "texts": {"samples": [{"response": "TASKTEXT"}]}}
-            opened.append(key, own, Measured(metrics, 10, 1, samples=samples), 1.0, machine.versions(), {})
+            texts = {"samples": [{"response": "TASKTEXT"}]}
+            found = Measured(metrics, 10, 1, samples={"values": {"acc": values}}, texts=texts)
+            opened.append(key, own, found, 1.0, machine.versions(), {})
     return folder
 
 
@@ -99,6 +100,16 @@ def test_without_text_no_prompt_and_no_answer_is_in_it(results: Path, page: Path
     assert "fisherman" in page.read_text()
     assert "fisherman" not in bare.read_text()
     assert 'class="answer"' not in bare.read_text()
+
+
+def test_a_folder_whose_texts_were_taken_away_is_still_whole(results: Path, tmp_path: Path) -> None:
+    assert "TASKTEXT" in "".join(path.read_text() for path in (results / "texts").iterdir())
+    copy = tmp_path / "copy"
+    shutil.copytree(results, copy, ignore=shutil.ignore_patterns("texts", "*.html"))
+    assert not any("TASKTEXT" in path.read_text() for path in copy.rglob("*.json*"))
+    assert read(copy).cells == read(results).cells
+    assert main(["report", str(copy)]) == 0
+    assert "</html>" in (copy / "report.html").read_text()
 
 
 def test_a_broken_line_is_said_on_the_page(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from griffin.analysis.bootstrap import Interval
 
 FULL = "full"
-SAMPLES = "samples"
+SAMPLES, TEXTS = "samples", "texts"  # folders
 KINDS = ("task", "perplexity", "speed", "flocking", "examples")
 
 
@@ -80,8 +80,9 @@ class Measured:
         n: number of examples or sequences.
         truncated: how many of them did not fit the model's context.
         data: the kind's own series, small.
-        samples: values of every example by metric under `values` (and what each counts under `weights`), pictures,
-            texts under `texts`; kept in a file of their own.
+        samples: values of every example by metric under `values` (and what each counts under `weights`), pictures;
+            kept in a file of their own.
+        texts: what was asked and answered; kept in another.
     """
 
     metrics: Mapping[str, Metric]
@@ -89,6 +90,7 @@ class Measured:
     truncated: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     samples: Mapping[str, Any] | None = None
+    texts: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""The results folder of a sweep: `cells.jsonl`, one cell a line, and the files of their samples.
+"""The results folder of a sweep: `cells.jsonl`, one cell a line, and the files of their samples and texts.
 
-A line is written whole and flushed to the disk, after the file of its samples, so that a run that is killed at any
-moment leaves only whole cells behind, and at most one broken last line, which is not believed. Nothing is ever
-overwritten.
+Texts have a folder of their own, so that a copy without them, for texts that may not be passed on, is one without that
+folder; it can still be reported on and added to. A line is written whole and flushed to the disk, after the file of its
+samples, so that a run that is killed at any moment leaves only whole cells behind, and at most one broken last line,
+which is not believed. Nothing is ever overwritten.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from griffin.analysis.cells import SAMPLES, Cell, Key, Measured, Model, cell_from, cell_id, json_text
+from griffin.analysis.cells import SAMPLES, TEXTS, Cell, Key, Measured, Model, cell_from, cell_id, json_text
 from griffin.analysis.files import write_text
 from griffin.errors import GriffinError
 from griffin.version import __version__
@@ -56,6 +57,9 @@ class Folder:
         """
         name = cell_id(key, model)
         samples = None
+        if measured.texts is not None:
+            _make(self.path / TEXTS)
+            write_text(self._texts(name), json_text(measured.texts) + "\n")
         if measured.samples is not None:
             samples = f"{SAMPLES}/{name}.json"
             _make(self.path / SAMPLES)
@@ -84,13 +88,19 @@ class Folder:
         Raises:
             GriffinError: their file cannot be read.
         """
-        if cell.samples is None:
-            return {}
-        try:
-            found = json.loads((self.path / cell.samples).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise GriffinError(f"{self.path / cell.samples} cannot be read: {error}") from error
-        return found if isinstance(found, dict) else {}
+        return {} if cell.samples is None else _object(self.path / cell.samples)
+
+    def texts_of(self, cell: Cell) -> dict[str, Any]:
+        """The texts of a cell; empty if it has none, or they were taken away.
+
+        Raises:
+            GriffinError: their file cannot be read.
+        """
+        path = self._texts(cell.id)
+        return _object(path) if path.exists() else {}
+
+    def _texts(self, cell: str) -> Path:
+        return self.path / TEXTS / f"{cell}.json"
 
 
 def read(path: Path) -> Folder:
@@ -166,6 +176,14 @@ def _read(path: Path) -> Folder:
             continue
         folder.cells[cell.id] = cell
     return folder
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GriffinError(f"{path} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _append_line(path: Path, line: str) -> None:

@@ -185,5 +185,6 @@ def _examples(
     return Measured(
         metrics={"generated_tokens": Metric(sum(map(len, tokens)) / len(prompts))},
         n=len(prompts),
-        samples={"tokens": tokens, "texts": {"prompts": list(prompts), "pieces": pieces}},
+        samples={"tokens": tokens},
+        texts={"prompts": list(prompts), "pieces": pieces},
     )

@@ -107,6 +107,10 @@ class Comparisons:
             self._samples[cell.id] = self._folder.samples_of(cell)
         return self._samples[cell.id]
 
+    def texts(self, cell: Cell) -> dict[str, Any]:
+        """The texts of a cell; empty if they were taken away."""
+        return self._folder.texts_of(cell)
+
     def full(self, cell: Cell) -> Cell | None:
         """The full model's cell of the same kind, task and lengths."""
         return self._full.get(_alike(cell.key))

@@ -141,14 +141,17 @@ def speeds(cells: Sequence[Cell]) -> Table:
 
 def answers(comparisons: Comparisons) -> list[tuple[str, list[Answer]]]:
     """Each example's prompt with the answers to it, the full model's first."""
-    cells = comparisons.cells("examples")
+    cells = [cell for cell in comparisons.cells("examples") if comparisons.texts(cell)]
     full = next((cell for cell in cells if cell.key.method == FULL), None)
     if full is None:
         return []
-    theirs = comparisons.samples(full)
+    theirs = comparisons.samples(full)["tokens"]
+    compared = [(cell, comparisons.texts(cell)["pieces"]) for cell in cells if comparisons.full(cell) == full]
     found = []
-    for at, prompt in enumerate(theirs["texts"]["prompts"]):
-        own = [_answer(comparisons.samples(cell), theirs, at, cell) for cell in cells if comparisons.full(cell) == full]
+    for at, prompt in enumerate(comparisons.texts(full)["prompts"]):
+        own = [
+            _answer(cell, comparisons.samples(cell)["tokens"][at], pieces[at], theirs[at]) for cell, pieces in compared
+        ]
         found.append((str(prompt), own))
     return found
 
@@ -168,16 +171,15 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _answer(ours: dict[str, Any], theirs: dict[str, Any], at: int, cell: Cell) -> Answer:
-    pieces = ours["texts"]["pieces"][at]
-    first = first_difference(ours["tokens"][at], theirs["tokens"][at])
+def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> Answer:
+    first = first_difference(ours, theirs)
     cut = len(pieces) if first is None else first
     # The text of a token may come with the next one: characters of several tokens come with their last.
     end = next((place + 1 for place in range(cut, len(pieces)) if pieces[place]), cut)
     name = Setting.of(cell.key).name
     return Answer(
         name=name if cell.key.method == FULL else f"{name}, density {cell.key.density:g}",
-        tokens=len(ours["tokens"][at]),
+        tokens=len(ours),
         first=None if first is None else first + 1,
         shared="".join(pieces[:cut]),
         differing="".join(pieces[cut:end]),

@@ -81,6 +81,6 @@ def measured(result: TaskResult, seed: int) -> Measured:
         samples={
             "values": result.per_sample,
             "doc_ids": [sample["doc_id"] for sample in result.samples],
-            "texts": {"samples": result.samples},
         },
+        texts={"samples": result.samples},
     )
