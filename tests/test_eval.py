@@ -35,8 +35,10 @@ from lm_eval.models.huggingface import HFLM
 from griffin.attachment import attach
 from griffin.cli import main
 from griffin.config import GriffinConfig
-from griffin.integrations.lm_eval import SUITES, TASKS, GriffinLM, evaluate
+from griffin.integrations.lm_eval import SUITES, TASKS, GriffinLM, evaluate, generating
 from griffin.integrations.lm_eval import data as data_files
+from griffin.integrations.lm_eval.generating import Shared
+from griffin.integrations.lm_eval.jobs import task_jobs
 from griffin.integrations.lm_eval.metrics import coqa_results, f1, normalised, qasper_results, rouge_results
 from griffin.integrations.lm_eval.tasks import manager
 
@@ -331,6 +333,77 @@ def test_generation_is_that_of_the_attached_model(
     full = generated(HFLM(model, tokenizer=tokenizer), texts)
     assert found != full
     assert generated(griffin_lm(model, tokenizer, density=1.0), texts) == full
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the gather backend, and the native step
+def test_configs_that_share_a_prompt_phase_answer_as_if_each_were_alone(
+    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = bytes_model(dtype)
+    texts = [context for context, _ in TEXTS if context]
+    settings: list[dict[str, Any]] = [
+        {"density": 1.0},
+        {"density": 0.5},
+        {"density": 0.25, "batch": "per_sequence"},
+        {"density": 0.5, "selection": "magnitude"},
+        {"density": 0.5, "selection": "random", "seed": 3},
+    ]
+    alone = [generated(griffin_lm(model, tokenizer, batch_size=2, **own), texts) for own in settings]
+    assert len(set(map(tuple, alone))) == len(settings)
+    whole_prompts = []  # forward passes over more than one token
+
+    def see(module: Any, args: Any, kwargs: Any) -> None:
+        whole_prompts.append((args[0] if args else kwargs["input_ids"]).shape[1] > 1)
+
+    hook = model.register_forward_pre_hook(see, with_kwargs=True)
+    shared = Shared([GriffinConfig(**own) for own in settings])
+    together = [generated(griffin_lm(model, tokenizer, batch_size=2, shared=shared, **own), texts) for own in settings]
+    hook.remove()
+    assert together == alone
+    assert sum(whole_prompts) == 2  # a batch of two and one of one
+
+
+def test_answers_of_a_killed_run_are_not_generated_again(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "texts" / "xsum.partial.jsonl"
+    texts = [context for context, _ in TEXTS if context]
+    configs = [GriffinConfig(density=1.0), GriffinConfig(density=0.5)]
+    shares: list[float] = []
+
+    def run() -> list[list[str]]:
+        shared = Shared(configs, path, shares.append)
+        return [generated(griffin_lm(model, tokenizer, density=own.density, shared=shared), texts) for own in configs]
+
+    first = run()
+    assert sum(shares) == pytest.approx(1.0)
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == len(texts) * len(configs)
+    path.write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote
+    made = []
+    real = generating.answer
+    monkeypatch.setattr(generating, "answer", lambda *args: made.append(args) or real(*args))
+    assert run() == first
+    assert len(made) == len(lines) - 3
+    assert run() == first
+    assert len(made) == len(lines) - 3
+
+
+def test_a_sweep_runs_the_prompts_of_free_answers_once(
+    data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [GriffinConfig(density=density) for density in (1.0, 0.5, 0.25)]
+    found = task_jobs(
+        model, tokenizer, ["xsum", "boolq"], configs, data=data, limit=2, phase="continuation", batch_size=1
+    )
+    assert [[key.density for key in job.keys] for job in found] == [[1.0, 0.5, 0.25], [1.0], [0.5], [0.25]]
+    calls = []
+    real = generating.answers
+    monkeypatch.setattr(generating, "answers", lambda *args: calls.append(args) or real(*args))
+    cells = list(found[0].measure(found[0].keys, lambda share: None))
+    assert len(calls) == 2  # of two examples, for three configs
+    alone = [evaluate(model, tokenizer, own, tasks=["xsum"], data=data, limit=2)["xsum"] for own in configs]
+    assert [cell.samples["values"] for cell in cells if cell.samples] == [own.per_sample for own in alone]
 
 
 def test_stop_texts_end_an_answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

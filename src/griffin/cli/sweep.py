@@ -169,6 +169,7 @@ def _jobs(
 ) -> list[Job]:
     """Everything that was asked for, what is soonest done first."""
     from griffin.analysis import jobs
+    from griffin.analysis.cells import TEXTS
     from griffin.analysis.flocking_job import flocking_job
     from griffin.analysis.perplexity import encode_text
     from griffin.analysis.sweep import settings
@@ -202,6 +203,7 @@ def _jobs(
             limit=args.limit,
             phase=args.phase,
             batch_size=args.batch_size,
+            answers=args.output / TEXTS,
         )
     return found
 

@@ -28,10 +28,11 @@ TASKS = (
     "gsm8k",
     "wikitext2",
 )
+GENERATED = ("xsum", "cnn_dailymail", "coqa", "qasper", "gsm8k")  # tasks of free answers
 SUITES = {"paper": TASKS[:10]}
 TASK_FILES = Path(__file__).parent / "tasks"  # for the harness's --include_path
 
-__all__ = ["PHASES", "SUITES", "TASKS", "TASK_FILES", "GriffinLM", "TaskResult", "evaluate"]
+__all__ = ["GENERATED", "PHASES", "SUITES", "TASKS", "TASK_FILES", "GriffinLM", "TaskResult", "evaluate"]
 
 _HOMES = {"GriffinLM": "model", "TaskResult": "evaluate", "evaluate": "evaluate"}
 

@@ -13,6 +13,7 @@ import lm_eval
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.config import GriffinConfig
+from griffin.integrations.lm_eval.generating import Shared
 from griffin.integrations.lm_eval.model import GriffinLM
 from griffin.integrations.lm_eval.tasks import check_names, manager
 
@@ -54,6 +55,7 @@ def evaluate(
     batch_size: int = 1,
     seed: int = 0,
     softmax_dtype: str | None = None,
+    shared: Shared | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, TaskResult]:
     """Evaluate a model on tasks of `griffin.integrations.lm_eval.TASKS`, one after another.
@@ -69,6 +71,7 @@ def evaluate(
         batch_size: prompts run at once.
         seed: of the harness's random numbers, such as the choice of few-shot examples.
         softmax_dtype: as HFLM's; "float32" keeps 16-bit models' log-likelihoods from being rounded to three digits.
+        shared: answers generated for several configs together, `config` being one; see `generating.Shared`.
         progress: called with a task's name, the number of tasks done before it, and of all.
 
     Raises:
@@ -86,6 +89,7 @@ def evaluate(
             batch_size=batch_size,
             softmax_dtype=softmax_dtype,
             disable_tqdm=True,
+            shared=shared,
             **asdict(config),
         )
         known = manager({} if data is None else {"data": str(data)})

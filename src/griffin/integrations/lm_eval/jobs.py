@@ -12,7 +12,9 @@ from griffin.analysis.bootstrap import mean_interval
 from griffin.analysis.cells import Key, Measured, Metric
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
 from griffin.config import GriffinConfig
+from griffin.integrations.lm_eval import GENERATED
 from griffin.integrations.lm_eval.evaluate import TaskResult, evaluate
+from griffin.integrations.lm_eval.generating import Shared
 
 _ROUNDING = 1e-6  # a metric is the mean of its values if they differ by no more, as a share
 
@@ -27,40 +29,50 @@ def task_jobs(
     limit: int | None,
     phase: str,
     batch_size: int,
+    answers: Path | None = None,
 ) -> list[Job]:
-    """A job for each task and config; the arguments are those of `evaluate`."""
+    """A job for each task and config; of tasks with free answers one for all configs, as they share the prompt phase.
+
+    Args:
+        answers: a folder to keep such a task's answers in as they come.
+
+    The other arguments are those of `evaluate`.
+    """
 
     def measure(keys: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+        shared = None
+        task = keys[0].task
+        assert task is not None
+        if task in GENERATED and keys[0].method != "wanda":
+            path = None if answers is None else answers / f"{task}.partial.jsonl"
+            shared = Shared([config_of(key) for key in keys], path, tick)
         for key in keys:
-            assert key.task is not None
             found = evaluate(
                 model,
                 tokenizer,
                 config_of(key),
-                tasks=[key.task],
+                tasks=[task],
                 data=data,
                 limit=limit,
                 phase=phase,
                 batch_size=batch_size,
                 seed=key.seed,
+                shared=shared,
             )
-            yield measured(found[key.task], key.seed)
+            yield measured(found[task], key.seed)
 
-    source = "hub" if data is None else "files"
-    keys = [
-        key_of(
-            config,
-            "task",
-            task=task,
-            source=source,
-            limit=limit,
-            phase=None if config.density == 1.0 else phase,
-            batch_size=batch_size,
-        )
-        for task in tasks
-        for config in configs
-    ]
-    return [Job((key,), measure) for key in keys]
+    def key(task: str, config: GriffinConfig) -> Key:
+        own_phase = None if config.density == 1.0 or task in GENERATED else phase
+        source = "hub" if data is None else "files"
+        return key_of(config, "task", task=task, source=source, limit=limit, phase=own_phase, batch_size=batch_size)
+
+    jobs = []
+    for task in tasks:
+        keys = [key(task, config) for config in configs]
+        together = tuple(own for own in keys if task in GENERATED and own.method != "wanda")
+        alone = [Job((own,), measure) for own in keys if own not in together]
+        jobs += [Job(together, measure), *alone] if together else alone
+    return jobs
 
 
 def measured(result: TaskResult, seed: int) -> Measured:

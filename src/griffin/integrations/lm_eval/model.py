@@ -20,11 +20,9 @@ from tqdm import tqdm
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
 from griffin.generation.builtin import BUILTIN
-from griffin.generation.generate import end_tokens
 from griffin.generation.load import load, loading_error
-from griffin.generation.step import Sampling, generate_step
-from griffin.generation.text import Answer
 from griffin.integrations.lm_eval import PHASES
+from griffin.integrations.lm_eval.generating import Batch, Shared, answer, sampling_of
 from griffin.integrations.lm_eval.scoring import Request, Scorer
 
 logger = logging.getLogger("griffin")
@@ -55,6 +53,8 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         phase: `continuation` or `last_token`.
         weights: `int8`, `int4`, `bf16` or `f32`, as `griffin.load` stores them.
         disable_tqdm: show no progress bars.
+        shared: answers that are generated for several configs together, of which this model's is one; then at density
+            1.0, too, they come from griffin's loop.
         **arguments: the fields of `GriffinConfig`, and HFLM's own arguments (`backend` is GriffinConfig's).
 
     Raises:
@@ -68,6 +68,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         phase: str = "continuation",
         weights: str | None = None,
         disable_tqdm: bool = False,
+        shared: Shared | None = None,
         **arguments: Any,
     ) -> None:
         known = (*_CONFIG, "phase", "weights", *inspect.signature(HFLM.__init__).parameters, *_PASSED_ON)
@@ -84,7 +85,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         self.phase = phase
         self.truncated = self.contexts = 0  # contexts cut from the left, of all
         self._full = self.griffin.density == 1.0
-        self._quiet = disable_tqdm
+        self._quiet, self._shared = disable_tqdm, shared
         self._handle: Griffin | None = None
         if not self._full and str(arguments.get("batch_size", 1)).startswith("auto"):
             raise ValueError(
@@ -117,7 +118,9 @@ class GriffinLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """See the harness's `LM.generate_until`."""
-        with self._attached():
+        if self._shared is not None:
+            self._shared.prompts = len(requests)
+        with self._attached(self._shared is None):
             results: list[str] = super().generate_until(requests, disable_tqdm or self._quiet)
         return results
 
@@ -127,10 +130,10 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         return info | {"griffin": {**asdict(self.griffin), "phase": self.phase}, "truncated": self.truncated}
 
     @contextmanager
-    def _attached(self) -> Iterator[None]:
+    def _attached(self, wanted: bool = True) -> Iterator[None]:
         """Attach GRIFFIN where there is something to prune, and tell at the end how many contexts were cut."""
         cut, seen = self.truncated, self.contexts
-        if self._full:
+        if self._full or not wanted:
             yield
         else:
             with attach(self.model, self.griffin) as self._handle:
@@ -205,37 +208,25 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         mask = settings.get("attention_mask")
         drawn = {name: value for name, value in settings.items() if name not in ("attention_mask", "do_sample")}
         temperature = float(drawn.pop("temperature", 0.0) or 0.0)
-        sampled = settings.get("do_sample", temperature > 0)
-        if self._full or self._handle is None or not set(drawn) <= set(_SAMPLING):
+        sampled = bool(settings.get("do_sample", temperature > 0))
+        ours = set(drawn) <= set(_SAMPLING)
+        if not ours or (self._handle is None and self._shared is None):
             generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
             return generated
-        if sampled and temperature == 0:
-            temperature = 1.0
-        seed = int(torch.randint(2**31, ()))  # from the harness's own seed of torch
-        sampling = Sampling(temperature=temperature if sampled else 0.0, seed=seed, **drawn)
-        ends = set(end_tokens(self.model, self.tokenizer))
-        added = self.tokenizer.get_added_vocab()
-        ends |= {added[text] for text in stop if text in added}  # special tokens do not show in the text
-        answers = [Answer(self.tokenizer, stop) for _ in context]
-        done = [False] * len(answers)
-        mask = None if mask is None or bool(mask.all()) else mask
-        rows: list[Tensor] = []
+        batch = Batch(
+            prompts=context,
+            mask=None if mask is None or bool(mask.all()) else mask,
+            new_tokens=max_length - context.shape[1],
+            stop=tuple(stop),
+            sampling=sampling_of(temperature, sampled, **drawn),
+        )
         with self._autocast():
-            steps = generate_step(self.model, context, attention_mask=mask, handle=self._handle, sampling=sampling)
-            for _, step in zip(range(max_length - context.shape[1]), steps, strict=False):
-                tokens = step.tokens.clone()
-                for row, token in enumerate(step.tokens.tolist()):
-                    if done[row]:
-                        tokens[row] = self.tokenizer.pad_token_id
-                    elif token in ends:
-                        done[row] = True
-                    else:
-                        answers[row].add(token)
-                        done[row] = answers[row].stopped
-                rows.append(tokens)
-                if all(done):
-                    break
-        return torch.cat([context, torch.stack(rows, dim=1)], dim=1)
+            if self._shared is not None:
+                new = self._shared.of(self.model, self.tokenizer, batch, self.griffin)
+            else:
+                assert self._handle is not None
+                new = answer(self.model, self.tokenizer, batch, self._handle)
+        return torch.cat([context, new], dim=1)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
