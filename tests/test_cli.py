@@ -119,13 +119,13 @@ def test_help_loads_neither_torch_nor_transformers(words: list[str]) -> None:
     assert (done.returncode, done.stderr.strip()) == (0, "set()")
 
 
-def test_help_is_fast() -> None:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        assert griffin("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3  # the best of five: other processes share the machine
+def test_help_waits_for_nothing_heavy() -> None:
+    asked = "import sys, griffin.cli\ntry: griffin.cli.main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert not loaded & {"torch", "transformers", "numpy", "rich", "lm_eval", "matplotlib", "plotly", "jinja2"}
+    assert "griffin" in loaded
 
 
 def test_flags_are_the_fields_of_the_dataclasses() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +150,6 @@ def _value(metric: str, item: Any) -> float:
     """One example's value: of the perplexities the harness keeps log-likelihood and weight."""
     if not isinstance(item, tuple | list):
         return float(item)
-    import math
-
     loglikelihood, weight = item
     if metric == "bits_per_byte":
         return float(-loglikelihood / weight / math.log(2))
@@ -162,11 +162,12 @@ def _response(responses: list[Any]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness warns of what is meant here, such as a model that is given and a limit."""
+    """The harness warns of what is meant here, such as a model that is given, and draws bars of its own on stderr."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         log.setLevel(level)
