@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import MappingProxyType, TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from griffin import backends, selection, statistic
 from griffin.attachment.conversation import Conversation
+from griffin.attachment.gathering import Gathering
 from griffin.attachment.masking import mask_weights
 from griffin.attachment.patching import patch
 from griffin.backends import native
@@ -57,11 +57,7 @@ class Griffin:
         self.selection_s = 0.0  # seconds that the last selection took, copying included
         self._phase = Phase.FULL
         self._conversation = Conversation()
-        self._mask: Tensor | None = None
-        self._masks_given: Tensor | None = None
-        self._input: Tensor | None = None  # of the FF block that runs
-        self._batch: int | None = None
-        self._tokens_seen: dict[int, int] = {}
+        self._gathering = Gathering(self._conversation, None, inputs=False)
         self._experts: dict[int, tuple[Tensor, ...]] = {}
         self._rows: tuple[int, ...] | None = None  # whose experts the backend has; None: every sequence its own
         self._sparse: dict[int, backends.SparseFF] = {}
@@ -147,7 +143,7 @@ class Griffin:
         """
         self._enter(Phase.PROMPT)
         self._conversation = Conversation() if conversation is None else conversation.copy()
-        self._masks_given, self._mask, self._batch, self._tokens_seen = attention_mask, None, None, {}
+        self._gathering = Gathering(self._conversation, attention_mask, inputs=self._masked)
         if not self._static:
             self._experts, self._ready = {}, False
         if not self._masked:
@@ -155,7 +151,7 @@ class Griffin:
         for sparse in self._sparse.values():
             if isinstance(sparse, MaskedFF):
                 sparse.clear()
-        hook = self.model.register_forward_pre_hook(self._see_mask, with_kwargs=True)
+        hook = self.model.register_forward_pre_hook(self._gathering.see_arguments, with_kwargs=True)
         try:
             yield
             if not self._static:
@@ -164,7 +160,6 @@ class Griffin:
         finally:
             hook.remove()
             self._phase = Phase.FULL
-            self._mask = self._masks_given = self._input = None
 
     @contextmanager
     def generation_phase(self, *, rows: Sequence[int] | None = None) -> Iterator[None]:
@@ -235,8 +230,8 @@ class Griffin:
         def forward(x: Tensor) -> Tensor:
             if sparse is not None and self._phase is Phase.GENERATION:
                 return sparse.read(which, x)
-            if which == 0 and self._masked and self._phase is Phase.PROMPT:
-                self._input = x.detach()
+            if which == 0 and self._phase is Phase.PROMPT:
+                self._gathering.see_input(x)
             return full(x)
 
         setattr(forward, _MARK, True)
@@ -249,48 +244,11 @@ class Griffin:
             if sparse is not None and self._phase is Phase.GENERATION:
                 return sparse.write(z)
             if self._phase is Phase.PROMPT and not self._static:
-                self._gather(block, z)
+                self._gathering.add(block, z)
             return full(z)
 
         setattr(forward, _MARK, True)
         return forward
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _gather(self, block: FFBlock, z: Tensor) -> None:
-        """Add the tokens of one forward pass to the statistic of one layer."""
-        if self._batch is not None:
-            z = z.reshape(self._batch, -1, z.shape[-1])  # OPT flattens its tokens
-        tokens, seen = z.shape[1], self._tokens_seen.get(block.layer, 0)
-        mask = self._mask
-        if self._masks_given is not None:
-            mask = self._masks_given[:, seen : seen + tokens]
-        self._tokens_seen[block.layer] = seen + tokens
-        if self._masked:
-            assert self._input is not None
-            x = self._input.reshape(*z.shape[:2], -1)
-            self._conversation.add_inputs(
-                block.layer, statistic.input_energy(x, mask), statistic.input_energy(z.detach(), mask)
-            )
-        self._conversation.add(block.layer, z.detach(), mask)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learn batch size and padding from the arguments of the model's forward."""
-        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        assert isinstance(tokens, Tensor)
-        self._batch = tokens.shape[0]
-        mask = given.get("attention_mask")
-        if mask is None or self._masks_given is not None:
-            self._mask = None
-        elif isinstance(mask, Tensor) and mask.dim() == 2:
-            self._mask = mask[:, -tokens.shape[1] :].bool()
-        else:
-            raise ValueError(
-                "the prompt phase cannot tell padding from an attention mask that is not two-dimensional; say it: "
-                "handle.prompt_phase(attention_mask=mask) with a mask of shape (B, S)"
-            )
 
     def _enter(self, phase: Phase) -> None:
         if not self._attached:

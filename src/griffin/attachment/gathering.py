@@ -1,0 +1,77 @@
+"""What one prompt phase gathers: every FF block's statistic, of the tokens that are real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from griffin import statistic
+from griffin.attachment.conversation import Conversation
+from griffin.layouts import FFBlock
+
+
+class Gathering:
+    """The tokens of one prompt phase, over its chunks.
+
+    Args:
+        conversation: what is added to.
+        masks: which of the phase's tokens are real, (B, S); `None`: each forward call's own two-dimensional mask tells.
+        inputs: gather the norms of the projections' inputs as well, which adaptive Wanda scores by.
+    """
+
+    def __init__(self, conversation: Conversation, masks: Tensor | None, *, inputs: bool) -> None:
+        self._conversation, self._masks, self._inputs = conversation, masks, inputs
+        self._mask: Tensor | None = None  # of the forward call that runs
+        self._batch: int | None = None
+        self._tokens: dict[int, int] = {}  # so far, by layer
+        self._x: Tensor | None = None  # input of the FF block that runs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def see_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn batch size and padding from the arguments of the model's forward.
+
+        Raises:
+            ValueError: a mask that is not two-dimensional, and none was given.
+        """
+        given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        assert isinstance(tokens, Tensor)
+        self._batch = tokens.shape[0]
+        mask = given.get("attention_mask")
+        if mask is None or self._masks is not None:
+            self._mask = None
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            self._mask = mask[:, -tokens.shape[1] :].bool()
+        else:
+            raise ValueError(
+                "the prompt phase cannot tell padding from an attention mask that is not two-dimensional; say it: "
+                "handle.prompt_phase(attention_mask=mask) with a mask of shape (B, S)"
+            )
+
+    def see_input(self, x: Tensor) -> None:
+        """An FF block begins with this input."""
+        if self._inputs:
+            self._x = x.detach()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def add(self, block: FFBlock, z: Tensor) -> None:
+        """Add the tokens of one forward pass to the statistic of one layer.
+
+        Shapes:
+            z: (B, S, D_ff), or (B * S, D_ff) where the model flattens its tokens (OPT).
+        """
+        if self._batch is not None:
+            z = z.reshape(self._batch, -1, z.shape[-1])
+        z = z.detach()
+        seen = self._tokens.get(block.layer, 0)
+        mask = self._mask if self._masks is None else self._masks[:, seen : seen + z.shape[1]]
+        self._tokens[block.layer] = seen + z.shape[1]
+        if self._inputs:
+            assert self._x is not None
+            x = self._x.reshape(*z.shape[:2], -1)
+            energies = statistic.input_energy(x, mask), statistic.input_energy(z, mask)
+            self._conversation.add_inputs(block.layer, *energies)
+        self._conversation.add(block.layer, z, mask)
