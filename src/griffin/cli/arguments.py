@@ -98,6 +98,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
 
 
+def add_json_argument(group: argparse._ArgumentGroup, holding: str, instead_of: str) -> None:
+    """Declare `--json [FILE]`; without a FILE its value is `-`."""
+    group.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help=f"one JSON object with {holding}: to a file, or to stdout in place of the {instead_of}",
+    )
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
     """Declare one flag for each field of `GriffinConfig`, but for those `without`."""
     group = parser.add_argument_group("GRIFFIN")

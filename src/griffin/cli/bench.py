@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import BUILTIN_MODELS, parse_densities
+from griffin.cli.arguments import BUILTIN_MODELS, add_json_argument, parse_densities
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_pairs, print_table
 from griffin.config import BACKENDS, SELECTIONS
@@ -89,13 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tokens 2048+128 and 2048+2048; full model, magnitude and GRIFFIN at densities 0.5 and 0.25)",
     )
     out = parser.add_argument_group("output")
-    out.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="one JSON object with machine, versions and rows: to a file, or to stdout in place of the tables",
-    )
+    add_json_argument(out, "machine, versions and rows", "tables")
     out.add_argument("--csv", type=Path, metavar="FILE", help="the rows, each with machine and versions")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import add_model_arguments, load_model, parse_densities, read_text
+from griffin.cli.arguments import add_json_argument, add_model_arguments, load_model, parse_densities, read_text
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_table
 from griffin.config import GriffinConfig
@@ -56,13 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of permuted and random tokens (default: 0)")
     out = parser.add_argument_group("output")
-    out.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="one JSON object with all numbers: to a file, or to stdout in place of the table",
-    )
+    add_json_argument(out, "all numbers", "table")
     out.add_argument("--pictures", type=Path, metavar="DIR", help="write pictures (PNG) into this folder")
 
 

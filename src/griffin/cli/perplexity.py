@@ -12,7 +12,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import add_model_arguments, load_model, parse_densities, parse_lengths, read_text
+from griffin.cli.arguments import (
+    add_json_argument,
+    add_model_arguments,
+    load_model,
+    parse_densities,
+    parse_lengths,
+    read_text,
+)
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_table
 from griffin.config import BACKENDS, SELECTIONS
@@ -63,13 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--backend", default="auto", metavar="NAME", help=f"{', '.join(BACKENDS)} (default: auto)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random selections (default: 0)")
     out = parser.add_argument_group("output")
-    out.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="one JSON object with versions and rows: to a file, or to stdout in place of the table",
-    )
+    add_json_argument(out, "versions and rows", "table")
     out.add_argument("--csv", type=Path, metavar="FILE", help="the rows, each with model and versions")
     out.add_argument("--plot", type=Path, metavar="PNG", help="a picture of perplexity against the lengths")
 
