@@ -158,16 +158,18 @@ def test_beam_search_runs_on_it() -> None:
     assert torch.equal(found["native"], found["reference"])
 
 
-def test_the_operator_and_a_compiled_model() -> None:
+@pytest.mark.parametrize("selection", ["topk", "tier+topk"])
+def test_the_operator_and_a_compiled_model(selection: str) -> None:
     model = tiny_llama(torch.float32)
     torch._dynamo.reset()
     counter = CompileCounter()
-    with griffin.attach(model, density=0.5, backend="native") as handle, torch.no_grad():
+    with griffin.attach(model, density=0.5, selection=selection, backend="native") as handle, torch.no_grad():
         with handle.prompt_phase():
             model(PROMPT)
         sparse = handle.native_ff[0]
-        experts, mask = sparse.sets[0]
-        torch.library.opcheck(torch.ops.griffin.ff, (torch.randn(3, 48), experts, mask, sparse.number))
+        experts, mask, tier = sparse.sets[0]
+        assert (tier is not None) == selection.startswith("tier")
+        torch.library.opcheck(torch.ops.griffin.ff, (torch.randn(3, 48), experts, mask, sparse.number, 0))
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         for prompt in (PROMPT, PROMPT.flip(1)):
             with handle.prompt_phase():

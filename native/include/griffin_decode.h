@@ -55,6 +55,7 @@ typedef struct {
   int64_t n_experts;
   const uint16_t *row_mask;
   int32_t index_bytes, reserved;
+  const griffin_tier *tier;
 } griffin_experts;
 
 /* Run one token of each of `rows` sequences. experts: (n_layers,). logits: (rows, V), float32. */

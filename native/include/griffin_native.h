@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 2, GRIFFIN_MAX_ROWS = 16 };
+enum { GRIFFIN_ABI = 3, GRIFFIN_MAX_ROWS = 16 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_INT8, GRIFFIN_INT4 };
 enum griffin_activation { GRIFFIN_SILU, GRIFFIN_GELU, GRIFFIN_GELU_TANH, GRIFFIN_RELU, GRIFFIN_RELU2 };
 enum griffin_status {
@@ -64,6 +64,15 @@ typedef struct {
   const float *bias;   /* (out,) or NULL */
 } griffin_matrix;
 
+/* A second tier, for each token anew: the gate is computed of all experts, up and down only of the k of them that have the
+ * largest |act(gate)| * weight for this token. */
+typedef struct {
+  griffin_matrix gate;      /* (D_ff, D): the gate in another format, read instead of the block's own; weight NULL: its own */
+  const float *weight;      /* (1 or rows, D_ff), none of them negative */
+  int64_t weight_stride;    /* floats from one row's to the next; 0: one for all rows */
+  int64_t k;                /* 1..n_experts */
+} griffin_tier;
+
 /* Rows in, rows out. Types are GRIFFIN_F32 or GRIFFIN_BF16, strides the bytes from one row to the next. y is written
  * whole and never read; x and y must not overlap. */
 typedef struct {
@@ -75,6 +84,7 @@ typedef struct {
   const void *experts;      /* (n_experts,) each in 0..D_ff-1, or NULL: all neurons. Ignored by matvec. */
   int64_t n_experts;
   const uint16_t *row_mask; /* (n_experts,) or NULL: bit r of entry i says that row r wants expert i */
+  const griffin_tier *tier; /* or NULL: every expert is computed. Gated blocks only; ignored by matvec. */
 } griffin_rows;
 
 /* -- set-up -------------------------------------------------------------------------------------------------------- */
@@ -88,6 +98,7 @@ GRIFFIN_API const char *griffin_isa(void);      /* e.g. "avx512 vnni bf16" */
 GRIFFIN_API const char *griffin_isas(void);     /* those that this machine can be forced to, separated by spaces */
 GRIFFIN_API const char *griffin_threading(void);/* "openmp" or "own pool" */
 GRIFFIN_API int64_t griffin_calls(void);        /* ff and matvec calls finished since the library was loaded */
+GRIFFIN_API int64_t griffin_ff_bytes(void);     /* of weights and scales that feedforward blocks have read since then */
 
 /* -- one parallel region each ----------------------------------------------------------------------------------------- */
 /* y = W_2[:,E] (act(W_g[E] x + b_g) * (W_1[E] x + b_1)) + b_2, ungated y = W_2[:,E] act(W_1[E] x + b_1) + b_2 */

@@ -1,11 +1,12 @@
 // A whole generation step in one parallel region. The matrices, the cache and the experts are shared out. What is only a
 // vector long (the residual stream, in float32, its norms, and the inputs prepared from them) every thread computes for
-// itself: that is cheaper than waiting for another to have done it, so six barriers a layer are enough.
+// itself: that is cheaper than waiting for another to have done it, so six barriers a layer are enough (seven where there is a second tier).
 #include "griffin_decode.h"
 
 #include <math.h>
 #include <string.h>
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "attend.h"
@@ -56,8 +57,8 @@ void rotate(const float* cosines, const float* sines, float* head, int rotary) {
 
 // In floats; all but `inputs` rounded up to 16, a cache line.
 struct Sizes {
-  int64_t d, q, kv, partial, scores, inputs, accumulator;
-  Sizes(const griffin_decoder& m, int rows, int length) {
+  int64_t d, q, kv, partial, scores, inputs, accumulator, tier = 0;
+  Sizes(const griffin_decoder& m, const griffin_experts* experts, int rows, int length, int threads) {
     const int heads = m.heads * m.head_size;
     d = round_up(static_cast<int64_t>(rows) * m.d_model, 16);
     q = round_up(static_cast<int64_t>(rows) * heads, 16);
@@ -66,8 +67,14 @@ struct Sizes {
     scores = round_up(static_cast<int64_t>(m.heads / m.kv_heads) * (length + 1), 16);
     inputs = Inputs::bytes(m.d_model > heads ? m.d_model : heads, rows) / 4;
     accumulator = ff_accumulator(m.d_model, rows);
+    for (int l = 0; experts && l < m.n_layers; l++) {
+      if (!experts[l].tier) continue;
+      griffin_rows own = {};
+      own.experts = experts[l].experts, own.n_experts = experts[l].n_experts, own.rows = rows;
+      tier = std::max(tier, round_up(Tier::floats(m.layers[l].ff, own, threads), 16));
+    }
   }
-  int64_t shared() const { return d + q + 2 * kv; }
+  int64_t shared() const { return d + q + 2 * kv + tier; }
   int64_t own() const { return inputs + accumulator + 2 * d + q + partial + scores; }
 };
 
@@ -76,7 +83,7 @@ class Step {
   Step(const griffin_decoder& m, const griffin_cache& cache, const griffin_experts* experts, const int64_t* tokens,
        int rows, float* logits, int threads, char* memory)
       : m_(m), cache_(cache), experts_(experts), tokens_(tokens), rows_(rows), logits_(logits),
-        sizes_(m, rows, cache.length) {
+        sizes_(m, experts, rows, cache.length, threads) {
     attend_ = attend_portable;
 #if defined(GRIFFIN_X86)
     const char* const isa = kernels().name;
@@ -86,13 +93,13 @@ class Step {
     float* next = reinterpret_cast<float*>(memory);
     const auto take = [&next](int64_t floats) { float* const own = next; next += floats; return own; };
     accumulators_ = take(sizes_.accumulator * threads);
-    y_ = take(sizes_.d), q_ = take(sizes_.q), k_ = take(sizes_.kv), v_ = take(sizes_.kv);
+    tier_ = take(sizes_.tier), y_ = take(sizes_.d), q_ = take(sizes_.q), k_ = take(sizes_.kv), v_ = take(sizes_.kv);
     partial_ = take(sizes_.partial * threads), scores_ = take(sizes_.scores * threads);
     own_ = next;
   }
 
-  static int64_t bytes(const griffin_decoder& m, int rows, int length, int threads) {
-    const Sizes sizes(m, rows, length);
+  static int64_t bytes(const griffin_decoder& m, const griffin_experts* experts, int rows, int length, int threads) {
+    const Sizes sizes(m, experts, rows, length, threads);
     return 4 * (sizes.shared() + threads * sizes.own());
   }
 
@@ -163,11 +170,20 @@ class Step {
     griffin_rows own = rows(x, m_.d_model);
     if (experts_) {
       own.experts = experts_[l].experts, own.n_experts = experts_[l].n_experts;
-      own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes;
+      own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes, own.tier = experts_[l].tier;
+    }
+    Chosen chosen;
+    if (own.tier) {
+      Tier tier(layer.ff, own, tier_);
+      Inputs inputs(own, tier.format(), m_.d_model, memory);
+      inputs.prepare(0, 1);
+      tier.gate(inputs, thread, threads);
+      barrier_.wait(threads);
+      chosen = tier.choose(thread);
     }
     Inputs inputs(own, layer.ff.format, m_.d_model, memory);
     inputs.prepare(0, 1);
-    ff_accumulate(layer.ff, own, inputs, accumulators_, thread, threads);
+    ff_accumulate(layer.ff, own, inputs, own.tier ? &chosen : nullptr, accumulators_, thread, threads);
     barrier_.wait(threads);
     ff_reduce(layer.ff, own, accumulators_, thread, threads);
   }
@@ -287,11 +303,12 @@ class Step {
   const Sizes sizes_;
   AttendFn attend_;
   Barrier barrier_;
-  float *accumulators_, *y_, *q_, *k_, *v_, *partial_, *scores_;
+  float *accumulators_, *tier_, *y_, *q_, *k_, *v_, *partial_, *scores_;
   float* own_;  // of each thread in turn: prepared inputs, residual stream, its norm, attended values
 };
 
-bool valid(const griffin_decoder& m, const griffin_cache& cache, const int64_t* tokens, int rows) {
+bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_experts* experts, const int64_t* tokens,
+           int rows) {
   if (rows < 1 || rows > GRIFFIN_MAX_ROWS || m.n_layers < 1 || m.d_model < 1 || m.heads < 1 || m.kv_heads < 1) return false;
   if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize || m.rotary > m.head_size) return false;
   if (!m.layers || !m.embedding || !cache.keys || !cache.values || cache.length < 0) return false;
@@ -300,6 +317,7 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const int64_t* 
   for (int l = 0; l < m.n_layers; l++) {
     const griffin_layer& layer = m.layers[l];
     if (layer.k.format != layer.q.format || layer.v.format != layer.q.format) return false;
+    if (experts && experts[l].tier && !Tier::valid(layer.ff, *experts[l].tier)) return false;
   }
   for (int r = 0; r < rows; r++)
     if (tokens[r] < 0 || tokens[r] >= m.vocabulary) return false;
@@ -312,10 +330,10 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const int64_t* 
 extern "C" int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache, const griffin_experts* experts,
                               const int64_t* tokens, int rows, float* logits, int threads) {
   using namespace griffin;
-  if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, tokens, rows)) return GRIFFIN_BAD_ARGUMENT;
+  if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, experts, tokens, rows)) return GRIFFIN_BAD_ARGUMENT;
   // The team may turn out smaller than asked for; never larger.
   threads = threads < 1 ? 1 : threads;
-  char* const memory = static_cast<char*>(scratch(Step::bytes(*decoder, rows, cache->length, threads)));
+  char* const memory = static_cast<char*>(scratch(Step::bytes(*decoder, experts, rows, cache->length, threads)));
   if (!memory) return GRIFFIN_NO_MEMORY;
   Step step(*decoder, *cache, experts, tokens, rows, logits, threads, memory);
   parallel(threads, [](void* data, int thread, int team) { static_cast<Step*>(data)->run(thread, team); }, &step);

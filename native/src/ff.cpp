@@ -2,9 +2,12 @@
 // result to the bit, depend on the thread count alone), a few experts at a time: gate and up products first, then their
 // down rows together into an accumulator of its own of D floats a row of input, so that a visit of the accumulator
 // serves several experts. After a barrier the threads add their accumulators up, each in its share of the columns.
-#include <math.h>
 #include <string.h>
 
+#include <optional>
+
+#include "activation.h"
+#include "experts.h"
 #include "parallel.h"
 #include "parts.h"
 
@@ -14,26 +17,7 @@ namespace {
 constexpr int kExperts = 8;     // whose down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
 
-float activate(int activation, float v) {
-  switch (activation) {
-    case GRIFFIN_SILU: return v / (1.f + expf(-v));
-    case GRIFFIN_GELU: return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
-    case GRIFFIN_GELU_TANH: return 0.5f * v * (1.f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    case GRIFFIN_RELU: return v < 0.f ? 0.f : v;  // a NaN stays one
-    default: return v < 0.f ? 0.f : v * v;
-  }
-}
-
 int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }  // off the 4096-byte multiples that share a cache set
-
-struct Experts {
-  const griffin_rows& rows;
-  int64_t operator[](int64_t i) const {
-    if (!rows.experts) return i;
-    return rows.index_bytes == 4 ? static_cast<const int32_t*>(rows.experts)[i]
-                                 : static_cast<const int64_t*>(rows.experts)[i];
-  }
-};
 
 class Part {
  public:
@@ -49,31 +33,38 @@ class Part {
       w[1] = row(block_.gate, block_.gate_stride, j);
       next[1] = row(block_.gate, block_.gate_stride, next_j);
     }
-    const uint8_t* const down = row(block_.down, block_.down_stride, j);
-    const float up_scale = scale(block_.up_scale, j), down_scale = scale(block_.down_scale, j);
-    const float gate_scale = gated ? scale(block_.gate_scale, j) : 1.f;
+    const float up_scale = scale(block_.up_scale, j), gate_scale = gated ? scale(block_.gate_scale, j) : 1.f;
     const float up_bias = block_.up_bias ? block_.up_bias[j] : 0.f;
     const float gate_bias = block_.gate_bias ? block_.gate_bias[j] : 0.f;
-    int wanted[GRIFFIN_MAX_ROWS], count = 0;
-    for (int r = 0; r < rows_; r++)
-      if (mask >> r & 1) wanted[count++] = r;
-    for (int first = 0; first < count; first += kMaxRows) {
-      const int n = count - first < kMaxRows ? count - first : kMaxRows;
-      const Input* x[kMaxRows];
-      float out[2 * kMaxRows];
-      for (int i = 0; i < n; i++) x[i] = &inputs_[wanted[first + i]];
-      inputs_.dot()(w, gated ? 2 : 1, x, n, block_.d_model, out, next);
-      for (int i = 0; i < n; i++) {
-        const int r = wanted[first + i];
-        const float up = out[i] * up_scale + up_bias;
-        const float z = gated ? activate(block_.activation, out[n + i] * gate_scale + gate_bias) * up
-                              : activate(block_.activation, up);
-        if (z == 0.f) continue;  // ReLU: nothing to add, nothing to read
-        z_[r][listed_[r]] = z * down_scale;
-        down_[r][listed_[r]++] = down;
-      }
-    }
+    bool listed = false;
+    multiply(w, next, gated ? 2 : 1, mask, [&](int r, const float* out, int n) {
+      const float up = out[0] * up_scale + up_bias;
+      const float z = gated ? activate(block_.activation, out[n] * gate_scale + gate_bias) * up
+                            : activate(block_.activation, up);
+      listed |= list(r, j, z);
+    });
+    rows_read_ += (gated ? 2 : 1) + listed;
   }
+
+  // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride].
+  void enter(const int64_t* j, const int64_t* next_j, int m, uint32_t mask, const float* const* gates, int64_t stride) {
+    const uint8_t *w[2], *next[2];
+    bool listed[2] = {};
+    for (int i = 0; i < m; i++) {
+      w[i] = row(block_.up, block_.up_stride, j[i]);
+      next[i] = row(block_.up, block_.up_stride, next_j[i]);
+    }
+    multiply(w, next, m, mask, [&](int r, const float* out, int n) {
+      for (int i = 0; i < m; i++) {
+        const float bias = block_.up_bias ? block_.up_bias[j[i]] : 0.f;
+        listed[i] |= list(r, j[i], gates[i][r * stride] * (out[i * n] * scale(block_.up_scale, j[i]) + bias));
+      }
+    });
+    rows_read_ += m + listed[0] + listed[1];
+  }
+
+  // Weight rows that were read.
+  int64_t rows_read() const { return rows_read_; }
 
   // Adds the listed down rows and empties the lists. Meanwhile the down rows of the experts that come next, `ahead`, are
   // prefetched, as gate and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
@@ -100,11 +91,36 @@ class Part {
     return base ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + j * block_.scale_stride) : 1.f;
   }
 
+  // Products of m weight rows with the rows of input in `mask`; `take(r, out, n)` is given row r's, each n behind the last.
+  template <class Take>
+  void multiply(const uint8_t* const* w, const uint8_t* const* next, int m, uint32_t mask, const Take& take) {
+    int wanted[GRIFFIN_MAX_ROWS], count = 0;
+    for (int r = 0; r < rows_; r++)
+      if (mask >> r & 1) wanted[count++] = r;
+    for (int first = 0; first < count; first += kMaxRows) {
+      const int n = count - first < kMaxRows ? count - first : kMaxRows;
+      const Input* x[kMaxRows];
+      float out[2 * kMaxRows];
+      for (int i = 0; i < n; i++) x[i] = &inputs_[wanted[first + i]];
+      inputs_.dot()(w, m, x, n, block_.d_model, out, next);
+      for (int i = 0; i < n; i++) take(wanted[first + i], out + i, n);
+    }
+  }
+
+  // Neuron j's down row joins row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
+  bool list(int r, int64_t j, float z) {
+    if (z == 0.f) return false;
+    z_[r][listed_[r]] = z * scale(block_.down_scale, j);
+    down_[r][listed_[r]++] = row(block_.down, block_.down_stride, j);
+    return true;
+  }
+
   const griffin_ff_block& block_;
   const Kernels& kernels_;
   const Inputs& inputs_;
   const int rows_;
   float* const acc_;
+  int64_t rows_read_ = 0;
   int listed_[GRIFFIN_MAX_ROWS] = {};
   float z_[GRIFFIN_MAX_ROWS][kExperts];
   const uint8_t* down_[GRIFFIN_MAX_ROWS][kExperts];
@@ -122,6 +138,7 @@ bool valid(const griffin_ff_block& block, const griffin_rows& rows) {
   if (block.activation < GRIFFIN_SILU || block.activation > GRIFFIN_RELU2) return false;
   if (block.format == GRIFFIN_INT8 && (!block.up_scale || !block.down_scale || (block.gate && !block.gate_scale)))
     return false;
+  if (rows.tier && !Tier::valid(block, *rows.tier)) return false;
   if (!rows.experts) return !rows.row_mask;
   return rows.n_experts >= 0 && (rows.index_bytes == 4 || rows.index_bytes == 8);
 }
@@ -129,8 +146,9 @@ bool valid(const griffin_ff_block& block, const griffin_rows& rows) {
 struct Call {
   const griffin_ff_block* block;
   const griffin_rows* rows;
-  Inputs inputs;
+  Inputs inputs, gate_inputs;  // the second for the tier only
   float* accumulators;
+  Tier* tier;  // or null
   Barrier barrier;
 };
 
@@ -138,29 +156,44 @@ struct Call {
 
 int64_t ff_accumulator(int d_model, int rows) { return accumulator_stride(d_model) * rows; }
 
-void ff_accumulate(const griffin_ff_block& block, const griffin_rows& rows, const Inputs& x, float* accumulators, int thread,
-                   int threads) {
+void ff_accumulate(const griffin_ff_block& block, const griffin_rows& rows, const Inputs& x, const Chosen* chosen,
+                   float* accumulators, int thread, int threads) {
   const int64_t floats = ff_accumulator(block.d_model, rows.rows);
   float* const mine = accumulators + thread * floats;
   memset(mine, 0, sizeof(float) * floats);
-  const int64_t k = rows.experts ? rows.n_experts : block.d_ff;
+  const int64_t k = chosen ? chosen->count : rows.experts ? rows.n_experts : block.d_ff;
   const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
-  const Experts expert{rows};
+  const Experts experts{rows};
+  const auto expert = [&](int64_t i) { return experts[chosen ? chosen->places[i] : i]; };
+  const uint16_t* const masks = chosen ? chosen->masks : rows.row_mask;
   // Measured: rows of several kilobytes are best taken in small groups, short ones and several inputs in large ones.
   const bool small = block.format != GRIFFIN_INT4 && rows.rows == 1;
   const int chunk = small ? 4 : kExperts, distance = small ? 1 : 2;
   const uint32_t all = (1u << rows.rows) - 1;
+  const auto mask = [&](int64_t i) { return masks ? masks[i] & all : all; };
   Part part(block, kernels(), x, rows.rows, mine);
-  for (int64_t i = begin; i < end; i++) {
-    const int64_t j = expert[i];
-    part.enter(j, i + distance < end ? expert[i + distance] : j, rows.row_mask ? rows.row_mask[i] & all : all);
-    if ((i - begin) % chunk != chunk - 1 && i + 1 < end) continue;
+  for (int64_t first = begin; first < end; first += chunk) {
+    const int64_t last = first + chunk < end ? first + chunk : end;
+    for (int64_t i = first; i < last;) {
+      const auto later = [&](int64_t by) { return expert(i + by < end ? i + by : i); };
+      if (!chosen) {
+        part.enter(expert(i), later(distance), mask(i));
+        i++;
+        continue;
+      }
+      const int m = i + 1 < last && mask(i) == mask(i + 1) ? 2 : 1;
+      const int64_t j[2] = {expert(i), expert(i + m - 1)}, next[2] = {later(2), later(3)};
+      const float* const gates[2] = {chosen->gates + chosen->places[i], chosen->gates + chosen->places[i + m - 1]};
+      part.enter(j, next, m, mask(i), gates, chosen->stride);
+      i += m;
+    }
     const uint8_t* ahead[kExperts];
     int n_ahead = 0;
-    for (; n_ahead < chunk && i + 1 + n_ahead < end; n_ahead++)
-      ahead[n_ahead] = static_cast<const uint8_t*>(block.down) + expert[i + 1 + n_ahead] * block.down_stride;
+    for (; n_ahead < chunk && last + n_ahead < end; n_ahead++)
+      ahead[n_ahead] = static_cast<const uint8_t*>(block.down) + expert(last + n_ahead) * block.down_stride;
     part.leave(ahead, n_ahead);
   }
+  count_ff_bytes(part.rows_read() * (griffin_row_bytes(block.format, block.d_model) + (block.up_scale ? 4 : 0)));
 }
 
 void ff_reduce(const griffin_ff_block& block, const griffin_rows& rows, const float* accumulators, int thread, int threads) {
@@ -184,16 +217,30 @@ using namespace griffin;
 extern "C" int griffin_ff(const griffin_ff_block* block, const griffin_rows* rows, int threads) {
   if (!block || !rows || threads < 1 || !valid(*block, *rows)) return GRIFFIN_BAD_ARGUMENT;
   const int64_t inputs = Inputs::bytes(block->d_model, rows->rows);
-  char* const memory = static_cast<char*>(scratch(inputs + 4 * threads * ff_accumulator(block->d_model, rows->rows)));
+  const int64_t accumulators = 4 * threads * ff_accumulator(block->d_model, rows->rows);
+  const int64_t tier = rows->tier ? inputs + 4 * Tier::floats(*block, *rows, threads) : 0;
+  char* const memory = static_cast<char*>(scratch(inputs + accumulators + tier));
   if (!memory) return GRIFFIN_NO_MEMORY;
-  Call call{block, rows, Inputs(*rows, block->format, block->d_model, memory), reinterpret_cast<float*>(memory + inputs), {}};
+  char* const tier_memory = memory + inputs + accumulators;
+  std::optional<Tier> second;
+  if (rows->tier) second.emplace(*block, *rows, reinterpret_cast<float*>(tier_memory + inputs));
+  Call call{block, rows, Inputs(*rows, block->format, block->d_model, memory),
+            Inputs(*rows, second ? second->format() : block->format, block->d_model, second ? tier_memory : memory),
+            reinterpret_cast<float*>(memory + inputs), second ? &*second : nullptr, {}};
   parallel(
       threads,
       [](void* data, int thread, int team) {
         Call& c = *static_cast<Call*>(data);
+        Chosen chosen;
         c.inputs.prepare(thread, team);
+        if (c.tier) c.gate_inputs.prepare(thread, team);
         c.barrier.wait(team);
-        ff_accumulate(*c.block, *c.rows, c.inputs, c.accumulators, thread, team);
+        if (c.tier) {
+          c.tier->gate(c.gate_inputs, thread, team);
+          c.barrier.wait(team);
+          chosen = c.tier->choose(thread);
+        }
+        ff_accumulate(*c.block, *c.rows, c.inputs, c.tier ? &chosen : nullptr, c.accumulators, thread, team);
         c.barrier.wait(team);
         ff_reduce(*c.block, *c.rows, c.accumulators, thread, team);
       },

@@ -26,7 +26,7 @@ using OmpNumber = int (*)();
 
 std::atomic<GompParallel> gomp_parallel{nullptr};
 std::atomic<OmpNumber> omp_thread_num{nullptr}, omp_num_threads{nullptr};
-std::atomic<int64_t> calls{0};
+std::atomic<int64_t> calls{0}, ff_bytes{0};
 
 struct Task {
   void (*function)(void*, int, int);
@@ -135,6 +135,7 @@ void* scratch(int64_t bytes) {
 }
 
 void count_call() { calls.fetch_add(1, std::memory_order_relaxed); }
+void count_ff_bytes(int64_t bytes) { ff_bytes.fetch_add(bytes, std::memory_order_relaxed); }
 
 // Sense reversing: the last to arrive resets the count and turns the phase, which the others watch.
 void Barrier::wait(int threads) {
@@ -167,5 +168,7 @@ void griffin_use_openmp(void* parallel, void* thread_num, void* num_threads) {
 const char* griffin_threading(void) { return griffin::gomp_parallel.load() ? "openmp" : "own pool"; }
 
 int64_t griffin_calls(void) { return griffin::calls.load(std::memory_order_relaxed); }
+
+int64_t griffin_ff_bytes(void) { return griffin::ff_bytes.load(std::memory_order_relaxed); }
 
 }  // extern "C"

@@ -12,6 +12,7 @@ void parallel(int threads, void (*function)(void* data, int thread, int threads)
 void* scratch(int64_t bytes);
 
 void count_call();
+void count_ff_bytes(int64_t bytes);
 
 // Threads of one parallel region meet here; it may serve any number of times.
 struct Barrier {

@@ -18,6 +18,10 @@ SELECTIONS = {
     "magnitude": "the neurons of largest weights, whatever the prompt: the paper's static baseline",
     "wanda": "single weights by weight times input, which saves no time: the paper's unstructured baseline",
 }
+# What may stand before a selection, joined by "+", as in "tier+topk".
+REFINEMENTS = {
+    "tier": "up and down of those neurons only whose gates matter, for every token anew; density means bytes",
+}
 BATCHES = ("shared", "per_sequence")
 BACKENDS = ("auto", "reference", "gather", "native")
 
@@ -29,10 +33,12 @@ class GriffinConfig:
     The field names are the same everywhere: keyword arguments of `attach`, command-line flags, keys of an integration.
 
     Args:
-        density: share of the FF neurons kept in the generation phase, 0 < density <= 1. 1.0 is the full model.
+        density: share of the FF neurons kept in the generation phase, 0 < density <= 1. 1.0 is the full model. With a
+            token tier: the share of the FF weights' bytes that are read for a token.
         selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control),
             `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the paper's unstructured
-            baseline: single weights, not neurons, so that it saves no time; for evaluation).
+            baseline: single weights, not neurons, so that it saves no time; for evaluation). `tier+` before one of the
+            first five adds the token tier (`griffin.backends.tier`), which loses far less at the same bytes.
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
         backend: `auto`, or the name of one (`reference`, `gather`, `native`).
@@ -51,7 +57,7 @@ class GriffinConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", _density(self.density))
-        _choice("selection", self.selection, tuple(SELECTIONS))
+        object.__setattr__(self, "selection", _selection(self.selection))
         _choice("batch", self.batch, BATCHES)
         _choice("backend", self.backend, BACKENDS)
         if self.selection == "wanda" and self.backend not in ("auto", "reference"):
@@ -63,6 +69,23 @@ class GriffinConfig:
             object.__setattr__(self, "layers", _layers(self.layers))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**63 - 1")
+
+    @property
+    def ranking(self) -> str:
+        """The selection without its refinements, a name of `SELECTIONS`."""
+        return self.selection.rpartition("+")[2]
+
+    @property
+    def gathers(self) -> frozenset[str]:
+        """What the prompt phase has to gather beside the flocking statistic."""
+        if self.selection == "wanda":
+            return frozenset({"inputs"})
+        return frozenset({"ups"} if self.tier else ())
+
+    @property
+    def tier(self) -> bool:
+        """Whether there is a token tier."""
+        return "tier" in self.selection.split("+")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GriffinConfig:
@@ -94,6 +117,19 @@ def _density(value: object) -> float:
             "for example 0.5"
         )
     return float(value)
+
+
+def _selection(value: object) -> str:
+    *refinements, ranking = str(value).replace(" ", "").split("+")
+    _choice("selection", ranking, tuple(SELECTIONS))
+    for name in refinements:
+        _choice("selection's refinement", name, tuple(REFINEMENTS))
+    if refinements and ranking in ("wanda", "magnitude"):
+        raise ValueError(
+            f"selection is {value!r}, but {ranking} is a baseline of its own, which has no {refinements[0]}; expected "
+            f"{refinements[0]}+topk, or {ranking} alone"
+        )
+    return "+".join([*(name for name in REFINEMENTS if name in refinements), ranking])
 
 
 def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -124,6 +124,16 @@ class FFBlock:
             return [norm for projection in self.inputs for norm in projection.row_norms()]  # type: ignore[operator]
         return [torch.linalg.vector_norm(weight.detach().float(), dim=1) for weight in self.input_weights()]
 
+    def output_norms(self) -> Tensor:
+        """L2 norms of the output projection's columns, one a neuron, of packed ones too.
+
+        Shapes: (D_ff,), float32.
+        """
+        if self.quantised:
+            norms: Tensor = self.output.row_norms()[0]  # type: ignore[operator]
+            return norms
+        return torch.linalg.vector_norm(rows(self.output)[0].detach().float(), dim=0)
+
 
 def is_quantised(projection: nn.Module) -> bool:
     """Whether a projection is a `QuantisedLinear`, known by what it has: `backends` is above this room."""

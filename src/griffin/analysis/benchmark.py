@@ -21,7 +21,7 @@ from griffin.analysis.ceiling import bytes_read_per_token, ceiling
 from griffin.analysis.machine import Bandwidth
 from griffin.analysis.verification import verify
 from griffin.attachment import Griffin, attach
-from griffin.backends import kernel, library, resolve
+from griffin.backends import library, resolve
 from griffin.backends.neuron_major import make_neuron_major
 from griffin.backends.quantised import FLOATS, QUANTISED, convert
 from griffin.config import GriffinConfig
@@ -90,7 +90,7 @@ class Run:
     prompt_tokens_per_s: float
     steps_per_s: float
     selection_s: float
-    ff_bytes: int  # read in a step
+    ff_bytes: float  # read in a step
     peak_rss_bytes: int | None
     native_calls_per_step: float
 
@@ -259,9 +259,9 @@ def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, gener
         steps = generate_step(model, prompts, handle=handle)
         machine.reset_peak_rss()
         first = next(steps)
-        sparse, native = handle.sparse_calls, _native_calls()
+        sparse, (native, counted) = handle.sparse_calls, _native_counts()
         seconds = [step.seconds for step in islice(steps, generated_tokens - 1)]
-        native = _native_calls() - native
+        native, counted = (now - before for now, before in zip(_native_counts(), (native, counted), strict=True))
         if config.density < 1.0 and handle.sparse_calls == sparse and native == 0:
             raise GriffinError(f"backend {handle.backend.name} was to compute the experts, but it did not run")
         return Run(
@@ -269,36 +269,25 @@ def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, gener
             prompt_tokens_per_s=prompts.numel() / first.seconds,
             steps_per_s=len(seconds) / sum(seconds),
             selection_s=first.selection_s,
-            ff_bytes=ff_bytes_per_step(handle),
+            ff_bytes=counted / len(seconds) if counted else ff_bytes_per_step(handle),
             peak_rss_bytes=machine.peak_rss_bytes(),
             native_calls_per_step=native / len(seconds),
         )
 
 
 def ff_bytes_per_step(handle: Griffin) -> int:
-    """Bytes of FF weights that one generation step of the batch reads.
+    """Bytes of FF weights that one generation step of the batch reads where the native library, which counts, does not.
 
-    The native backend reads a neuron once for all sequences that want it; the others read every sequence's copy.
+    Every sequence's experts are read on their own.
     """
-    whole = {block.layer: block.nbytes for block in find_ff_blocks(handle.model)}
-    for block in handle.blocks:
-        if block.layer not in handle.experts:
-            continue  # wanda reads every weight
-        experts = handle.experts[block.layer]
-        sets = experts if isinstance(experts, list) else [experts]
-        if handle.config.experts_of(block.width) == block.width:
-            continue  # every sequence reads the same whole block
-        if handle.backend.name == "native":
-            groups = [sets[at : at + kernel.MAX_ROWS] for at in range(0, len(sets), kernel.MAX_ROWS)]
-            neurons = sum(len(set(torch.cat(group).tolist())) for group in groups)
-        else:
-            neurons = sum(own.numel() for own in sets)
-        whole[block.layer] = block.nbytes * neurons // block.width
-    return sum(whole.values())
+    whole = sum(block.nbytes for block in find_ff_blocks(handle.model) if block.layer not in handle.pruned)
+    sets = max((len(own) for own in handle.experts.values() if isinstance(own, list)), default=1)
+    return whole + sets * (handle.ff_bytes_per_token - whole)
 
 
-def _native_calls() -> int:
-    return library.calls() if library.available() is None else 0
+def _native_counts() -> tuple[int, int]:
+    """Calls of the native library, and bytes of FF weights that it has read."""
+    return (library.calls(), library.ff_bytes()) if library.available() is None else (0, 0)
 
 
 @contextmanager

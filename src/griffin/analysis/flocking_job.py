@@ -17,7 +17,7 @@ from griffin.layouts import find_ff_blocks
 
 DENSITIES = (0.25, 0.5, 0.75)
 _SEQUENCES = 8
-_PICTURE = (128, 1024)  # tokens and neurons that a picture shows at most
+_PICTURE = (64, 384)  # tokens and neurons that a picture shows at most
 _BRIGHTEST = (
     0.995  # quantile of the text's picture at which the scale of all three ends, as a few values are far larger
 )

@@ -185,14 +185,14 @@ def measure(
     check_length(model, prompt, ids.shape[1] - prompt)
     scores: list[list[_Scores]] = [[] for _ in configs]
     full_nll: list[Tensor] = []
-    masked = any(config.selection == "wanda" for config in configs)  # it needs more than the flocking statistic
+    gather = frozenset().union(*(config.gathers for config in configs))
     backends = dict.fromkeys(config.backend for config in configs)
     with laid_out_once(model, *backends):
         for row in ids.to(model.device):
             continuation = row[None, prompt:]
             with (
-                attach(model, selection="wanda" if masked else "topk", backend="reference") as gathering,
-                gathering.prompt_phase(),
+                attach(model, backend="reference") as gathering,
+                gathering.prompt_phase(gather=gather),
             ):
                 cache, first = run_prompt(model, row[None, :prompt])
             full = run_continuation(model, continuation, copy.deepcopy(cache), first)[0]

@@ -25,11 +25,13 @@ class Conversation:
         tokens: by layer, the number of real tokens behind every row, (B,), int64.
         inputs: by layer, the squared norms of the FF block's inputs, (B, D), and of the output projection's, (B, D_ff),
             float32; gathered for the selection wanda only.
+        ups: by layer, the energy of the up projection's outputs, (B, D_ff), float32; gathered for a token tier only.
     """
 
     energies: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[int, Tensor] = field(default_factory=dict)
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ups: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, layer: int, z: Tensor, mask: Tensor | None) -> None:
         """Add the tokens of one forward pass.
@@ -71,9 +73,27 @@ class Conversation:
             )
         self.inputs[layer] = x, z
 
+    def add_ups(self, layer: int, energies: Tensor) -> None:
+        """Add the energy of one forward pass's up projection. Call it before `add`, which checks the batch.
+
+        Shapes:
+            energies: (B, D_ff).
+
+        Raises:
+            ValueError: the conversation holds tokens whose up projection is unknown.
+        """
+        if layer in self.ups and self.ups[layer].shape == energies.shape:
+            energies = self.ups[layer] + energies
+        elif layer in self.energies:
+            raise ValueError(
+                "the conversation began with another selection or batch, so what the token tier needs is unknown; "
+                "start a new one"
+            )
+        self.ups[layer] = energies
+
     def copy(self) -> Conversation:
         """An independent copy: `add` replaces tensors and never writes into them, so the dicts are enough."""
-        return Conversation(dict(self.energies), dict(self.tokens), dict(self.inputs))
+        return Conversation(dict(self.energies), dict(self.tokens), dict(self.inputs), dict(self.ups))
 
 
 def cached_tokens(cache: Any) -> int:

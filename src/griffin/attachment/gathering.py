@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ class Gathering:
     Args:
         conversation: what is added to.
         masks: which of the phase's tokens are real, (B, S); `None`: each forward call's own two-dimensional mask tells.
-        inputs: gather the norms of the projections' inputs as well, which adaptive Wanda scores by.
+        more: what is gathered beside the statistic: `inputs`, the norms of the projections' inputs, which adaptive
+            Wanda scores by, and `ups`, the energy of the up projection, which a token tier does.
     """
 
-    def __init__(self, conversation: Conversation, masks: Tensor | None, *, inputs: bool) -> None:
-        self._conversation, self._masks, self._inputs = conversation, masks, inputs
+    def __init__(self, conversation: Conversation, masks: Tensor | None, more: Collection[str] = ()) -> None:
+        self._conversation, self._masks = conversation, masks
+        self._inputs, self._ups = "inputs" in more, "ups" in more
         self._mask: Tensor | None = None  # of the forward call that runs
         self._batch: int | None = None
         self._tokens: dict[int, int] = {}  # so far, by layer
         self._x: Tensor | None = None  # input of the FF block that runs
+        self._up: Tensor | None = None  # its up projection's output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def see_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,6 +60,11 @@ class Gathering:
         if self._inputs:
             self._x = x.detach()
 
+    def see_up(self, block: FFBlock, output: Tensor) -> None:
+        """The block's last input projection gave this: up, or gate and up."""
+        if self._ups:
+            self._up = output.detach()[..., -block.width :]
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def add(self, block: FFBlock, z: Tensor) -> None:
         """Add the tokens of one forward pass to the statistic of one layer.
@@ -74,4 +83,7 @@ class Gathering:
             x = self._x.reshape(*z.shape[:2], -1)
             energies = statistic.input_energy(x, mask), statistic.input_energy(z, mask)
             self._conversation.add_inputs(block.layer, *energies)
+        if self._ups:
+            assert self._up is not None
+            self._conversation.add_ups(block.layer, statistic.input_energy(self._up.reshape(z.shape), mask))
         self._conversation.add(block.layer, z, mask)

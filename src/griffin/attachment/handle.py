@@ -5,21 +5,22 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from types import MappingProxyType, TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from griffin import backends, selection, statistic
+from griffin import backends
+from griffin.attachment import choice
 from griffin.attachment.conversation import Conversation
 from griffin.attachment.gathering import Gathering
 from griffin.attachment.masking import mask_weights
 from griffin.attachment.patching import patch
 from griffin.backends import native
 from griffin.backends.masked import MaskedFF
+from griffin.backends.tier import Split, Tier, split
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock, Layout, find_ff_blocks
 
@@ -51,14 +52,16 @@ class Griffin:
         found = find_ff_blocks(model, layout)
         self.blocks: tuple[FFBlock, ...] = _chosen(found, config)
         self._masked = config.selection == "wanda"  # single weights, not neurons
-        self.backend = backends.MASKED if self._masked else backends.resolve(config.backend, found)
+        self.backend = backends.MASKED if self._masked else backends.resolve(config.backend, found, tier=config.tier)
+        self._splits = {b.layer: split(b, config.density) for b in self.blocks if config.tier and config.density < 1.0}
         self._all_blocks = tuple(found)
         self._whole_bytes = sum(block.nbytes for block in found) - sum(block.nbytes for block in self.blocks)
         self.selection_s = 0.0  # seconds that the last selection took, copying included
         self._phase = Phase.FULL
         self._conversation = Conversation()
-        self._gathering = Gathering(self._conversation, None, inputs=False)
-        self._experts: dict[int, tuple[Tensor, ...]] = {}
+        self._gathering = Gathering(self._conversation, None)
+        self._experts: choice.Experts = {}
+        self._tiers: dict[int, Tier] = {}
         self._rows: tuple[int, ...] | None = None  # whose experts the backend has; None: every sequence its own
         self._sparse: dict[int, backends.SparseFF] = {}
         self._native: dict[int, native.NativeFF] = {}
@@ -86,7 +89,8 @@ class Griffin:
         Empty before a prompt, and with the static selection `magnitude`.
         """
         per_sequence = self.config.batch == "per_sequence"
-        found = {layer: self._scores([layer])[0] for layer in self._conversation.energies}
+        layers = self._conversation.energies
+        found = {layer: choice.scores(self._conversation, [layer], self.config.batch)[0] for layer in layers}
         return MappingProxyType({layer: own if per_sequence else own[0] for layer, own in found.items()})
 
     @property
@@ -115,18 +119,26 @@ class Griffin:
         return frozenset(self._sparse)
 
     @property
+    def splits(self) -> Mapping[int, Split]:
+        """How the bytes of every layer with a token tier are spent; empty without one."""
+        return MappingProxyType(self._splits)
+
+    @property
     def ff_bytes_per_token(self) -> int:
         """Bytes of FF weights that one sequence's next token reads in the generation phase."""
         if self._masked:
             return self._whole_bytes + sum(block.nbytes for block in self.blocks)
-        kept = sum(block.nbytes * self.config.experts_of(block.width) // block.width for block in self.blocks)
-        return self._whole_bytes + kept
+        return self._whole_bytes + sum(map(self._bytes_of, self.blocks))
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def prompt_phase(
-        self, *, attention_mask: Tensor | None = None, conversation: Conversation | None = None
+        self,
+        *,
+        attention_mask: Tensor | None = None,
+        conversation: Conversation | None = None,
+        gather: Collection[str] = (),
     ) -> Iterator[None]:
         """Run prompt tokens through the full model and gather their statistic; experts are selected at the end.
 
@@ -137,17 +149,19 @@ class Griffin:
             attention_mask: which of the phase's tokens are real, for a model that is called without a two-dimensional
                 mask. Shape (B, S), S being all tokens of the phase.
             conversation: what earlier turns gathered (`handle.conversation`), to be continued; `None` starts anew.
+            gather: what to gather beside what this handle needs, for another config: its `gathers`.
 
         Raises:
             ValueError: inside another phase, in training mode, after `detach`, or no prompt token came.
         """
         self._enter(Phase.PROMPT)
         self._conversation = Conversation() if conversation is None else conversation.copy()
-        self._gathering = Gathering(self._conversation, attention_mask, inputs=self._masked)
+        more = self.config.gathers.union(gather)
+        self._gathering = Gathering(self._conversation, attention_mask, more)
         if not self._static:
             self._experts, self._ready = {}, False
-        if not self._masked:
-            self._conversation.inputs.clear()  # they would not be of all tokens any more
+        for name in {"inputs", "ups"} - more:
+            getattr(self._conversation, name).clear()  # they would not be of all tokens any more
         for sparse in self._sparse.values():
             if isinstance(sparse, MaskedFF):
                 sparse.clear()
@@ -201,7 +215,7 @@ class Griffin:
     def _patch(self, stack: ExitStack) -> None:
         """Patch the FF blocks until `stack` closes."""
         for block in self.blocks:
-            if self.config.experts_of(block.width) < block.width:
+            if self._splits or self._count(block) < block.width:
                 self._sparse[block.layer] = self.backend.make(block, stack)
             for which, projection in enumerate(block.inputs):
                 patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
@@ -230,9 +244,14 @@ class Griffin:
         def forward(x: Tensor) -> Tensor:
             if sparse is not None and self._phase is Phase.GENERATION:
                 return sparse.read(which, x)
-            if which == 0 and self._phase is Phase.PROMPT:
+            if self._phase is not Phase.PROMPT:
+                return full(x)
+            if which == 0:
                 self._gathering.see_input(x)
-            return full(x)
+            y = full(x)
+            if which == len(block.inputs) - 1:
+                self._gathering.see_up(block, y)
+            return y
 
         setattr(forward, _MARK, True)
         return forward
@@ -267,15 +286,18 @@ class Griffin:
             raise ValueError(f"rows is {rows}; expected numbers of the {sequences} prompts, from 0 to {sequences - 1}")
         chosen = range(sequences) if rows is None else rows[:1] if len(set(rows)) == 1 else rows
         for layer, sparse in self._sparse.items():
-            sparse.select([self._experts[layer][row] for row in chosen])
+            sparse.select([self._experts[layer][row] for row in chosen], choice.rows_of(self._tiers.get(layer), chosen))
         self._rows = rows
 
-    def _scores(self, layers: Sequence[int]) -> Tensor:
-        """The statistic of some layers of one width, (layers, n, D_ff), of n sets of experts a layer."""
-        energies = torch.stack([self._conversation.energies[layer] for layer in layers])
-        if self.config.batch == "per_sequence":
-            return statistic.flocking(energies)
-        return statistic.shared(energies, torch.stack([self._conversation.tokens[layer] for layer in layers]))[:, None]
+    def _count(self, block: FFBlock) -> int:
+        """Experts of a layer."""
+        own = self._splits.get(block.layer)
+        return self.config.experts_of(block.width) if own is None else own.experts
+
+    def _bytes_of(self, block: FFBlock) -> int:
+        """Bytes of a layer that a token reads."""
+        own = self._splits.get(block.layer)
+        return block.nbytes * self._count(block) // block.width if own is None else own.nbytes
 
     @torch.no_grad()
     def _select(self) -> None:
@@ -286,33 +308,13 @@ class Griffin:
             self._ready = True
             self.selection_s = time.perf_counter() - start
             return
-        experts: dict[int, tuple[Tensor, ...]] = {}
-        if self._static:
-            source = {block.layer: selection.magnitude_scores(block.input_norms())[None] for block in self.blocks}
-        else:
-            source = self._conversation.energies
-            if any(block.layer not in source for block in self.blocks):
-                raise ValueError("no prompt token came: call the model inside handle.prompt_phase()")
-        for layers in _alike({block.layer: source[block.layer] for block in self.blocks}):
-            scores = torch.stack([source[layer] for layer in layers]) if self._static else self._scores(layers)
-            # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
-            seeds = [(self.config.seed * 1_000_003 + layer) % 2**63 for layer in layers for _ in range(scores.shape[1])]
-            k = self.config.experts_of(scores.shape[2])
-            chosen = iter(selection.select(scores.flatten(0, 1), k, self.config.selection, seeds).unbind())
-            for layer in layers:
-                experts[layer] = tuple(islice(chosen, scores.shape[1]))
+        counts = {block.layer: self._count(block) for block in self.blocks}
+        experts = choice.experts(self.blocks, self._conversation, self.config, counts)
+        tiers = choice.tiers(self.blocks, self._conversation, self.config, self._splits)
         for layer, sparse in self._sparse.items():
-            sparse.select(experts[layer])
-        self._experts = experts
+            sparse.select(experts[layer], tiers.get(layer))
+        self._experts, self._tiers = experts, tiers
         self.selection_s = time.perf_counter() - start
-
-
-def _alike(source: Mapping[int, Tensor]) -> Iterable[list[int]]:
-    """Layers in groups of one width and one device: what one call can select for."""
-    groups: dict[tuple[int, torch.device], list[int]] = {}
-    for layer, own in source.items():
-        groups.setdefault((own.shape[-1], own.device), []).append(layer)
-    return groups.values()
 
 
 def refuse_training(model: nn.Module) -> None:

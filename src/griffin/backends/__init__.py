@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from griffin.backends import gather, library, masked, native, reference
+from griffin.backends.tier import Tier
 from griffin.layouts import FFBlock
 
 
@@ -30,8 +31,12 @@ class SparseFF(Protocol):
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
         """What is changed of the model's own weights is put back when `undo` closes."""
 
-    def select(self, experts: Sequence[Tensor]) -> None:
+    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
         """Take a new selection: one set of experts for all rows, or one for each sequence of the batch.
+
+        Args:
+            experts: the sets.
+            tier: which of them a token computes; `None`: all. Its weights have a row, or one for each set.
 
         Shapes: each (k,), int64, ascending, all of the same k.
         """
@@ -69,8 +74,13 @@ _BACKENDS: dict[str, type[SparseFF]] = {
 MASKED = Backend("masked", "single weights are kept, not neurons: saves no time", masked.MaskedFF)
 
 
-def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
+def resolve(name: str, blocks: Sequence[FFBlock], *, tier: bool = False) -> Backend:
     """The backend that a name means for these blocks.
+
+    Args:
+        name: `auto`, or a backend's.
+        blocks: the blocks.
+        tier: whether a token tier is wanted, which `gather` does not have.
 
     Raises:
         ValueError: there is none of that name, or it cannot compute these blocks.
@@ -79,6 +89,9 @@ def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
         unusable = next((reason for block in blocks if (reason := native.unusable(block)) is not None), None)
         if unusable is None:
             return Backend("native", f"auto: experts are read in place ({library.isa()})", native.NativeFF)
+        if tier:
+            reason = f"auto: all experts are computed and some are left out, which saves no time, since {unusable}"
+            return Backend("reference", reason, reference.ReferenceFF)
         if any(block.quantised for block in blocks):
             return Backend(
                 "reference", f"auto: quantised experts are dequantised, since {unusable}", reference.ReferenceFF
@@ -87,4 +100,6 @@ def resolve(name: str, blocks: Sequence[FFBlock]) -> Backend:
         return Backend("gather", reason, gather.GatherFF)
     if name not in _BACKENDS:
         raise ValueError(f"backend is {name!r}; expected auto or one of {', '.join(_BACKENDS)}")
+    if tier and name == "gather":
+        raise ValueError("the gather backend copies experts once a prompt, a token tier chooses them anew: use native")
     return Backend(name, "asked for by name", _BACKENDS[name])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.backends.reference import split_rows
+from griffin.backends.tier import Tier
 from griffin.layouts import FFBlock, rows
 
 
@@ -29,8 +30,9 @@ class GatherFF:
         self._out: Tensor | None = None  # (n, D, k)
         self.calls = 0  # tests read it to know which path ran
 
-    def select(self, experts: Sequence[Tensor]) -> None:
+    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
         """See `SparseFF.select`."""
+        assert tier is None, "resolve refuses it"
         self._reserve(len(experts), experts[0].shape[0])
         assert self._out is not None
         for n, own in enumerate(experts):

@@ -28,6 +28,7 @@ class _Rows(ctypes.Structure):
         ("experts", _pointer),
         ("n_experts", _i64),
         ("row_mask", _pointer),
+        ("tier", _pointer),
     ]
 
 
@@ -44,7 +45,7 @@ def _rows(x: Tensor, d_in: int, d_out: int, out: Tensor | None) -> tuple[_Rows, 
         raise ValueError(f"x on {x.device}, out on {out.device}: expected both on cpu")
     rows = _Rows(
         x.data_ptr(), out.data_ptr(), x.stride(0) * x.element_size(), out.stride(0) * out.element_size(),
-        library.ROW_TYPES[x.dtype], library.ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None,
+        library.ROW_TYPES[x.dtype], library.ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None, None,
     )  # fmt: skip
     rows.keep = x  # a copy made above lives as long as its address
     return rows, out
@@ -56,6 +57,7 @@ def ff(
     experts: Tensor | None = None,
     row_mask: Tensor | None = None,
     *,
+    tier: operands.Tier | None = None,
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
@@ -68,6 +70,8 @@ def ff(
         row_mask: (k,) uint16, bit r of entry i: row r wants expert i
         out: (B, D) float32 or bfloat16, must not overlap x; default a new tensor of x's dtype
         returns out
+
+    `tier`: of the experts, each row computes those only that the second tier leaves it.
 
     `threads` defaults to torch.get_num_threads(). Raises ValueError for other shapes, dtypes or devices.
     """
@@ -85,6 +89,11 @@ def ff(
                 f"row_mask: {tuple(row_mask.shape)} {row_mask.dtype}, expected uint16, one for each expert"
             )
         rows.row_mask = row_mask.data_ptr()
+    if tier is not None:
+        own = tier.kept[0]
+        if len(own) not in (1, x.shape[0]):
+            raise ValueError(f"tier: weights of {len(own)} rows, but x has {x.shape[0]}")
+        rows.tier = ctypes.addressof(tier.struct)
     library.check(
         library.loaded().griffin_ff(
             ctypes.addressof(block.struct), ctypes.addressof(rows), threads or torch.get_num_threads()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 FORMATS = ("f32", "bf16", "f16", "int8", "int4")
 """of weights; the place in the tuple is the interface's number"""
 ROW_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "griffin_isas": (ctypes.c_char_p, []),
     "griffin_threading": (ctypes.c_char_p, []),
     "griffin_calls": (_i64, []),
+    "griffin_ff_bytes": (_i64, []),
     "griffin_ff": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
     "griffin_matvec": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
     "griffin_decode": (ctypes.c_int, [_pointer, _pointer, _pointer, _pointer, ctypes.c_int, _pointer, ctypes.c_int]),
@@ -155,6 +156,11 @@ def threading() -> str:
 def calls() -> int:
     """`ff` and `matvec` calls finished in this process: proves which path ran."""
     return int(loaded().griffin_calls())
+
+
+def ff_bytes() -> int:
+    """Bytes of weights and scales that FF blocks have read in this process: what a method costs, counted."""
+    return int(loaded().griffin_ff_bytes())
 
 
 def check(status: int) -> None:

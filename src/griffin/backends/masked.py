@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.backends.tier import Tier
 from griffin.layouts import FFBlock, rows
 
 
@@ -22,7 +23,7 @@ class MaskedFF:
         self.calls = 0  # tests read it to know which path ran
         undo.callback(self.clear)
 
-    def select(self, experts: Sequence[Tensor]) -> None:
+    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
         """There are no experts, but masked weights: see `mask`."""
         raise NotImplementedError
 

@@ -8,48 +8,51 @@ the call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from griffin.backends import kernel, library, operands
+from griffin.backends.activation import activation_of
 from griffin.backends.neuron_major import make_neuron_major
 from griffin.backends.quantised import ff_records
 from griffin.backends.reference import split_rows
+from griffin.backends.tier import Tier, sketch
 from griffin.layouts import FFBlock, rows, shape_of
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # What an operator cannot take as an argument: the blocks that are alive, by a number of their own.
-_BLOCKS: WeakValueDictionary[int, operands.Block] = WeakValueDictionary()
+_BLOCKS: WeakValueDictionary[int, NativeFF] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
 @torch.library.custom_op("griffin::ff", mutates_args=())
-def ff(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int) -> Tensor:
+def ff(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int, group: int) -> Tensor:
     """`kernel.ff` as an operator, so that `torch.compile` sees one opaque call with a known result.
 
-    Shapes: as `kernel.ff`; `block` is a number that `NativeFF.number` gives.
+    Shapes: as `kernel.ff`; `block` is a number that `NativeFF.number` gives, `group` the place of a set in its `sets`.
     """
-    return kernel.ff(_BLOCKS[block], x, experts, row_mask)
+    own = _BLOCKS[block]
+    return kernel.ff(own.block, x, experts, row_mask, tier=own.sets[group].tier)
 
 
 @ff.register_fake
-def _(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int) -> Tensor:
+def _(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int, group: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+class Set(NamedTuple):
+    """What up to 16 sequences are computed with: the union of their experts, who wants which, the second tier."""
+
+    experts: Tensor
+    row_mask: Tensor | None
+    tier: operands.Tier | None
 
 
 class NativeFF:
@@ -61,11 +64,11 @@ class NativeFF:
         if not block.quantised:  # records are neuron-major as they are
             make_neuron_major(block, undo)
         self._width = block.width
-        self._block = native_block(block)
+        self._ff, self._block = block, native_block(block)
         self.number = next(_NUMBERS)
-        _BLOCKS[self.number] = self._block
+        _BLOCKS[self.number] = self
         self._sequences = 1
-        self._sets: list[tuple[Tensor, Tensor | None]] = []  # experts and row mask, for every 16 sequences
+        self._sets: list[Set] = []  # for every 16 sequences
         self._x: Tensor | None = None
         self._placeholder = torch.zeros(2)
         self.calls = 0
@@ -76,18 +79,26 @@ class NativeFF:
         return self._block
 
     @property
-    def sets(self) -> Sequence[tuple[Tensor, Tensor | None]]:
-        """Experts and row mask of every 16 sequences; one set without a mask where experts are shared."""
+    def sets(self) -> Sequence[Set]:
+        """What every 16 sequences are computed with; one set without a mask where experts are shared."""
         return self._sets
 
-    def select(self, experts: Sequence[Tensor]) -> None:
+    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
         """See `SparseFF.select`."""
         self._sequences = len(experts)
         if len(experts) == 1:
-            self._sets = [(experts[0], None)]
+            self._sets = [Set(experts[0], None, self._tier(tier, slice(0, 1)))]
             return
-        groups = [experts[at : at + kernel.MAX_ROWS] for at in range(0, len(experts), kernel.MAX_ROWS)]
-        self._sets = [kernel.union(torch.stack(list(group)), self._width) for group in groups]
+        self._sets = []
+        for at in range(0, len(experts), kernel.MAX_ROWS):
+            own = slice(at, at + kernel.MAX_ROWS)
+            self._sets.append(Set(*kernel.union(torch.stack(list(experts[own])), self._width), self._tier(tier, own)))
+
+    def _tier(self, tier: Tier | None, rows: slice) -> operands.Tier | None:
+        if tier is None:
+            return None
+        gate = None if tier.split.gate is None else sketch(self._ff, tier.split.gate)
+        return operands.tier(self._block, tier.weights[rows], tier.split.chosen, gate=gate)
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
@@ -102,23 +113,24 @@ class NativeFF:
             self.calls += 1
         if self._sequences == 1:
             flat = x.reshape(-1, x.shape[-1])
-            parts = [self._run(part, *self._sets[0]) for part in torch.split(flat, kernel.MAX_ROWS)]
+            parts = [self._run(part, 0) for part in torch.split(flat, kernel.MAX_ROWS)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
         by_sequence = split_rows(x, self._sequences)
         y = torch.empty_like(by_sequence)
         for position in range(by_sequence.shape[1]):
-            for group, (experts, mask) in enumerate(self._sets):
+            for group in range(len(self._sets)):
                 at = slice(group * kernel.MAX_ROWS, (group + 1) * kernel.MAX_ROWS)
-                y[at, position] = self._run(by_sequence[at, position], experts, mask)
+                y[at, position] = self._run(by_sequence[at, position], group)
         return y.view(x.shape)
 
-    def _run(self, x: Tensor, experts: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, group: int) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
-            return self._run(x.float(), experts, mask).to(x.dtype)
+            return self._run(x.float(), group).to(x.dtype)
+        experts, mask, tier = self._sets[group]
         if torch.compiler.is_compiling():
-            y: Tensor = ff(x, experts, mask, self.number)
+            y: Tensor = ff(x, experts, mask, self.number, group)
             return y
-        return kernel.ff(self._block, x, experts, mask)  # without the dispatcher's overhead
+        return kernel.ff(self._block, x, experts, mask, tier=tier)  # without the dispatcher's overhead
 
 
 def unusable(block: FFBlock) -> str | None:
@@ -171,24 +183,3 @@ def native_block(block: FFBlock) -> operands.Block:
         up_bias=up_bias,
         out_bias=out_bias,
     )
-
-
-@torch.no_grad()
-def activation_of(block: FFBlock) -> str | None:
-    """Which of the library's activations a block uses, found by trying it out; `None` for another one.
-
-    Names in configs are not unique ("gelu" means three functions), so the block's own callable is asked.
-    """
-    probe = torch.linspace(-6.0, 6.0, 97)
-    named = {**vars(block.module), **dict(block.module.named_children())}
-    for name, function in named.items():
-        if not callable(function) or not any(part in name.lower() for part in ("act", "gelu")):
-            continue
-        try:
-            found = function(probe)
-        except Exception:  # not an activation: it wants other arguments
-            continue
-        for activation, expected in _ACTIVATIONS.items():
-            if isinstance(found, Tensor) and torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
-                return activation
-    return None

@@ -43,6 +43,10 @@ class MatrixStruct(ctypes.Structure):
     ]
 
 
+class TierStruct(ctypes.Structure):
+    _fields_ = [("gate", MatrixStruct), ("weight", _pointer), ("weight_stride", _i64), ("k", _i64)]
+
+
 @dataclass(frozen=True)
 class Block:
     """One feedforward block as the library sees it; keeps its tensors alive. Made by `ff_block` or `quantise_ff`."""
@@ -67,6 +71,15 @@ class Matrix:
     weight_bytes: int
     struct: Any = field(repr=False)
     tensors: tuple[Tensor, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A second tier as the library sees it. Make one by `tier`."""
+
+    k: int
+    struct: Any = field(repr=False)
+    kept: tuple[Any, ...] = field(repr=False)
 
 
 class Biases(TypedDict, total=False):
@@ -232,6 +245,41 @@ def _matrix(format: str, d_in: int, rows: Tensor, scale: Tensor | None, bias: Te
     data = (rows,) if scale is None else (rows, scale)
     kept = data if bias is None else (*data, bias)
     return Matrix(d_in, d_out, format, sum(t.nbytes for t in data), struct, kept)
+
+
+# -- second tier --------------------------------------------------------------
+
+
+def tier(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) -> Tier:
+    """Of a token's experts the k with the largest `|act(gate)| * weight`, whose up and down alone are read.
+
+    Args:
+        block: a gated block.
+        weight: what the gate is multiplied by, not negative.
+        k: experts of a token.
+        gate: the gate in another format, read instead of the block's own; without a bias, which is the block's.
+
+    Shapes:
+        weight: (D_ff,), or (B, D_ff) where every row of input has its own; float32
+        gate: (D_ff, D)
+
+    Raises ValueError for an ungated block, other shapes or dtypes, or a k outside of 1..D_ff.
+    """
+    if not block.gated:
+        raise ValueError("the block has no gate, so there is no second tier")
+    rows = weight.contiguous() if weight.dim() == 2 else weight.contiguous()[None]
+    if rows.dim() != 2 or rows.shape[1] != block.d_ff or rows.dtype != torch.float32 or rows.device.type != "cpu":
+        raise ValueError(
+            f"weight: {tuple(weight.shape)} {weight.dtype}, expected ({block.d_ff},) or (B, {block.d_ff}) float32"
+        )
+    if not 1 <= k <= block.d_ff:
+        raise ValueError(f"k is {k}, expected 1..{block.d_ff}")
+    if gate is not None and (gate.d_out, gate.d_in) != (block.d_ff, block.d_model):
+        raise ValueError(f"gate: ({gate.d_out}, {gate.d_in}), expected ({block.d_ff}, {block.d_model})")
+    struct = TierStruct(weight=rows.data_ptr(), weight_stride=block.d_ff if len(rows) > 1 else 0, k=k)
+    if gate is not None:
+        struct.gate = gate.struct
+    return Tier(k, struct, (rows, gate))
 
 
 # -- both --------------------------------------------------------------

@@ -9,26 +9,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.backends import operands
+from griffin.backends.activation import ACTIVATIONS, activation_of
 from griffin.backends.quantised import QuantisedLinear
+from griffin.backends.tier import Tier, sketch
 from griffin.layouts import FFBlock, rows
 
 _Project = Callable[[Tensor, Tensor], Tensor]
 
 
 class ReferenceFF:
-    """`y = W_2[:, E] (act(W_g[E] x) * (W_1[E] x)) + b_2`, sequence by sequence, by `index_select`."""
+    """`y = W_2[:, E] (act(W_g[E] x) * (W_1[E] x)) + b_2`, sequence by sequence, by `index_select`.
+
+    With a token tier all of them are computed, and those that the tier leaves out are multiplied by zero.
+    """
 
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
         self._block = block
         self._experts: tuple[Tensor, ...] = ()
+        self._tier: Tier | None = None
+        self._gate: Tensor | None = None  # before its activation, of the token that is computed
+        self._sketch: tuple[str, Tensor] | None = None  # the gate's copy in fewer bits, as numbers
         self.calls = 0  # tests read it to know which path ran
 
-    def select(self, experts: Sequence[Tensor]) -> None:
+    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
         """See `SparseFF.select`."""
-        self._experts = tuple(experts)
+        self._experts, self._tier = tuple(experts), tier
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""
+        if self._tier is None:
+            return self._read(which, x)
+        fused = self._block.layout.fused
+        if which == 0:
+            whole = self._read(which, x) if fused or self._tier.split.gate is None else None
+            gate, up = whole.chunk(2, dim=-1) if fused and whole is not None else (whole, None)
+            if self._tier.split.gate is not None:
+                gate = self._sketched(self._tier.split.gate, x)
+            assert gate is not None
+            self._gate = gate
+            return gate if up is None else torch.cat([gate, up * self._chosen()], dim=-1)
+        return self._read(which, x) * self._chosen()
+
+    def _read(self, which: int, x: Tensor) -> Tensor:
         projection = self._block.inputs[which]
         if isinstance(projection, QuantisedLinear):
             return self._each(x, lambda part, experts: _dequantised_read(projection, part, experts))
@@ -52,6 +75,34 @@ class ReferenceFF:
             return self._each(z, lambda part, e: F.linear(part, output.dequantised(e, part.dtype).t(), own_bias))
         weight, bias = rows(output)
         return self._each(z, lambda part, experts: F.linear(part, weight.index_select(1, experts), bias))
+
+    def _sketched(self, format: str, x: Tensor) -> Tensor:
+        """Gates of the experts from the sketch."""
+        weight, bias = self._sketch_of(format, x), getattr(self._block.inputs[0], "bias", None)
+        own = None if bias is None else bias[: self._block.width]
+        return self._each(x, lambda part, e: F.linear(part, weight[e], None if own is None else own[e]))
+
+    def _sketch_of(self, format: str, like: Tensor) -> Tensor:
+        if self._sketch is None or self._sketch[0] != format:
+            self._sketch = format, operands.unpack(sketch(self._block, format))[0]
+        name, weight = self._sketch
+        if (weight.dtype, weight.device) != (like.dtype, like.device):
+            self._sketch = name, weight.to(like)
+        return self._sketch[1]
+
+    def _chosen(self) -> Tensor:
+        """1 where the tier has chosen an expert for a token, else 0. Shapes: (..., k)."""
+        gate, tier = self._gate, self._tier
+        assert gate is not None
+        assert tier is not None
+        name = activation_of(self._block)
+        assert name is not None
+        values = ACTIVATIONS[name](gate).abs().float()
+        weights = tier.weights.to(gate.device)
+        own = torch.stack([weights[row if len(weights) > 1 else 0][e] for row, e in enumerate(self._experts)])
+        scores = values.view(len(own), -1, own.shape[1]) * own[:, None]
+        kept = torch.zeros_like(scores).scatter_(2, scores.topk(tier.split.chosen).indices, 1.0)
+        return kept.view(gate.shape).to(gate.dtype)
 
     def _each(self, x: Tensor, project: _Project) -> Tensor:
         if len(self._experts) == 1:

@@ -155,6 +155,11 @@ def _tasks(args: argparse.Namespace) -> list[str]:
         from griffin.integrations.lm_eval.tasks import check_names
 
         check_names(tasks)
+        if args.data is not None:
+            from griffin.integrations.lm_eval.data import load
+
+            for task in tasks:
+                load(task, args.data)  # a file that is missing is said before the model is loaded
     return tasks
 
 

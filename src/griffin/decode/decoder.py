@@ -82,6 +82,7 @@ class _Experts(ctypes.Structure):
         ("row_mask", _pointer),
         ("index_bytes", _i32),
         ("reserved", _i32),
+        ("tier", _pointer),
     ]
 
 
@@ -140,14 +141,15 @@ class NativeDecoder:
         kept: list[Any] = []
         for layer in range(len(self._layers)):
             if layer in pruned:
-                indices, mask = ff[layer].sets[0]
-                kept += [indices, mask]
+                indices, mask, tier = ff[layer].sets[0]
+                kept += [indices, mask, tier]
                 table[layer] = _Experts(
                     indices.data_ptr(),
                     indices.shape[0],
                     None if mask is None else mask.data_ptr(),
                     indices.element_size(),
                     0,
+                    None if tier is None else ctypes.addressof(tier.struct),
                 )
         return table, kept
 

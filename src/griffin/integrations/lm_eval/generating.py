@@ -109,7 +109,9 @@ def answers(
     first, mask = batch.prompts[:, :-1], None if batch.mask is None else batch.mask[:, :-1]
     if first.shape[1] and (mask is None or bool(mask.any(dim=1).all())):
         cache = new_cache(model)
-        with attach(model, GriffinConfig(density=1.0, batch="per_sequence")) as handle:
+        tier = any(config.tier for config in configs)  # whose prompt phase gathers more
+        shared = GriffinConfig(density=1.0, batch="per_sequence", selection="tier+topk" if tier else "topk")
+        with attach(model, shared) as handle:
             next(generate_step(model, first, attention_mask=mask, handle=handle, cache=cache))
     for config in configs:
         with attach(model, config) as handle:

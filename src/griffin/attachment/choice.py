@@ -1,0 +1,99 @@
+"""From what a prompt phase has gathered to the experts of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from griffin import selection, statistic
+from griffin.attachment.conversation import Conversation
+from griffin.backends.tier import Split, Tier, output_norms
+from griffin.config import GriffinConfig
+from griffin.layouts import FFBlock
+
+Experts = dict[int, tuple[Tensor, ...]]
+
+
+def scores(conversation: Conversation, layers: Sequence[int], batch: str) -> Tensor:
+    """The statistic of some layers of one width, of n sets of experts a layer.
+
+    Shapes:
+        Returns (layers, n, D_ff), float32.
+    """
+    energies = torch.stack([conversation.energies[layer] for layer in layers])
+    if batch == "per_sequence":
+        return statistic.flocking(energies)
+    return statistic.shared(energies, torch.stack([conversation.tokens[layer] for layer in layers]))[:, None]
+
+
+def experts(
+    blocks: Sequence[FFBlock], conversation: Conversation, config: GriffinConfig, counts: Mapping[int, int]
+) -> Experts:
+    """Experts of every layer: one set, or one for each sequence.
+
+    Args:
+        blocks: the layers.
+        conversation: what the prompt gave; the selection `magnitude` does not look at it.
+        config: how they are selected.
+        counts: how many, by layer.
+
+    Shapes:
+        Each (k,), int64, ascending.
+
+    Raises:
+        ValueError: no prompt token came, or the scores are not finite.
+    """
+    static = config.selection == "magnitude"
+    if static:
+        source = {block.layer: selection.magnitude_scores(block.input_norms())[None] for block in blocks}
+    else:
+        source = conversation.energies
+        if any(block.layer not in source for block in blocks):
+            raise ValueError("no prompt token came: call the model inside handle.prompt_phase()")
+    found: Experts = {}
+    for layers in _alike({block.layer: source[block.layer] for block in blocks}, counts):
+        own = torch.stack([source[layer] for layer in layers]) if static else scores(conversation, layers, config.batch)
+        # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
+        seeds = [(config.seed * 1_000_003 + layer) % 2**63 for layer in layers for _ in range(own.shape[1])]
+        k = counts[layers[0]]
+        chosen = iter(selection.select(own.flatten(0, 1), k, config.ranking, seeds).unbind())
+        for layer in layers:
+            found[layer] = tuple(islice(chosen, own.shape[1]))
+    return found
+
+
+def tiers(
+    blocks: Sequence[FFBlock], conversation: Conversation, config: GriffinConfig, splits: Mapping[int, Split]
+) -> dict[int, Tier]:
+    """The token tier of every layer that has a split: weights `rms(u_j) * ||W_2[:, j]||` from the prompt.
+
+    With shared experts every sequence of the batch counts the same, however long its prompt is.
+    """
+    found = {}
+    for block in blocks:
+        if block.layer not in splits:
+            continue
+        tokens = conversation.tokens[block.layer].clamp_min(1)[:, None].to(conversation.ups[block.layer].device)
+        squares = conversation.ups[block.layer] / tokens
+        if config.batch == "shared":
+            squares = squares.mean(dim=0, keepdim=True)
+        found[block.layer] = Tier(splits[block.layer], squares.sqrt() * output_norms(block).to(squares.device))
+    return found
+
+
+def rows_of(tier: Tier | None, rows: Sequence[int]) -> Tier | None:
+    """The tier of some of the sequences, in that order."""
+    if tier is None or len(tier.weights) == 1:
+        return tier
+    return Tier(tier.split, tier.weights[list(rows)])
+
+
+def _alike(source: Mapping[int, Tensor], counts: Mapping[int, int]) -> Iterable[list[int]]:
+    """Layers in groups of one width, one number of experts and one device: what one call can select for."""
+    groups: dict[tuple[int, int, torch.device], list[int]] = {}
+    for layer, own in source.items():
+        groups.setdefault((own.shape[-1], counts[layer], own.device), []).append(layer)
+    return groups.values()

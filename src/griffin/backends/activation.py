@@ -1,0 +1,40 @@
+"""Which activation an FF block applies to its gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from griffin.layouts import FFBlock
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+@torch.no_grad()
+def activation_of(block: FFBlock) -> str | None:
+    """Which of the library's activations a block uses, found by trying it out; `None` for another one.
+
+    Names in configs are not unique ("gelu" means three functions), so the block's own callable is asked.
+    """
+    probe = torch.linspace(-6.0, 6.0, 97)
+    named = {**vars(block.module), **dict(block.module.named_children())}
+    for name, function in named.items():
+        if not callable(function) or not any(part in name.lower() for part in ("act", "gelu")):
+            continue
+        try:
+            found = function(probe)
+        except Exception:  # not an activation: it wants other arguments
+            continue
+        for activation, expected in ACTIVATIONS.items():
+            if isinstance(found, Tensor) and torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
+                return activation
+    return None
