@@ -65,7 +65,8 @@ typedef struct {
 } griffin_matrix;
 
 /* A second tier, for each token anew: the gate is computed of all experts, up and down only of the k of them that have the
- * largest |act(gate)| * weight for this token. */
+ * largest |act(gate)| * weight for this token. Where a block has no gate, up takes its place: it is computed of all experts,
+ * and down of the k. */
 typedef struct {
   griffin_matrix gate;      /* (D_ff, D): the gate in another format, read instead of the block's own; weight NULL: its own */
   const float *weight;      /* (1 or rows, D_ff), none of them negative */
@@ -84,7 +85,7 @@ typedef struct {
   const void *experts;      /* (n_experts,) each in 0..D_ff-1, or NULL: all neurons. Ignored by matvec. */
   int64_t n_experts;
   const uint16_t *row_mask; /* (n_experts,) or NULL: bit r of entry i says that row r wants expert i */
-  const griffin_tier *tier; /* or NULL: every expert is computed. Gated blocks only; ignored by matvec. */
+  const griffin_tier *tier; /* or NULL: every expert is computed. Ignored by matvec. */
 } griffin_rows;
 
 /* -- set-up -------------------------------------------------------------------------------------------------------- */

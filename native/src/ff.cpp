@@ -46,10 +46,19 @@ class Part {
     rows_read_ += (gated ? 2 : 1) + listed;
   }
 
-  // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride].
+  // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride]. Without
+  // a gate, that is act(up), and z itself.
   void enter(const int64_t* j, const int64_t* next_j, int m, uint32_t mask, const float* const* gates, int64_t stride) {
     const uint8_t *w[2], *next[2];
     bool listed[2] = {};
+    if (!block_.gate) {
+      for (int i = 0; i < m; i++) {
+        for (int r = 0; r < rows_; r++)
+          if (mask >> r & 1) listed[i] |= list(r, j[i], gates[i][r * stride]);
+        rows_read_ += listed[i];
+      }
+      return;
+    }
     for (int i = 0; i < m; i++) {
       w[i] = row(block_.up, block_.up_stride, j[i]);
       next[i] = row(block_.up, block_.up_stride, next_j[i]);

@@ -52,7 +52,7 @@ Edge edge(const float* scores, int64_t n, int64_t k, float* room) {
 }  // namespace
 
 bool Tier::valid(const griffin_ff_block& block, const griffin_tier& tier) {
-  if (!block.gate || !tier.weight || tier.weight_stride < 0 || tier.k < 1) return false;
+  if (!tier.weight || tier.weight_stride < 0 || tier.k < 1) return false;
   const griffin_matrix& gate = tier.gate;
   return !gate.weight || (gate.d_in == block.d_model && gate.d_out == block.d_ff && gate.format >= GRIFFIN_F32 &&
                           gate.format <= GRIFFIN_INT4 && (gate.format != GRIFFIN_INT8 || gate.scale));
@@ -70,9 +70,11 @@ Tier::Tier(const griffin_ff_block& block, const griffin_rows& rows, float* memor
   own_ = scores_ + rows.rows * stride_;
   const bool other = tier_.gate.weight != nullptr;
   format_ = other ? tier_.gate.format : block.format;
-  weight_ = static_cast<const uint8_t*>(other ? tier_.gate.weight : block.gate);
-  weight_stride_ = other ? tier_.gate.stride : block.gate_stride;
-  scale_ = other ? tier_.gate.scale : block.gate_scale;
+  const bool gated = block.gate != nullptr;  // else up is what the activation is of
+  weight_ = static_cast<const uint8_t*>(other ? tier_.gate.weight : gated ? block.gate : block.up);
+  weight_stride_ = other ? tier_.gate.stride : gated ? block.gate_stride : block.up_stride;
+  scale_ = other ? tier_.gate.scale : gated ? block.gate_scale : block.up_scale;
+  bias_ = gated ? block.gate_bias : block.up_bias;
   scale_stride_ = other ? sizeof(float) : block.scale_stride;
 }
 
@@ -94,7 +96,7 @@ void Tier::gate(const Inputs& x, int thread, int threads) {
       x.dot()(w, m, in, n, block_.d_model, out, next);
       for (int p = 0; p < m; p++) {
         const float scale = scale_ ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(scale_) + j[p] * scale_stride_) : 1.f;
-        const float bias = block_.gate_bias ? block_.gate_bias[j[p]] : 0.f;
+        const float bias = bias_ ? bias_[j[p]] : 0.f;
         for (int r = 0; r < n; r++) {
           const int64_t at = (first + r) * stride_ + i + p;
           const bool wanted = !rows_.row_mask || (rows_.row_mask[i + p] >> (first + r) & 1);

@@ -36,10 +36,10 @@ class Tier {
   const griffin_tier& tier_;
   const int64_t n_, stride_;
   float *gates_, *scores_, *own_;
-  // Where the gate's rows and their scales are, strides in bytes.
+  // Where the gate's rows, their scales and biases are, strides in bytes.
   int format_;
   const uint8_t* weight_;
-  const float* scale_;
+  const float *scale_, *bias_;
   int64_t weight_stride_, scale_stride_;
 };
 

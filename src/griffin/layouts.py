@@ -131,8 +131,9 @@ class FFBlock:
         """
         if self.quantised:
             norms: Tensor = self.output.row_norms()[0]  # type: ignore[operator]
-            return norms
-        return torch.linalg.vector_norm(rows(self.output)[0].detach().float(), dim=0)
+        else:
+            norms = torch.linalg.vector_norm(rows(self.output)[0].detach().float(), dim=0)
+        return norms
 
 
 def is_quantised(projection: nn.Module) -> bool:

@@ -68,19 +68,24 @@ def experts(
 def tiers(
     blocks: Sequence[FFBlock], conversation: Conversation, config: GriffinConfig, splits: Mapping[int, Split]
 ) -> dict[int, Tier]:
-    """The token tier of every layer that has a split: weights `rms(u_j) * ||W_2[:, j]||` from the prompt.
+    """The token tier of every layer that has a split: weights `rms(u_j) * ||W_2[:, j]||`, of the prompt's `u_j`.
 
-    With shared experts every sequence of the batch counts the same, however long its prompt is.
+    Without a gate they are `||W_2[:, j]||`. With shared experts every sequence of the batch counts the same, however
+    long its prompt is.
     """
     found = {}
     for block in blocks:
         if block.layer not in splits:
             continue
+        norms = output_norms(block)
+        if not block.gated:
+            found[block.layer] = Tier(splits[block.layer], norms[None])
+            continue
         tokens = conversation.tokens[block.layer].clamp_min(1)[:, None].to(conversation.ups[block.layer].device)
         squares = conversation.ups[block.layer] / tokens
         if config.batch == "shared":
             squares = squares.mean(dim=0, keepdim=True)
-        found[block.layer] = Tier(splits[block.layer], squares.sqrt() * output_norms(block).to(squares.device))
+        found[block.layer] = Tier(splits[block.layer], squares.sqrt() * norms.to(squares.device))
     return found
 
 

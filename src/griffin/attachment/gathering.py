@@ -20,7 +20,7 @@ class Gathering:
         conversation: what is added to.
         masks: which of the phase's tokens are real, (B, S); `None`: each forward call's own two-dimensional mask tells.
         more: what is gathered beside the statistic: `inputs`, the norms of the projections' inputs, which adaptive
-            Wanda scores by, and `ups`, the energy of the up projection, which a token tier does.
+            Wanda scores by, and `ups`, the energy of the up projection, which a token tier of gated blocks does.
     """
 
     def __init__(self, conversation: Conversation, masks: Tensor | None, more: Collection[str] = ()) -> None:
@@ -62,7 +62,7 @@ class Gathering:
 
     def see_up(self, block: FFBlock, output: Tensor) -> None:
         """The block's last input projection gave this: up, or gate and up."""
-        if self._ups:
+        if self._ups and block.gated:
             self._up = output.detach()[..., -block.width :]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -83,7 +83,7 @@ class Gathering:
             x = self._x.reshape(*z.shape[:2], -1)
             energies = statistic.input_energy(x, mask), statistic.input_energy(z, mask)
             self._conversation.add_inputs(block.layer, *energies)
-        if self._ups:
+        if self._ups and block.gated:
             assert self._up is not None
             self._conversation.add_ups(block.layer, statistic.input_energy(self._up.reshape(z.shape), mask))
         self._conversation.add(block.layer, z, mask)

@@ -253,8 +253,10 @@ def _matrix(format: str, d_in: int, rows: Tensor, scale: Tensor | None, bias: Te
 def tier(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) -> Tier:
     """Of a token's experts the k with the largest `|act(gate)| * weight`, whose up and down alone are read.
 
+    Where there is no gate, up takes its place, and of the k down alone is read.
+
     Args:
-        block: a gated block.
+        block: the block.
         weight: what the gate is multiplied by, not negative.
         k: experts of a token.
         gate: the gate in another format, read instead of the block's own; without a bias, which is the block's.
@@ -263,10 +265,8 @@ def tier(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) ->
         weight: (D_ff,), or (B, D_ff) where every row of input has its own; float32
         gate: (D_ff, D)
 
-    Raises ValueError for an ungated block, other shapes or dtypes, or a k outside of 1..D_ff.
+    Raises ValueError for other shapes or dtypes, or a k outside of 1..D_ff.
     """
-    if not block.gated:
-        raise ValueError("the block has no gate, so there is no second tier")
     rows = weight.contiguous() if weight.dim() == 2 else weight.contiguous()[None]
     if rows.dim() != 2 or rows.shape[1] != block.d_ff or rows.dtype != torch.float32 or rows.device.type != "cpu":
         raise ValueError(

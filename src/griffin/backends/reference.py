@@ -38,18 +38,17 @@ class ReferenceFF:
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""
-        if self._tier is None:
+        if self._tier is None or which > 0:
             return self._read(which, x)
-        fused = self._block.layout.fused
-        if which == 0:
-            whole = self._read(which, x) if fused or self._tier.split.gate is None else None
-            gate, up = whole.chunk(2, dim=-1) if fused and whole is not None else (whole, None)
-            if self._tier.split.gate is not None:
-                gate = self._sketched(self._tier.split.gate, x)
-            assert gate is not None
-            self._gate = gate
-            return gate if up is None else torch.cat([gate, up * self._chosen()], dim=-1)
-        return self._read(which, x) * self._chosen()
+        format, k = self._tier.split.gate, self._experts[0].shape[0]
+        if format is None:
+            y = self._read(which, x)
+        elif self._block.layout.fused:
+            y = torch.cat([self._sketched(format, x), self._read(which, x)[..., k:]], dim=-1)
+        else:
+            y = self._sketched(format, x)
+        self._gate = y[..., :k]
+        return y
 
     def _read(self, which: int, x: Tensor) -> Tensor:
         projection = self._block.inputs[which]
@@ -69,6 +68,8 @@ class ReferenceFF:
         """See `SparseFF.write`."""
         if not torch.compiler.is_compiling():  # a count that changes would recompile every step
             self.calls += 1
+        if self._tier is not None:
+            z = z * self._chosen()
         output = self._block.output
         if isinstance(output, QuantisedLinear):
             own_bias = output.bias

@@ -5,9 +5,11 @@ so the gates are computed first, of all experts, and up and down only of those w
 
     |act(g_j)| * rms(u_j) * ||W_2[:, j]||_2
 
-where `rms(u_j)` is the root mean square of the prompt's `u_j`. What is not read is not computed: no neuron's activation
-is guessed. A gate may be read from a copy in fewer bits (a *sketch*), which makes room for more of up and down; the
-sketch's gate is then what the activation is computed from, too.
+where `rms(u_j)` is the root mean square of the prompt's `u_j`. A neuron without a gate adds `act(u_j) * W_2[:, j]`: all
+`u_j` are computed first, and `W_2[:, j]` is read where `|act(u_j)| * ||W_2[:, j]||_2` is largest.
+
+What comes first may be read from a copy in fewer bits (a *sketch*), which leaves more bytes for the rest; the
+activation is then computed from the sketch, too.
 
 Here is how many bytes go where. `density` means bytes: the share of the block's weights that are read for a token.
 """
@@ -27,10 +29,12 @@ from griffin.backends.activation import activation_of
 from griffin.backends.quantised import QuantisedLinear
 from griffin.layouts import FFBlock, shape_of
 
-# What a gate in so many bits costs beside an exact one, on the scale of the loss by neurons left out, (1 - share)^4.
-# Both were fitted to KL of SmolLM2-135M and Gemma 3 270M (results/ablation).
-_NOISE = {None: 0.0, "int8": 0.0003, "int4": 0.01}
-_FIRST = 1.5  # own gates of this much more neurons than the density says: the best of some on these two models
+# What a split costs, in nats of KL a token: fitted to SmolLM2-135M (results/ablation), where it is right to a fifth or
+# so but for the smallest densities. It only ranks the splits of one density.
+_LEFT_OUT = 3.5  # times (share of the neurons that a token leaves out)^4
+_NOT_EXPERTS = 1.0  # times the share that is left out for all tokens
+_NOISE = {None: 0.0, "int8": 0.001, "int4": 0.03}  # of the sketch
+_SHARES = tuple(step / 20 for step in range(1, 21))
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Split:
     """How an FF block's bytes are spent on a token.
 
     Args:
-        experts: neurons whose gates are computed.
-        chosen: of them, those whose up and down are computed.
-        gate: format of the gate's copy that is read; `None`: the gate itself is.
+        experts: neurons whose gates (without gates: ups) are computed.
+        chosen: of them, those whose up and down (down) are computed.
+        gate: format of the gate's (up's) copy that is read; `None`: it is read itself.
         nbytes: bytes of weights read for a token.
     """
 
@@ -56,7 +60,7 @@ class Tier:
 
     Args:
         split: how many neurons.
-        weights: `rms(u_j) * ||W_2[:, j]||`, a row for all sequences or one for each.
+        weights: what a token's gates are multiplied by, a row for all sequences or one for each.
 
     Shapes:
         weights: (1 or B, D_ff), float32.
@@ -70,31 +74,29 @@ def split(block: FFBlock, density: float) -> Split:
     """Spend a share of a block's bytes as well as is known.
 
     Raises:
-        ValueError: the block has no gate, or an activation that is not known.
+        ValueError: the block has an activation that is not known.
     """
-    if not block.gated:
-        raise ValueError(f"{block.path} has no gate, so it has no token tier; use a selection without tier")
     if activation_of(block) is None:
         raise ValueError(f"{block.path} has an activation that the token tier does not know; use one without tier")
-    neuron = block.nbytes / block.width
-    found = [_split(block, density, neuron, None)]
+    d, width, neuron = shape_of(block.output)[0], block.width, block.nbytes / block.width
+    first = neuron / (3 if block.gated else 2)
+    sizes: dict[str | None, float] = {None: first}
     if library.available() is None:
-        d = shape_of(block.output)[0]
-        sizes = {"int8": d + 4, "int4": packing.row_bytes("int4", d)}
-        found += [_split(block, density, neuron, name) for name, size in sizes.items() if size < neuron / 3]
-    return min(found, key=lambda own: (1 - own.chosen / block.width) ** 4 + _NOISE[own.gate])
+        sizes |= {"int8": d + 4, "int4": packing.row_bytes("int4", d)}
 
+    def spent(gate: str | None, share: float) -> Split:
+        experts = max(1, math.floor(share * width))
+        left = round(density * width * neuron - experts * sizes[gate], 6)
+        chosen = min(experts, math.floor(left / (neuron - first)))
+        return Split(experts, chosen, gate, math.ceil(experts * sizes[gate] + chosen * (neuron - first)))
 
-def _split(block: FFBlock, density: float, neuron: float, gate: str | None) -> Split:
-    width, third = block.width, neuron / 3
-    if gate is None:
-        experts, each = max(1, math.floor(min(1.0, _FIRST * density) * width)), third
-    else:
-        d = shape_of(block.output)[0]
-        experts, each = width, float(packing.row_bytes(gate, d) + (4 if gate == "int8" else 0))
-    left = round(density * width * neuron - experts * each, 6)
-    chosen = min(experts, max(1, math.floor(left / (2 * third))))
-    return Split(experts, chosen, gate, math.ceil(experts * each + chosen * 2 * third))
+    def loss(own: Split) -> float:
+        left_out, not_experts = 1 - own.chosen / width, 1 - own.experts / width
+        return _LEFT_OUT * left_out**4 + _NOT_EXPERTS * not_experts + _NOISE[own.gate]
+
+    found = [spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first]
+    possible = [own for own in found if own.chosen >= 1]
+    return min(possible, key=loss) if possible else Split(1, 1, None, math.ceil(neuron))
 
 
 # Sketches and norms are of the weights alone, so all handles of a model share them, for as long as it lives.
@@ -103,12 +105,11 @@ _KEPT: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDiction
 
 @torch.no_grad()
 def sketch(block: FFBlock, format: str) -> operands.Matrix:
-    """The block's gate in another format, (D_ff, D), without its bias."""
+    """The block's gate, or up where it has none, in another format, (D_ff, D), without its bias."""
     gate = block.inputs[0]
 
     def make() -> operands.Matrix:
-        packed = isinstance(gate, QuantisedLinear)
-        weight = gate.dequantised()[: block.width] if packed else block.input_weights()[0]
+        weight = gate.dequantised()[: block.width] if isinstance(gate, QuantisedLinear) else block.input_weights()[0]
         return operands.quantise_matrix(weight, format=format)
 
     return _kept(gate, format, make)  # type: ignore[no-any-return]
