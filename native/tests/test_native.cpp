@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <random>
 #include <sstream>
 #include <string>
@@ -194,9 +195,14 @@ void check_ff(const std::string& isa, const Case& c) {
     io.rows.index_bytes = 4;
     io.rows.row_mask = mask.data();
   }
+  // A second tier over the same experts, of which it takes the `first` ones.
+  griffin_tier tier{};
+  std::vector<float> weight(static_cast<size_t>(c.d_ff));
+  const int first = between(1, kind == 0 ? c.d_ff : k);
+  const bool tiered = between(0, 1) == 1;
   std::vector<double> expected;
   for (int r = 0; r < c.rows; r++) {
-    std::vector<double> y(static_cast<size_t>(c.d));
+    std::vector<double> y(static_cast<size_t>(c.d)), first_product(static_cast<size_t>(c.d_ff)), z(first_product);
     for (int i = 0; i < c.d; i++) y[i] = c.biased ? out_bias[i] : 0;
     for (const int64_t j : wanted[r]) {
       double g = c.biased ? gate_bias[j] : 0, u = c.biased ? up_bias[j] : 0;
@@ -204,10 +210,31 @@ void check_ff(const std::string& isa, const Case& c) {
         g += double{gate.values[j * c.d + i]} * io.x_value[static_cast<size_t>(r) * c.d + i];
         u += double{up.values[j * c.d + i]} * io.x_value[static_cast<size_t>(r) * c.d + i];
       }
-      const double z = c.gated ? act(c.activation, g) * u : act(c.activation, u);
-      for (int i = 0; i < c.d; i++) y[i] += z * down.values[j * c.d + i];
+      first_product[j] = fabs(act(c.activation, c.gated ? g : u));
+      z[j] = c.gated ? act(c.activation, g) * u : act(c.activation, u);
     }
+    if (tiered) {
+      if (r == 0)
+        for (float& w : weight) w = static_cast<float>(between(1, 1000));
+      const auto score = [&](int64_t j) { return first_product[j] * weight[j]; };
+      std::sort(wanted[r].begin(), wanted[r].end(), [&](int64_t a, int64_t b) {
+        return score(a) != score(b) ? score(a) > score(b) : a < b;
+      });
+      // What is too close to call in float32 may be either; then it must not matter.
+      const size_t n = wanted[r].size(), edge = static_cast<size_t>(first);
+      if (edge < n && score(wanted[r][edge]) > 0 && score(wanted[r][edge]) > 0.9999 * score(wanted[r][edge - 1])) return;
+      if (edge < n) wanted[r].resize(edge);
+    }
+    for (const int64_t j : wanted[r])
+      for (int i = 0; i < c.d; i++) y[i] += z[j] * down.values[j * c.d + i];
     expected.insert(expected.end(), y.begin(), y.end());
+  }
+  if (tiered) {
+    tier.weight = weight.data();
+    tier.k = first;
+    const Weights& read = c.gated ? gate : up;
+    if (between(0, 1)) tier.gate = {c.d, c.d_ff, c.format, 0, read.rows.data(), read.stride, read.scale.data(), nullptr};
+    io.rows.tier = &tier;
   }
   for (int repeat = 0; repeat < 2; repeat++)
     if (griffin_ff(&block, &io.rows, c.threads) != GRIFFIN_OK) failures++;
