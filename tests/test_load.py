@@ -24,11 +24,12 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
 from griffin.backends import library
+from griffin.cache import cache_folder
 from griffin.errors import GriffinError
 from griffin.generation import builtin, packed
 from griffin.generation.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
 from griffin.generation.load import check_gguf, load
-from griffin.generation.made_once import MANIFEST, cache_folder
+from griffin.generation.made_once import MANIFEST
 from griffin.generation.progress import progress
 
 

@@ -20,8 +20,11 @@ SELECTIONS = {
 }
 # What may stand before a selection, joined by "+", as in "tier+topk".
 REFINEMENTS = {
+    "prior": "the model's profile counts as so many tokens of the prompt, which helps short prompts",
     "tier": "up and down of those neurons only whose gates matter, for every token anew; density means bytes",
 }
+AUTO = "auto"
+BEST = "prior+tier+topk"  # what `auto` and a target loss mean, for a model that has a profile
 BATCHES = ("shared", "per_sequence")
 BACKENDS = ("auto", "reference", "gather", "native")
 
@@ -38,11 +41,16 @@ class GriffinConfig:
         selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control),
             `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the paper's unstructured
             baseline: single weights, not neurons, so that it saves no time; for evaluation). `tier+` before one of the
-            first five adds the token tier (`griffin.backends.tier`), which loses far less at the same bytes.
+            first four adds the token tier (`griffin.backends.tier`), which loses far less at the same bytes; `prior+`
+            the model's profile. `auto` is `prior+tier+topk` for a model that has a profile, else `tier+topk`.
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
         backend: `auto`, or the name of one (`reference`, `gather`, `native`).
         seed: seed of the random selections. The same seed, prompt and layer give the same experts.
+        profile: file of the model's profile, made by `griffin profile`; `None` looks among those that come with griffin
+            and those in its cache.
+        loss: a target instead of a density: the smallest density whose KL to the full model was at most this, in nats a
+            token, when the profile was made. The selection is then `prior+tier+topk`.
 
     Raises:
         ValueError: a field has a value outside of the above.
@@ -54,6 +62,8 @@ class GriffinConfig:
     batch: str = "shared"
     backend: str = "auto"
     seed: int = 0
+    profile: str | None = None
+    loss: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", _density(self.density))
@@ -69,6 +79,10 @@ class GriffinConfig:
             object.__setattr__(self, "layers", _layers(self.layers))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}; expected a whole number from 0 to 2**63 - 1")
+        if self.profile is not None and not isinstance(self.profile, str):
+            raise ValueError(f"profile is {self.profile!r}; expected the path of a file, or None")
+        if self.loss is not None:
+            object.__setattr__(self, "loss", _loss(self))
 
     @property
     def ranking(self) -> str:
@@ -85,7 +99,12 @@ class GriffinConfig:
     @property
     def tier(self) -> bool:
         """Whether there is a token tier."""
-        return "tier" in self.selection.split("+")
+        return self.selection == AUTO or "tier" in self.selection.split("+") or self.loss is not None
+
+    @property
+    def prior(self) -> bool:
+        """Whether the profile counts as tokens of the prompt."""
+        return "prior" in self.selection.split("+")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GriffinConfig:
@@ -119,7 +138,22 @@ def _density(value: object) -> float:
     return float(value)
 
 
+def _loss(config: GriffinConfig) -> float:
+    value = config.loss
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0.0:
+        raise ValueError(
+            f"loss is {value!r}; expected a number above 0: KL to the full model in nats a token, for example 0.05"
+        )
+    if config.density != GriffinConfig.density:
+        raise ValueError(f"there are a loss, {value:g}, and a density, {config.density:g}; give one of them")
+    if config.selection not in (GriffinConfig.selection, AUTO, BEST):
+        raise ValueError(f"selection is {config.selection!r}, but a loss is that of {BEST}; leave the selection out")
+    return float(value)
+
+
 def _selection(value: object) -> str:
+    if value == AUTO:
+        return AUTO
     *refinements, ranking = str(value).replace(" ", "").split("+")
     _choice("selection", ranking, tuple(SELECTIONS))
     for name in refinements:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin import backends
-from griffin.attachment import choice
+from griffin.attachment import choice, profile
 from griffin.attachment.conversation import Conversation
 from griffin.attachment.gathering import Gathering
 from griffin.attachment.masking import mask_weights
@@ -48,8 +48,9 @@ class Griffin:
 
     def __init__(self, model: nn.Module, config: GriffinConfig, layout: Layout | None = None) -> None:
         self.model = model
-        self.config = config
         found = find_ff_blocks(model, layout)
+        config, self._profile = profile.resolved(model, found, config)
+        self.config = config
         self.blocks: tuple[FFBlock, ...] = _chosen(found, config)
         self._masked = config.selection == "wanda"  # single weights, not neurons
         self.backend = backends.MASKED if self._masked else backends.resolve(config.backend, found, tier=config.tier)
@@ -232,8 +233,10 @@ class Griffin:
         if self._static:
             self._select()
         logger.info(
-            "attached to %d FF blocks, backend %s (%s)",
+            "attached to %d FF blocks, %s at density %g, backend %s (%s)",
             len(self.blocks),
+            self.config.selection,
+            self.config.density,
             self.backend.name,
             self.backend.reason,
         )
@@ -309,8 +312,9 @@ class Griffin:
             self.selection_s = time.perf_counter() - start
             return
         counts = {block.layer: self._count(block) for block in self.blocks}
-        experts = choice.experts(self.blocks, self._conversation, self.config, counts)
-        tiers = choice.tiers(self.blocks, self._conversation, self.config, self._splits)
+        known = self._conversation if self._profile is None else self._profile.added_to(self._conversation)
+        experts = choice.experts(self.blocks, known, self.config, counts)
+        tiers = choice.tiers(self.blocks, known, self.config, self._splits)
         for layer, sparse in self._sparse.items():
             sparse.select(experts[layer], tiers.get(layer))
         self._experts, self._tiers = experts, tiers

@@ -21,6 +21,7 @@ COMMANDS = {
     "info": "this machine, and a model's FF blocks",
     "bench": "how fast, beside the ceiling and the memory's bandwidth",
     "eval": "what is lost: tasks of lm-evaluation-harness",
+    "profile": "measure a model once, for short prompts and for a target loss",
     "perplexity": "what the generation phase costs on real text",
     "flocking": "which neurons a sequence agrees on, and whether others do",
     "sweep": "methods, densities and tasks in one resumable run",

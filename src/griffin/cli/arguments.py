@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.config import BACKENDS, BATCHES, SELECTIONS, GriffinConfig
+from griffin.config import BACKENDS, BATCHES, REFINEMENTS, SELECTIONS, GriffinConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from griffin.generation.step import Sampling
 
 BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m")
+REFINED = "before a selection may stand " + " ".join(f"{name}+" for name in REFINEMENTS)
 _MOST_LAYERS = 10_000
 
 
@@ -60,10 +61,16 @@ def parse_lengths(text: str) -> list[int]:
 # By field: what reads the value, the metavar, the help.
 _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "density": (float, "D", "share of the FF neurons kept in the generation phase, 0 < D <= 1; 1 is the full model"),
-    "selection": (str, "NAME", f"how experts are selected: {', '.join(SELECTIONS)}"),
+    "selection": (
+        str,
+        "NAME",
+        f"how experts are selected: {', '.join(SELECTIONS)}, or auto: the best known; {REFINED}",
+    ),
     "layers": (parse_layers, "LIST", "layers to prune, such as 0,1,2 or 0-5,8; the others stay whole (default: all)"),
     "batch": (str, "NAME", f"experts of a batch: {', '.join(BATCHES)}"),
     "backend": (str, "NAME", f"what computes the experts: {', '.join(BACKENDS)}"),
+    "profile": (str, "FILE", "the model's profile (default: one that is known)"),
+    "loss": (float, "KL", "instead of a density: the least bytes at which the profile says that KL is at most this"),
     "seed": (int, "N", "seed of random selections (default: 0) and of sampling (default: a new one each time)"),
 }
 _SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
@@ -109,18 +116,19 @@ def add_json_argument(group: argparse._ArgumentGroup, holding: str, instead_of: 
     )
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
-    """Declare one flag for each field of `GriffinConfig`, but for those `without`."""
+def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str] = (), **defaults: str) -> None:
+    """Declare one flag for each field of `GriffinConfig`, but for those `without`; `defaults` in place of its own."""
     group = parser.add_argument_group("GRIFFIN")
     for field in fields(GriffinConfig):
         if field.name in without:
             continue
         read, metavar, text = _CONFIG[field.name]
-        if field.name in ("layers", "seed"):
+        if field.default is None or field.name == "seed":
             group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text)
         else:
-            text = f"{text} (default: {field.default})"
-            group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text, default=field.default)
+            default = defaults.get(field.name, field.default)
+            text = f"{text} (default: {default})"
+            group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text, default=default)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

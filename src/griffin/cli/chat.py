@@ -18,6 +18,7 @@ from griffin.cli.arguments import (
     load_model,
     sampling_from,
 )
+from griffin.config import AUTO
 
 if TYPE_CHECKING:
     from griffin.cli.session import Session
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_model_arguments(parser)
-    add_config_arguments(parser)
+    add_config_arguments(parser, selection=AUTO)
     add_sampling_arguments(parser)
 
 

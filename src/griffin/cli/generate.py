@@ -20,6 +20,7 @@ from griffin.cli.arguments import (
     read_text,
     sampling_from,
 )
+from griffin.config import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with everything measured instead")
     add_model_arguments(parser)
-    add_config_arguments(parser)
+    add_config_arguments(parser, selection=AUTO)
     add_sampling_arguments(parser)
 
 

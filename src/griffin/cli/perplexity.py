@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.cli.arguments import (
+    REFINED,
     add_json_argument,
     add_model_arguments,
     load_model,
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=["topk"],
         metavar="LIST",
-        help=f"how experts are selected, one or more of {', '.join(SELECTIONS)} (default: topk)",
+        help=f"how experts are selected, one or more of {', '.join(SELECTIONS)}; {REFINED} (default: topk)",
     )
     how.add_argument(
         "--prompt",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import add_model_arguments, load_model, parse_densities, parse_lengths, read_text
+from griffin.cli.arguments import REFINED, add_model_arguments, load_model, parse_densities, parse_lengths, read_text
 from griffin.config import BATCHES, SELECTIONS, GriffinConfig
 from griffin.integrations.lm_eval import PHASES, SUITES, TASKS
 
@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--densities", type=parse_densities, default=_DENSITIES, metavar="LIST", help="default: 1.0,0.75,0.5"
     )
     matrix.add_argument(
-        "--methods", type=_names, default=["topk"], metavar="LIST", help=f"of {', '.join(SELECTIONS)} (default: topk)"
+        "--methods",
+        type=_names,
+        default=["topk"],
+        metavar="LIST",
+        help=f"of {', '.join(SELECTIONS)}; {REFINED} (default: topk)",
     )
     matrix.add_argument("--seed", type=int, default=0, metavar="N", help="of random selections (default: 0)")
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness")

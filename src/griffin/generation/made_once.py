@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,24 +13,12 @@ from pathlib import Path
 
 import transformers
 
+from griffin.cache import cache_folder
 from griffin.errors import GriffinError
 
 MANIFEST = "griffin.json"
 _PARTIAL = ".partial-"
 _PARTIAL_MAX_AGE_S = 24 * 3600
-
-
-def cache_folder() -> Path:
-    """$GRIFFIN_CACHE, else the platform's cache folder (on Linux $XDG_CACHE_HOME or ~/.cache) with /griffin."""
-    if own := os.environ.get("GRIFFIN_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "griffin"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "griffin"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "griffin"
-    return Path.home() / ".cache" / "griffin"
 
 
 def made_once(

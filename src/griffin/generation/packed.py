@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from griffin.backends.quantised import QuantisedLinear, convert, prepare
+from griffin.cache import cache_folder
 from griffin.errors import GriffinError
 from griffin.generation.builtin import CONVERSION
-from griffin.generation.made_once import cache_folder, is_complete, made_once, one_line, share
+from griffin.generation.made_once import is_complete, made_once, one_line, share
 from griffin.generation.progress import progress
 
 PACKING = 2

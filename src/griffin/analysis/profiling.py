@@ -1,0 +1,124 @@
+"""Making a model's profile: from a text, or from what the model itself writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from griffin.analysis import perplexity
+from griffin.attachment import attach
+from griffin.attachment.profile import Profile, format_of, sample
+from griffin.config import BEST, GriffinConfig
+from griffin.generation.step import Sampling, generate_step
+from griffin.layouts import find_ff_blocks
+
+DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TOKENS = 512  # of a sequence
+_PROMPT = 256  # of it, where losses are measured; the rest is scored
+_BATCH = 16
+_HELD_OUT = 4  # every fourth sequence measures the losses and is no part of the prior
+
+
+@torch.no_grad()
+def written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int,
+    seed: int,
+    done: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """What the model writes when it is given nothing but the beginning of a sequence, at temperature 1.
+
+    `done` is called `steps_of(sequences)` times.
+
+    Shapes:
+        Returns (sequences, 512), int64.
+
+    Raises:
+        ValueError: the tokenizer has no token that a sequence can begin with.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise ValueError("the tokenizer has no token to begin with, so the model cannot write a text; give --text FILE")
+    found = []
+    for at in range(0, sequences, _BATCH):
+        rows = min(_BATCH, sequences - at)
+        beginning = torch.full((rows, 1), first, device=model.device)
+        with attach(model, GriffinConfig(density=1.0, batch="per_sequence")) as handle:
+            sampling = Sampling(temperature=1.0, seed=seed + at)
+            tokens = []
+            for step in islice(generate_step(model, beginning, handle=handle, sampling=sampling), TOKENS - 1):
+                tokens.append(step.tokens)
+                done()
+        found.append(torch.cat([beginning, torch.stack(tokens, dim=1)], dim=1))
+    return torch.cat(found).cpu()
+
+
+def steps_of(sequences: int) -> int:
+    """Steps that `written` takes."""
+    return math.ceil(sequences / _BATCH) * (TOKENS - 1)
+
+
+def split(sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences for the prior, and those that the losses are measured on. Shapes: each (n, 512)."""
+    held_out = torch.arange(len(sequences)) % _HELD_OUT == _HELD_OUT - 1
+    return sequences[~held_out], sequences[held_out]
+
+
+@torch.no_grad()
+def prior(
+    model: PreTrainedModel, sequences: Tensor, about: dict[str, str], done: Callable[[], None] = lambda: None
+) -> Profile:
+    """Means over all tokens of some sequences, without losses.
+
+    Shapes:
+        sequences: (N, S), int64.
+
+    Raises:
+        ValueError: the model is none that GRIFFIN prunes, or its activations are not finite.
+    """
+    energies: dict[int, Tensor] = {}
+    ups: dict[int, Tensor] = {}
+    with attach(model, GriffinConfig(density=1.0, selection="tier+topk", backend="reference")) as handle:
+        for row in sequences:
+            with handle.prompt_phase():
+                model(row[None].to(model.device), use_cache=False)
+            for total, own in ((energies, handle.conversation.energies), (ups, handle.conversation.ups)):
+                for layer, values in own.items():
+                    total[layer] = total.get(layer, 0) + values[0].cpu()
+            done()
+    tokens = sequences.numel()
+    return Profile(
+        {layer: own / tokens for layer, own in energies.items()},
+        {layer: own / tokens for layer, own in ups.items()},
+        sample(model),
+        about | {"tokens": str(tokens)},
+    )
+
+
+def with_losses(
+    profile: Profile, model: PreTrainedModel, sequences: Tensor, path: str, done: Callable[[], None] = lambda: None
+) -> Profile:
+    """The profile with what its densities cost in the format that the model's FF weights are stored in.
+
+    Args:
+        profile: the profile, which lies at `path`.
+        model: its model.
+        sequences: text that is no part of the prior.
+        path: the file.
+        done: called after every sequence with every density.
+
+    Shapes:
+        sequences: (N, 512), int64.
+    """
+    configs = [GriffinConfig(density=density, selection=BEST, profile=path) for density in DENSITIES]
+    measured = perplexity.measure(model, sequences, _PROMPT, configs, progress=done)
+    losses = {own.config.density: float(own.kl.double().mean()) for own in measured}
+    weights = format_of(find_ff_blocks(model)[0])
+    return replace(profile, losses={**profile.losses, weights: losses})

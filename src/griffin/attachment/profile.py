@@ -1,0 +1,216 @@
+"""A model's profile: which FF neurons matter over many texts, and what densities cost. A small safetensors file.
+
+It is made by `griffin profile`. As a *prior* it counts as some tokens of every prompt: `A = A_prompt + m * n`, where
+`n` is the mean energy of a token over the profile's texts and m the number of pseudo-tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from griffin.attachment.conversation import Conversation
+from griffin.backends.quantised import QuantisedLinear
+from griffin.cache import cache_folder
+from griffin.config import AUTO, BEST, GriffinConfig
+from griffin.errors import GriffinError
+from griffin.layouts import FFBlock, rows
+
+PSEUDO_TOKENS = 100  # m: from 32 to 400 make little difference (results/ablation)
+FOLDERS = (Path(__file__).parents[1] / "profiles", Path("profiles"))  # the second in the cache
+_FORMAT = "1"
+_SAMPLE = 512  # values of the input embeddings by which a model is known
+_CLOSE = 0.02  # as a share of their spread: they may be stored in bfloat16 or float16
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What is known of a model.
+
+    Args:
+        energies: by layer, the mean over tokens of the energy that a token adds: its sum is 1.
+        ups: by layer, the mean over tokens of the squared up projection; none for blocks without a gate.
+        embeddings: values of the input embeddings at even distances.
+        about: model, text and number of tokens, for people.
+        losses: by format of the FF weights and density: KL to the full model in nats a token, of `config.BEST`.
+
+    Shapes:
+        energies, ups: each (D_ff,), float32. embeddings: (512,), float32.
+    """
+
+    energies: Mapping[int, Tensor]
+    ups: Mapping[int, Tensor]
+    embeddings: Tensor
+    about: Mapping[str, str] = field(default_factory=dict)
+    losses: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+
+    def fits(self, model: nn.Module, blocks: Sequence[FFBlock]) -> bool:
+        """Whether it is this model's, in whatever format its weights are stored."""
+        widths = {layer: own.shape[0] for layer, own in self.energies.items()}
+        if widths != {block.layer: block.width for block in blocks}:
+            return False
+        own = sample(model)
+        return float((own - self.embeddings).abs().max()) <= _CLOSE * float(self.embeddings.std())
+
+    def added_to(self, conversation: Conversation) -> Conversation:
+        """The conversation with this profile as pseudo-tokens of every sequence. It stays as it is."""
+        found = conversation.copy()
+        for layer, own in conversation.energies.items():
+            found.energies[layer] = own + PSEUDO_TOKENS * self.energies[layer].to(own.device)
+            found.tokens[layer] = conversation.tokens[layer] + PSEUDO_TOKENS
+        for layer, own in conversation.ups.items():
+            found.ups[layer] = own + PSEUDO_TOKENS * self.ups[layer].to(own.device)
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            GriffinError: it cannot be written.
+        """
+        tensors = {f"energies.{layer}": own.bfloat16() for layer, own in self.energies.items()}
+        tensors |= {f"ups.{layer}": own.bfloat16() for layer, own in self.ups.items()}
+        tensors["embeddings"] = self.embeddings
+        losses = {name: {str(density): loss for density, loss in own.items()} for name, own in self.losses.items()}
+        metadata = {"griffin_profile": _FORMAT, "about": json.dumps(dict(self.about)), "losses": json.dumps(losses)}
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(save(tensors, metadata))
+            partial.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise GriffinError(f"cannot write {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a file.
+
+        Raises:
+            ValueError: there is none, or it is no profile.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path} is not there; expected a profile, made by griffin profile")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            if metadata.get("griffin_profile") != _FORMAT:
+                raise ValueError(f"{path} is no profile of this version of griffin; make it again: griffin profile")
+            losses = {
+                name: {float(density): float(loss) for density, loss in own.items()}
+                for name, own in json.loads(metadata["losses"]).items()
+            }
+            return cls(
+                _by_layer("energies", tensors), _by_layer("ups", tensors), tensors["embeddings"],
+                json.loads(metadata["about"]), losses,
+            )  # fmt: skip
+        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            raise ValueError(f"{path} is damaged or no profile ({error}); make it again: griffin profile") from error
+
+
+def _by_layer(name: str, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    found = {int(key.partition(".")[2]): own for key, own in tensors.items() if key.startswith(f"{name}.")}
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def sample(model: nn.Module) -> Tensor:
+    """Values of the input embeddings by which a profile knows its model. Shapes: (512,), float32."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    assert isinstance(weight, Tensor)
+    at = torch.linspace(0, weight.numel() - 1, _SAMPLE, dtype=torch.float64).long().to(weight.device)
+    return weight[at // weight.shape[1], at % weight.shape[1]].float().cpu()
+
+
+def find(model: nn.Module, blocks: Sequence[FFBlock], path: str | None = None) -> Profile | None:
+    """The model's profile: from a file, or of those that come with griffin and those in its cache the one that fits.
+
+    Raises:
+        ValueError: the file is none, or another model's.
+    """
+    if path is not None:
+        own = Profile.load(Path(path).expanduser())
+        if not own.fits(model, blocks):
+            raise ValueError(
+                f"{path} is the profile of another model ({own.about.get('model', 'unknown')}, {len(own.energies)} "
+                f"layers); make one for this model: griffin profile"
+            )
+        return own
+    for folder in FOLDERS:
+        for file in sorted((cache_folder() / folder).glob("*.safetensors")):
+            known = _known(file, file.stat().st_mtime_ns)
+            if known is not None and known.fits(model, blocks):
+                return known
+    return None
+
+
+@cache
+def _known(path: Path, changed_ns: int) -> Profile | None:
+    try:
+        return Profile.load(path)
+    except ValueError:  # of another version: as if it were not there
+        return None
+
+
+def format_of(block: FFBlock) -> str:
+    """How an FF block's weights are stored, as a profile's losses name it."""
+    if isinstance(block.output, QuantisedLinear):
+        return block.output.format
+    names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "bf16"}  # as many bits
+    return names.get(rows(block.output)[0].dtype, "f32")
+
+
+def resolved(
+    model: nn.Module, blocks: Sequence[FFBlock], config: GriffinConfig
+) -> tuple[GriffinConfig, Profile | None]:
+    """The config with `auto` and `loss` replaced by what they mean for this model, and the profile if it is used.
+
+    Raises:
+        ValueError: a profile is needed and there is none, or it knows no density of so small a loss.
+    """
+    if not (config.prior or config.selection == AUTO or config.loss is not None):
+        return config, None
+    profile = find(model, blocks, config.profile)
+    if profile is None and config.selection == AUTO and config.loss is None:
+        return replace(config, selection="tier+topk"), None
+    if profile is None:
+        wanted = f"selection {config.selection}" if config.loss is None else f"loss {config.loss:g}"
+        raise ValueError(
+            f"{wanted} needs a profile of this model, and none is known; make it: griffin profile -m MODEL"
+        )
+    if config.loss is not None:
+        density = _density(profile, format_of(blocks[0]), config.loss)
+        config = replace(config, loss=None, density=density, selection=BEST)
+    elif config.selection == AUTO:
+        config = replace(config, selection=BEST)
+    return config, profile
+
+
+def _density(profile: Profile, weights: str, loss: float) -> float:
+    losses = profile.losses.get(weights)
+    if not losses:
+        known = ", ".join(profile.losses) or "none"
+        raise ValueError(
+            f"the profile has no losses for {weights} weights (it has {known}), so loss {loss:g} is no density; "
+            f"measure them: griffin profile -m MODEL --weights {weights}, or give a density"
+        )
+    good = [density for density, own in losses.items() if own <= loss]
+    if not good:
+        density, least = min(losses.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"no density of the profile keeps KL to at most {loss:g}: the least is {least:.2g}, at density {density:g}"
+            "; give a larger loss, or density=1.0"
+        )
+    return min(good)

@@ -1,0 +1,102 @@
+"""Measure a model once: which neurons matter over many texts (a prior for short prompts), and what densities cost.
+
+The text is given, or the model writes it. The profile is a small file that `--selection auto`, `prior+...` and
+`--loss` look for. An existing one of the same model keeps its prior and its losses of other weight formats, unless a
+text is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from griffin.cache import cache_folder
+from griffin.cli.arguments import add_model_arguments, load_model, read_text
+from griffin.cli.progress import progress_bar
+from griffin.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from griffin.attachment.profile import Profile
+
+_LEAST = 4  # sequences: every fourth is held out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_model_arguments(parser)
+    group = parser.add_argument_group("profile")
+    group.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: the model writes one)")
+    group.add_argument(
+        "--sequences", type=int, default=32, metavar="N", help="sequences of 512 tokens; a quarter measures the losses "
+        "(default: 32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the text that the model writes (default: 0)"
+    )
+    group.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the profile (default: in griffin's cache, where it is found)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: wrong arguments, a text that is too short, a profile of another model in the way.
+        GriffinError: the model cannot be fetched, or the file cannot be written.
+    """
+    if args.sequences < _LEAST:
+        raise ValueError(f"--sequences is {args.sequences}; expected a whole number from {_LEAST}")
+    text = None if args.text is None else read_text(args.text)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(args.model).name if Path(args.model).exists() else args.model)
+    path = args.output or cache_folder() / "profiles" / f"{name}.safetensors"
+
+    from griffin.analysis.profiling import DENSITIES, prior, split, with_losses
+    from griffin.attachment.profile import Profile
+    from griffin.layouts import find_ff_blocks
+
+    model, tokenizer = load_model(args)
+    known = Profile.load(path) if path.exists() else None
+    if known is not None and not known.fits(model, find_ff_blocks(model)):
+        raise ValueError(f"{path} is the profile of another model, and stays as it is; give another -o FILE")
+    sequences = _sequences(args, model, tokenizer, text)
+    for_prior, held_out = split(sequences)
+    source = {"model": args.model, "text": "written by the model" if args.text is None else args.text.name}
+    if known is None or text is not None:
+        with progress_bar(len(for_prior)) as done:
+            known = prior(model, for_prior, source, lambda: done("prior"))
+        known.save(path)
+    with progress_bar(len(held_out) * len(DENSITIES)) as done:
+        known = with_losses(known, model, held_out, str(path), lambda: done("losses"))
+    known.save(path)
+    print_table(_table(known))
+    print(path)
+    return 0
+
+
+def _sequences(args: argparse.Namespace, model: Any, tokenizer: Any, text: str | None) -> Tensor:
+    from griffin.analysis.perplexity import encode_text, windows
+    from griffin.analysis.profiling import TOKENS, steps_of, written
+
+    if text is not None:
+        ids, bos = encode_text(tokenizer, text)
+        return windows(ids, bos, [TOKENS - 1], 1, args.sequences)[0]
+    with progress_bar(steps_of(args.sequences)) as done:
+        return written(model, tokenizer, args.sequences, args.seed, lambda: done("text"))
+
+
+def _table(profile: Profile) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{profile.about['model']}: KL to the full model, nats a token")
+    table.add_column("density (bytes)")
+    for weights in profile.losses:
+        table.add_column(weights, justify="right")
+    for density in sorted({density for own in profile.losses.values() for density in own}):
+        cells = [own.get(density) for own in profile.losses.values()]
+        table.add_row(f"{density:g}", *("-" if loss is None else f"{loss:.4f}" for loss in cells))
+    return table
