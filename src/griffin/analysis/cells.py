@@ -29,7 +29,7 @@ class Key:
         phase: which tokens a task scores with experts (`continuation`, `last_token`); `None` where it does not matter.
         task: name of the task or of the text.
         source: where the task's data come from (`files` or `hub`), or a hash of the text.
-        prompt: tokens of the prompt.
+        prompt: tokens of the prompt; of a task the most that a context may have, `None` for the model's window.
         generate: tokens generated, or scored as if generated.
         limit: most examples; `None`: all.
         seed: of the random selections and of the bootstrap.

@@ -200,6 +200,8 @@ def resolved(
 
 def _density(profile: Profile, weights: str, loss: float) -> float:
     losses = profile.losses.get(weights)
+    if losses is None and weights == "f32":  # the sketch of a wide gate is a smaller share, so they lose less
+        losses = profile.losses.get("bf16")
     if not losses:
         known = ", ".join(profile.losses) or "none"
         raise ValueError(

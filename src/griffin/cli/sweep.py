@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what experts score: {', '.join(PHASES)} (default: {PHASES[0]})",
     )
+    tasks.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="cut longer contexts from the left, and count them; what follows counts too (default: the model's window)",
+    )
     tasks.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences run at once (default: 1)")
     tasks.add_argument(
         "--batch",
@@ -138,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace) -> list[GriffinConfig]:
-    for name, least in (("limit", 1), ("batch_size", 1), ("sequences", 1)):
+    for name, least in (("limit", 1), ("batch_size", 1), ("sequences", 1), ("max_length", 2)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a whole number from {least}")
@@ -212,6 +218,7 @@ def _jobs(
             limit=args.limit,
             phase=args.phase,
             batch_size=args.batch_size,
+            max_length=args.max_length,
             answers=args.output / TEXTS,
         )
     return found

@@ -55,6 +55,7 @@ def evaluate(
     limit: int | None = None,
     phase: str = "continuation",
     batch_size: int = 1,
+    max_length: int | None = None,
     seed: int = 0,
     softmax_dtype: str | None = None,
     shared: Shared | None = None,
@@ -71,6 +72,8 @@ def evaluate(
         limit: most examples of a task; `None` takes all.
         phase: how log-likelihoods are computed, see `griffin.integrations.lm_eval.scoring`.
         batch_size: prompts run at once.
+        max_length: most tokens of a context and what follows it; longer contexts are cut from the left, and counted.
+            `None`: as many as the model can take.
         seed: of the harness's random numbers, such as the choice of few-shot examples.
         softmax_dtype: as HFLM's; "float32" keeps 16-bit models' log-likelihoods from being rounded to three digits.
         shared: answers generated for several configs together, `config` being one; see `generating.Shared`.
@@ -89,6 +92,7 @@ def evaluate(
             tokenizer=tokenizer,
             phase=phase,
             batch_size=batch_size,
+            max_length=max_length,
             softmax_dtype=softmax_dtype,
             disable_tqdm=True,
             shared=shared,

@@ -29,6 +29,7 @@ def task_jobs(
     limit: int | None,
     phase: str,
     batch_size: int,
+    max_length: int | None = None,
     answers: Path | None = None,
 ) -> list[Job]:
     """A job for each task and config; of tasks with free answers one for all configs, as they share the prompt phase.
@@ -56,6 +57,7 @@ def task_jobs(
                 limit=limit,
                 phase=phase,
                 batch_size=batch_size,
+                max_length=max_length,
                 seed=key.seed,
                 shared=shared,
             )
@@ -64,7 +66,16 @@ def task_jobs(
     def key(task: str, config: GriffinConfig) -> Key:
         own_phase = None if config.density == 1.0 or task in GENERATED else phase
         source = "hub" if data is None else "files"
-        return key_of(config, "task", task=task, source=source, limit=limit, phase=own_phase, batch_size=batch_size)
+        return key_of(
+            config,
+            "task",
+            task=task,
+            source=source,
+            prompt=max_length,
+            limit=limit,
+            phase=own_phase,
+            batch_size=batch_size,
+        )
 
     jobs = []
     for task in tasks:
