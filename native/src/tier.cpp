@@ -116,11 +116,22 @@ Chosen Tier::choose(int thread) const {
   Edge edges[GRIFFIN_MAX_ROWS];
   for (int r = 0; r < rows_.rows; r++) edges[r] = edge(scores_ + r * stride_, n_, tier_.k, room);
   int64_t count = 0;
+  if (rows_.rows == 1) {  // without branches: this is a visible share of a small block's time
+    const Edge only = edges[0];
+    int64_t equals = only.equals;
+    for (int64_t i = 0; i < n_; i++) {
+      const int equal = scores_[i] == only.least, above = !(scores_[i] <= only.least);  // a NaN is above
+      places[count] = static_cast<int32_t>(i);
+      count += above | (equal & (equals > 0));
+      equals -= equal;
+    }
+    return {places, nullptr, count, gates_, stride_};
+  }
   for (int64_t i = 0; i < n_; i++) {
     uint32_t mask = 0;
     for (int r = 0; r < rows_.rows; r++) {
       const float score = scores_[r * stride_ + i];
-      const bool above = !(score <= edges[r].least);  // a NaN is
+      const bool above = !(score <= edges[r].least);
       mask |= static_cast<uint32_t>(above || (score == edges[r].least && edges[r].equals-- > 0)) << r;
     }
     places[count] = static_cast<int32_t>(i);

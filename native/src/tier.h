@@ -4,7 +4,7 @@
 
 namespace griffin {
 
-// The experts that some row wants: places in griffin_rows::experts, ascending, and which rows want each.
+// The experts that some row wants: places in griffin_rows::experts, ascending, and which rows want each (null: all do).
 struct Chosen {
   const int32_t* places;
   const uint16_t* masks;
