@@ -326,3 +326,23 @@ def test_the_cache_follows_transformers_own_operations() -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(model(PROMPT, past_key_values=cache).logits, logits, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("batch", ["shared", "per_sequence"])
+@pytest.mark.parametrize("selection", ["topk", "tier+topk"])
+def test_rows_that_leave_the_batch_change_nothing_for_the_others(backend: str, batch: str, selection: str) -> None:
+    model = tiny_llama(torch.float32)
+    prompts = torch.cat([PROMPT, PROMPT.flip(1), PROMPT.roll(3, 1)])
+    mask = torch.ones_like(prompts)
+    mask[1, :4] = 0
+    config = griffin.GriffinConfig(batch=batch, backend=backend, selection=selection)
+    with griffin.attach(model, config) as handle:
+        whole = generate_step(model, prompts, attention_mask=mask, handle=handle)
+        expected = torch.stack([next(whole).tokens for _ in range(7)], dim=1)
+        steps = generate_step(model, prompts, attention_mask=mask, handle=handle)
+        found = [next(steps).tokens for _ in range(2)]
+        assert torch.equal(torch.stack(found, dim=1), expected[:, :2])
+        for kept, rows, at in (([1, 2], [1, 2], 2), (None, [1, 2], 3), ([0], [1], 4), (None, [1], 5)):
+            tokens = next(steps).tokens if kept is None else steps.send(kept).tokens
+            assert torch.equal(tokens, expected[rows, at])

@@ -283,6 +283,8 @@ class Griffin:
     def _use_experts_of(self, rows: tuple[int, ...] | None) -> None:
         """Hand the backend the experts of these sequences, where each sequence has its own."""
         sequences = max(map(len, self._experts.values()), default=1)  # wanda has weights masked, and no experts
+        if rows == tuple(range(sequences)):
+            rows = None
         if sequences == 1 or rows == self._rows:
             return
         if rows is not None and not (rows and 0 <= min(rows) <= max(rows) < sequences):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -113,8 +113,10 @@ def generate_step(
     sampling: Sampling | None = None,
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, Sequence[int] | None, None]:
     """Run a prompt and yield one step after another, without an end: the caller stops.
+
+    A caller may `send` the rows of the last step that are to go on, ascending; the others leave batch and cache.
 
     Args:
         model: the model, in eval mode.
@@ -151,18 +153,29 @@ def generate_step(
         keep_with_cache(handle.conversation, cache)
     selection_s = 0.0 if handle is None else handle.selection_s
     tokens = draw(logits)
-    yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
+    kept = yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
 
+    rows = list(range(len(tokens)))  # of the prompts
     native = None if handle is None else NativeStep.of(model, handle, cache, attention_mask)
     while True:
         start = time.perf_counter()
+        if kept is not None:
+            rows, tokens = [rows[row] for row in kept], tokens[list(kept)]
+            cache.batch_select_indices(torch.tensor(kept, device=tokens.device))
+            forward.keep(kept)
+            draw.keep(kept)
+            if handle is not None:
+                with handle.generation_phase(rows=rows):
+                    pass
+                mask = None if attention_mask is None else attention_mask[rows]
+                native = NativeStep.of(model, handle, cache, mask)
         if native is not None:
             logits = native(tokens)
         else:
-            with torch.no_grad(), nullcontext() if handle is None else handle.generation_phase():
+            with torch.no_grad(), nullcontext() if handle is None else handle.generation_phase(rows=rows):
                 logits = forward(tokens[:, None])
         tokens = draw(logits)
-        yield Step(tokens, logits, time.perf_counter() - start, 0.0)
+        kept = yield Step(tokens, logits, time.perf_counter() - start, 0.0)
 
 
 class _Forward:
@@ -173,6 +186,11 @@ class _Forward:
         accepted = inspect.signature(model.forward).parameters
         self._positions = "position_ids" in accepted
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows."""
+        if self._mask is not None:
+            self._mask = self._mask[list(rows)]
 
     def __call__(self, tokens: Tensor) -> Tensor:
         arguments: dict[str, Any] = dict(self._last_only)
@@ -203,6 +221,10 @@ class _Draw:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows."""
+        self._seen = self._seen[list(rows)]
 
     def __call__(self, logits: Tensor) -> Tensor:
         scores = logits

@@ -11,10 +11,12 @@ from typing import Any
 from griffin.analysis.bootstrap import Interval, mean_interval, paired_interval
 from griffin.analysis.cells import FULL, Cell, Key, Metric
 from griffin.analysis.folder import Folder
+from griffin.config import BEST
 
 NATS = "nll"  # values of an example whose mean's exponential is the perplexity
 PERPLEXITY = "perplexity"
-_METHODS = (FULL, "topk", "topk_sample", "sample", "magnitude", "wanda", "random")  # the order in tables and legends
+# The order in tables and legends.
+_METHODS = (FULL, BEST, "tier+topk", "prior+topk", "topk", "topk_sample", "sample", "magnitude", "wanda", "random")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Setting:
     @property
     def name(self) -> str:
         """A few words: the method and what is out of the ordinary."""
-        words = ["full model" if self.method == FULL else self.method.replace("_", "+")]
+        words = ["full model" if self.method == FULL else self.method]
         words += [f"batch of {self.batch_size}"] if self.batch_size > 1 else []
         words += [self.batch.replace("_", " ")] if self.batch_size > 1 and self.method != FULL else []
         words += [self.phase.replace("_", " ")] if self.phase else []

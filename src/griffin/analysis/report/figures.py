@@ -16,6 +16,8 @@ Plot = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind people can tell apart, bright enough for both grounds.
 _COLOURS = {
     "topk": "#1f8fd6",
+    "tier+topk": "#2fb344",
+    "prior+tier+topk": "#0b7d3e",
     "topk_sample": "#12a383",
     "sample": "#7a6ff0",
     "magnitude": "#e08a00",
@@ -108,7 +110,7 @@ def speed(cells: Sequence[Cell]) -> Plot:
         own = sorted([*full, *group], key=lambda cell: cell.key.density)
         lines.append(
             _line(
-                method.replace("_", "+"),
+                method,
                 [cell.key.density for cell in own],
                 [cell.metrics["speedup"].value for cell in own],
                 colour=_colour(method),

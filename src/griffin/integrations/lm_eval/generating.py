@@ -75,26 +75,32 @@ def answer(
     ends = set(end_tokens(model, tokenizer))
     added = tokenizer.get_added_vocab()
     ends |= {added[text] for text in batch.stop if text in added}  # special tokens do not show in the text
-    answers = [Answer(tokenizer, batch.stop) for _ in batch.prompts]
-    done = [False] * len(answers)
-    rows: list[Tensor] = []
+    going = {row: Answer(tokenizer, batch.stop) for row in range(len(batch.prompts))}
+    found: list[list[int]] = [[] for _ in going]
     steps = generate_step(
         model, batch.prompts, attention_mask=batch.mask, handle=handle, sampling=batch.sampling, cache=cache
     )
-    for _, step in zip(range(batch.new_tokens), steps, strict=False):
-        tokens = step.tokens.clone()
-        for row, token in enumerate(step.tokens.tolist()):
-            if done[row]:
-                tokens[row] = tokenizer.pad_token_id
-            elif token in ends:
-                done[row] = True
-            else:
-                answers[row].add(token)
-                done[row] = answers[row].stopped
-        rows.append(tokens)
-        if all(done):
+    rows = list(going)  # of the batch that is computed
+    kept: list[int] | None = None
+    for _ in range(batch.new_tokens):
+        step = steps.send(kept) if kept is not None else next(steps)
+        for row, token in zip(rows, step.tokens.tolist(), strict=True):
+            if row not in going:
+                continue
+            found[row].append(token)
+            if token not in ends:
+                going[row].add(token)
+            if token in ends or going[row].stopped:
+                del going[row]
+        if not going:
             break
-    return torch.stack(rows, dim=1)
+        kept = None
+        if len(going) <= len(rows) // 2:  # a smaller batch is faster, but making it takes a while, too
+            kept = [at for at, row in enumerate(rows) if row in going]
+            rows = list(going)
+    longest = max(map(len, found))
+    padded = [own + [tokenizer.pad_token_id] * (longest - len(own)) for own in found]
+    return torch.tensor(padded, device=batch.prompts.device)
 
 
 def answers(
