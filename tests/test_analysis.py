@@ -69,13 +69,20 @@ def test_a_picture_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> 
 
 
 @pytest.mark.model
-def test_the_demo_shows_three_texts_and_measures_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_shows_its_texts_and_measures_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     passage = tmp_path / "passage.txt"
     passage.write_text("The lighthouse keeper climbed the stairs every evening and counted them aloud. " * 4)
     picture = tmp_path / "flocking.png"
     assert main(["demo", "--file", str(passage), "--max-tokens", "6", "--picture", str(picture)]) == 0
     out = capsys.readouterr().out
-    for shown in ("full model", "density 0.75", "density 0.5", "Cost of the statistic", "agrees", str(picture.name)):
+    for shown in (
+        "full model",
+        "half of the neurons",
+        "three quarters",
+        "Cost of the statistic",
+        "agrees",
+        str(picture.name),
+    ):
         assert shown in out.replace("\n", " "), shown
     assert picture.stat().st_size > 10_000
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from griffin.cli.arguments import add_model_arguments, load_model
-from griffin.config import GriffinConfig
+from griffin.config import AUTO, GriffinConfig
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     from griffin.generation.generate import Result
 
-DENSITIES = (0.75, 0.5)
+_FULL = "full model"
+CASES = {
+    _FULL: GriffinConfig(density=1.0),
+    "GRIFFIN, half of the neurons": GriffinConfig(density=0.5),
+    "token tier, half of the bytes": GriffinConfig(density=0.5, selection=AUTO),
+    "token tier, three quarters": GriffinConfig(density=0.75, selection=AUTO),
+}
 _STATISTIC_TOKENS = 1024
 _REPEATS = 5
 _ROUNDS, _ROUND_TOKENS = 3, 24
@@ -72,21 +78,19 @@ def run(args: argparse.Namespace) -> int:
     verb = "continues" if prompt is passage else "summarizes"
     console.print(f"\n[bold]{args.model}[/bold] {verb} a passage (prompt of {ids.shape[1]} tokens), which begins:")
     console.print(f"{escape(passage.strip()[:200])} …\n", style="dim")
-    configs = {density: GriffinConfig(density=density) for density in (1.0, *DENSITIES)}
-    results: dict[float, Result] = {}
-    for density, config in configs.items():
+    results: dict[str, Result] = {}
+    for name, config in CASES.items():
         result = generate(model, tokenizer, prompt, griffin=config, sampling=sampling)
         assert not isinstance(result, list)
-        results[density] = result
-        name = "full model" if density == 1.0 else f"GRIFFIN, density {density}"
+        results[name] = result
         console.print(Panel(escape(result.text.strip() or "(no text)"), title=name, title_align="left"))
-    speeds: dict[float, list[Result]] = {density: [] for density in configs}
+    speeds: dict[str, list[Result]] = {name: [] for name in CASES}
     for _ in range(_ROUNDS):  # interleaved, so that what else the machine does falls on all of them
-        for density, config in configs.items():
+        for name, config in CASES.items():
             timed = generate(model, tokenizer, prompt, griffin=config, max_tokens=_ROUND_TOKENS)
             assert not isinstance(timed, list)
-            speeds[density].append(timed)
-    console.print(_table(speeds, _agreements(model, ids, results[1.0].tokens)))
+            speeds[name].append(timed)
+    console.print(_table(speeds, _agreements(model, ids, results[_FULL].tokens)))
 
     full_s, attached_s, selection_s, tokens, backend = _prompt_cost(model, ids)
     console.print(
@@ -109,7 +113,7 @@ def _passage(path: Path | None) -> str:
     return read_text(path)
 
 
-def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[int, ...]) -> dict[float, float]:
+def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[int, ...]) -> dict[str, float]:
     """How often GRIFFIN predicts the full model's next token, along the full model's own continuation."""
     import torch
 
@@ -121,9 +125,11 @@ def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[i
     given = torch.tensor([continuation], device=ids.device)
     full = teacher_forced_logits(model, ids, given)
     agreements = {}
-    for density in DENSITIES:
-        with attach(model, density=density) as handle:
-            agreements[density] = top1_agreement(teacher_forced_logits(model, ids, given, handle), full)
+    for name, config in CASES.items():
+        if name == _FULL:
+            continue
+        with attach(model, config) as handle:
+            agreements[name] = top1_agreement(teacher_forced_logits(model, ids, given, handle), full)
     return agreements
 
 
@@ -151,25 +157,25 @@ def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, floa
     return *medians, tokens.shape[1], handle.backend.name
 
 
-def _table(speeds: dict[float, list[Result]], agreements: dict[float, float]) -> Table:
-    """The figures of each density: medians over the rounds, and the speed-up as the median of each round's ratio."""
+def _table(speeds: dict[str, list[Result]], agreements: dict[str, float]) -> Table:
+    """The figures of each case: medians over the rounds, and the speed-up as the median of each round's ratio."""
     from rich.table import Table
 
     table = Table("", "prompt tok/s", "generation tok/s", "speed-up", "FF read per token", "agrees with full")
-    for density, results in speeds.items():
+    for name, results in speeds.items():
         ratios = [
             own.generation_tokens_per_s / full.generation_tokens_per_s
-            for own, full in zip(results, speeds[1.0], strict=True)
+            for own, full in zip(results, speeds[_FULL], strict=True)
             if full.generation_tokens_per_s
         ]
         read = results[0].ff_bytes_per_token
         size = "?" if read is None else f"{read / 1e6:.0f} MB"
         table.add_row(
-            "full model" if density == 1.0 else f"density {density}",
+            name,
             f"{statistics.median(own.prompt_tokens_per_s for own in results):.0f}",
             f"{statistics.median(own.generation_tokens_per_s for own in results):.1f}",
             f"{statistics.median(ratios):.2f}x" if ratios else "-",
             size,
-            f"{agreements[density]:.0%}" if density in agreements else "-",
+            f"{agreements[name]:.0%}" if name in agreements else "-",
         )
     return table
