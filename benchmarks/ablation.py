@@ -172,9 +172,7 @@ class FF:
         biases = [part for part in (*block.inputs, block.output) if getattr(part, "bias", None) is not None]
         act: Callable[[Tensor], Tensor] | None = getattr(block.module, "act_fn", None)
         if not block.gated or biases or act is None:
-            raise ValueError(
-                f"{block.path} is not gated, has biases or no act_fn; expected a gated FF block as Llama's"
-            )
+            raise ValueError(f"{block.path} has no gate, biases or no act_fn; expected a gated FF block as Llama's")
         self.act = act
         self.gate, self.up = (weight.detach() for weight in block.input_weights())
         self.down = rows(block.output)[0].detach()
@@ -222,15 +220,13 @@ def reads(method: Method, share: float, bits: float, width: int, d: int) -> tupl
         bits: of a weight. width, d: D_ff and D.
     """
     neuron = 3 * d * bits
-    left = share * width * neuron
     if method.reselect:
-        left -= width * neuron / method.reselect
-    if method.compensation:
-        left -= 32 * d
+        share -= 1 / method.reselect
+    left = share * width * neuron - (32 * d if method.compensation else 0)
     if method.tier in ("", "exact"):
         gates, k = width, int(left / neuron + 1e-6)
     elif method.tier == "own":
-        gates = int(min(1.0, method.gates or 1.5 * left / (width * neuron)) * width)
+        gates = int(min(1.0, method.gates or 1.5 * share) * width)
         k = int((left - gates * (d * bits + 32)) / (2 * d * bits))
         if gates <= share * width:  # all of their neurons could be read
             return None

@@ -94,6 +94,21 @@ def griffin_lm(model: Any, tokenizer: Any, **arguments: Any) -> GriffinLM:
     return GriffinLM(model, tokenizer=tokenizer, disable_tqdm=True, **{"density": 0.5, **arguments})
 
 
+@pytest.mark.model
+def test_a_built_in_model_in_packed_weights_with_the_token_tier(
+    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    texts = [("The capital of France is", [" Paris", " a potato"]), ("Water is", [" wet"])]
+    found = {}
+    for weights in (None, "int8"):
+        lm = GriffinLM("smollm2-135m", weights=weights, density=0.6, selection="tier+topk", disable_tqdm=True)
+        found[weights] = [score for score, _ in lm.loglikelihood(requests(texts))]
+    (paris, potato, wet), packed = found[None], found["int8"]
+    assert paris > potato
+    assert packed[0] > packed[1]
+    assert packed[2] == pytest.approx(wet, abs=1.0)  # 8 bits, and other neurons at the edge
+
+
 # -- equal to hf at density 1 ---------------------------------------------------------------------------------------
 
 
