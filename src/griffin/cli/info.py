@@ -90,7 +90,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
         ValueError: the model has no FF blocks that GRIFFIN can prune, or the backend cannot compute them.
     """
     from griffin.analysis.ceiling import bytes_read_per_token, ceiling
-    from griffin.attachment import attach
+    from griffin.attachment import attach, profile
     from griffin.backends.wide import prompt_dtype
     from griffin.decode.step import step_of
     from griffin.layouts import find_ff_blocks
@@ -101,6 +101,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
     share = ff_bytes / read_bytes
     with attach(model, backend=backend) as handle:
         step = step_of(model, handle)
+    own = profile.find(model, blocks)
     return {
         "name": name,
         "family": model.config.model_type,
@@ -116,7 +117,19 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
         "read_bytes_per_token": read_bytes,
         "ff_share": share,
         "ceilings": [{"density": density, "speedup": ceiling(share, density)} for density in densities],
+        "token_tier": [_tier(blocks[0], density) for density in densities if density < 1.0],
+        "profile": None if own is None else {**own.about, "losses": own.losses},
     }
+
+
+def _tier(block: FFBlock, density: float) -> dict[str, Any] | None:
+    """How the token tier spends a density's bytes in a block; `None` where it knows no activation."""
+    from griffin.backends.tier import split
+
+    try:
+        return {"density": density, "width": block.width, "gated": block.gated, **asdict(split(block, density))}
+    except ValueError:
+        return None
 
 
 def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
@@ -139,6 +152,13 @@ def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
             own = Layers(**asdict(own) | {"first": folded.pop().first})
         folded.append(own)
     return folded
+
+
+def _told(split: dict[str, Any]) -> str:
+    first, rest = ("gates", "up and down") if split["gated"] else ("ups", "down")
+    source = "" if split["gate"] is None else f" from a copy in {split['gate']}"
+    experts, chosen = (split[name] / split["width"] for name in ("experts", "chosen"))
+    return f"{first} of {experts:.0%}{source}, {rest} of {chosen:.0%} of the neurons"
 
 
 def _machine_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
@@ -170,6 +190,12 @@ def _print_model(about: dict[str, Any]) -> None:
         (f"ceiling at {row['density']:g}", f"{row['speedup']:.2f}x generation speed at most")
         for row in about["ceilings"]
     ]
+    pairs += [(f"token tier at {row['density']:g}", _told(row)) for row in about["token_tier"] if row is not None]
+    own = about["profile"]
+    known = (
+        "" if own is None else f"{own['text']}, {own['tokens']} tokens; losses for {', '.join(own['losses']) or 'none'}"
+    )
+    pairs.append(("profile", known or "none known; griffin profile makes one"))
     print_pairs("model", pairs)
     table = Table("layers", "FF block", "layout", "D_ff", "D", "gated", "MB a layer", title="FF blocks")
     for row in about["layers"]:
