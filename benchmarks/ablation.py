@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -501,13 +500,13 @@ def run(args: argparse.Namespace) -> None:
     begin, load_average = time.perf_counter(), machine.load_average()
     model, tokenizer = load(args.model, dtype="f32", device="cpu")
     size, known = args.prompt + args.generate, texts(args.data)
-    cut = {kind: windows(tokenizer, text, size, args.sequences) for kind, text in known.items()}
+    cut = [own for text in known.values() for own in windows(tokenizer, text, size, args.sequences)]
     prior = [own for text in prior_texts(args.data) for own in windows(tokenizer, text, PRIOR_TOKENS, PRIOR_WINDOWS)]
     measurement = Measurement(model, prior)
     cases = cases_of(names, args.bytes, BITS[args.weights], measurement.ffs)
     kinds = [kind for kind in known for _ in range(args.sequences)]
     figures = []
-    for kind, window in zip(kinds, chain.from_iterable(cut.values()), strict=True):
+    for kind, window in zip(kinds, cut, strict=True):
         figures.append(measurement.sequence(window, args.prompt, cases))
         passed = time.perf_counter() - begin
         print(f"{kind}: sequence {len(figures)} of {len(kinds)}, {passed:.0f} s passed", file=sys.stderr, flush=True)
@@ -531,7 +530,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=384, help="tokens (default: %(default)s)")
     parser.add_argument("--generate", type=int, default=128, help="tokens (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=2, help="of each kind of text (default: %(default)s)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="some of %(default)s (default: all)")
+    parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,...", help="(default: all: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.csv")
     args = parser.parse_args()
     try:

@@ -284,12 +284,13 @@ def test_generate_text_on_stdout_summary_on_stderr(tiny: str, capsys: pytest.Cap
     out, err = capsys.readouterr()
     model, tokenizer = load(tiny)
     prompt = [{"role": "user", "content": "w1 w2 w3"}]
-    expected = generate(model, tokenizer, prompt, griffin=GriffinConfig(density=0.25), max_tokens=5)
+    expected = generate(model, tokenizer, prompt, griffin=GriffinConfig(density=0.25, selection="auto"), max_tokens=5)
     assert not isinstance(expected, list)
+    assert expected.selection == "tier+topk"
     assert out == expected.text + "\n"
     assert re.fullmatch(
         r"prompt 6 tokens, [\d.]+ tokens/s \| selection [\d.]+ ms \| generated 5 tokens, [\d.]+ tokens/s \| "
-        r"density 0.25 \| FF 0.0 MB/token \| finish length\n",
+        r"tier\+topk, density 0.25 \| FF 0.0 MB/token \| finish length\n",
         err,
     )
 
@@ -311,12 +312,15 @@ def test_generate_json(source: str, tiny: str, capsys: Any, stdin: Any, tmp_path
     assert result["model"] == tiny
     assert result["config"] == {
         "density": 0.5,
-        "selection": "topk",
+        "selection": "auto",
         "layers": [0, 1],
         "batch": "shared",
         "backend": "auto",
         "seed": 3,
+        "profile": None,
+        "loss": None,
     }
+    assert result["selection"] == "tier+topk"
     assert result["sampling"]["seed"] == 3
     assert (result["prompt_tokens"], result["generated_tokens"], result["density"]) == (2, 4, 0.5)
     assert result["text"] == " ".join((SPECIAL + WORDS)[token] for token in result["tokens"])

@@ -69,9 +69,9 @@ _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "layers": (parse_layers, "LIST", "layers to prune, such as 0,1,2 or 0-5,8; the others stay whole (default: all)"),
     "batch": (str, "NAME", f"experts of a batch: {', '.join(BATCHES)}"),
     "backend": (str, "NAME", f"what computes the experts: {', '.join(BACKENDS)}"),
+    "seed": (int, "N", "seed of random selections (default: 0) and of sampling (default: a new one each time)"),
     "profile": (str, "FILE", "the model's profile (default: one that is known)"),
     "loss": (float, "KL", "instead of a density: the least bytes at which the profile says that KL is at most this"),
-    "seed": (int, "N", "seed of random selections (default: 0) and of sampling (default: a new one each time)"),
 }
 _SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "max_tokens": (int, "N", "most tokens to generate for an answer (default: 256)"),

@@ -89,7 +89,7 @@ def summary(result: Result) -> str:
             f"prompt {result.prompt_tokens} tokens, {result.prompt_tokens_per_s:.1f} tokens/s",
             f"selection {result.selection_ms:.1f} ms",
             f"generated {result.generated_tokens} tokens, {result.generation_tokens_per_s:.1f} tokens/s",
-            f"density {result.density:g}",
+            "full model" if result.selection == "full" else f"{result.selection}, density {result.density:g}",
             f"FF {'?' if size is None else f'{size / 1e6:.1f}'} MB/token",
             f"finish {result.finish_reason or 'interrupted'}",
         )

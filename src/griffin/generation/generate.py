@@ -30,7 +30,8 @@ class Result:
         prompt_tokens_per_s: of the whole batch, statistic included, selection not.
         generation_tokens_per_s: of this answer, in the generation phase; 0 before its second token.
         selection_ms: what selecting and preparing the experts took, milliseconds.
-        density: share of FF neurons kept.
+        density: share of FF neurons kept; with a token tier, of the FF bytes read.
+        selection: how experts were selected; `full` at density 1.0.
         ff_bytes_per_token: bytes of FF weights read for one generated token; `None` where their layout is unknown,
             which is only allowed for the full model.
     """
@@ -45,6 +46,7 @@ class Result:
     generation_tokens_per_s: float
     selection_ms: float
     density: float
+    selection: str
     ff_bytes_per_token: int | None
 
 
@@ -146,6 +148,7 @@ def _stream(
     prompt_tokens = sum(map(len, ids)) - cached
     prompt_rate = selection_s = generation_s = 0.0
     density = 1.0 if handle is None else handle.config.density
+    selection = "full" if handle is None or density == 1.0 else handle.config.selection
     bytes_per_token = full_ff_bytes(model) if handle is None else handle.ff_bytes_per_token
 
     steps = generate_step(
@@ -187,6 +190,7 @@ def _stream(
                 generation_tokens_per_s=number / generation_s if number else 0.0,
                 selection_ms=selection_s * 1e3,
                 density=density,
+                selection=selection,
                 ff_bytes_per_token=bytes_per_token,
             )
         if all(reasons):
