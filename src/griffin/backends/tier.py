@@ -32,8 +32,8 @@ from griffin.layouts import FFBlock, shape_of
 # What a split costs, in nats of KL a token: fitted to SmolLM2-135M (results/ablation), where it is right to a fifth or
 # so but for the smallest densities. It only ranks the splits of one density.
 _LEFT_OUT = 3.5  # times (share of the neurons that a token leaves out)^4
-_NOT_EXPERTS = 1.0  # times the share that is left out for all tokens
-_NOISE = {None: 0.0, "int8": 0.001, "int4": 0.03}  # of the sketch
+_NOT_EXPERTS = (0.6, 1.2)  # times the share that is left out for all tokens, and times its square
+_NOISE = {None: 0.0, "int8": 0.001, "int4": 0.025}  # of the sketch
 _SHARES = tuple(step / 20 for step in range(1, 21))
 
 
@@ -92,7 +92,8 @@ def split(block: FFBlock, density: float) -> Split:
 
     def loss(own: Split) -> float:
         left_out, not_experts = 1 - own.chosen / width, 1 - own.experts / width
-        return _LEFT_OUT * left_out**4 + _NOT_EXPERTS * not_experts + _NOISE[own.gate]
+        for_all = _NOT_EXPERTS[0] * not_experts + _NOT_EXPERTS[1] * not_experts**2
+        return _LEFT_OUT * left_out**4 + for_all + _NOISE[own.gate]
 
     found = [spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first]
     possible = [own for own in found if own.chosen >= 1]
