@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import gzip
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from texts import kinds, prior_texts
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -375,46 +373,6 @@ class Measurement:
         return kl, agreed
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def book(path: Path) -> str:
-    """The book alone: Project Gutenberg's header ends, and its footer begins, with a line of its own."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    begin = next(number for number, line in enumerate(lines) if line.startswith("*** START OF THIS PROJECT"))
-    end = next(number for number, line in enumerate(lines) if line.startswith("*** END OF THIS PROJECT"))
-    return "\n".join(lines[begin + 1 : end])
-
-
-def texts(data: Path) -> dict[str, str]:
-    """What is measured: a text of each kind."""
-    csv.field_size_limit(2**30)
-    with (data / "cnn_dailymail" / "cnn_dailymail_test.csv").open(encoding="utf-8", newline="") as file:
-        news = " ".join(row["article"] for row in csv.DictReader(file))
-    code = json_lines(data / "humaneval" / "HumanEval.jsonl.gz")
-    return {
-        "news": news,
-        "fiction": book(data / "books" / "war_and_peace_2600-0.txt"),
-        "encyclopedia": (data / "wikitext2" / "wiki.valid.raw").read_text(encoding="utf-8"),
-        "code": "\n\n".join(row["prompt"] + row["canonical_solution"] for row in code),
-    }
-
-
-def prior_texts(data: Path) -> list[str]:
-    """What the prior comes from: none of it is measured."""
-    passages = dict.fromkeys(row["passage"] for row in json_lines(data / "boolq" / "dev.jsonl"))
-    problems = json_lines(data / "gsm8k" / "test_first660.jsonl")
-    questions = json_lines(data / "mt_bench" / "question.jsonl")
-    return [
-        " ".join(passages),
-        book(data / "books" / "pride_and_prejudice_1342-0.txt"),
-        "\n\n".join(f"{row['question']} {row['answer']}" for row in problems),
-        "\n".join(" ".join(row["turns"]) for row in questions),
-    ]
-
-
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, size: int, count: int) -> list[Tensor]:
     """Windows of `size` tokens, the tokenizer's BOS among them, from the middles of equal parts of a text.
 
@@ -499,7 +457,7 @@ def run(args: argparse.Namespace) -> None:
     files.check_writable(args.output)
     begin, load_average = time.perf_counter(), machine.load_average()
     model, tokenizer = load(args.model, dtype="f32", device="cpu")
-    size, known = args.prompt + args.generate, texts(args.data)
+    size, known = args.prompt + args.generate, kinds(args.data)
     cut = [own for text in known.values() for own in windows(tokenizer, text, size, args.sequences)]
     prior = [own for text in prior_texts(args.data) for own in windows(tokenizer, text, PRIOR_TOKENS, PRIOR_WINDOWS)]
     measurement = Measurement(model, prior)
