@@ -462,17 +462,17 @@ def run(args: argparse.Namespace) -> None:
     prior = [own for text in prior_texts(args.data) for own in windows(tokenizer, text, PRIOR_TOKENS, PRIOR_WINDOWS)]
     measurement = Measurement(model, prior)
     cases = cases_of(names, args.bytes, BITS[args.weights], measurement.ffs)
-    kinds = [kind for kind in known for _ in range(args.sequences)]
+    of_kind = [kind for kind in known for _ in range(args.sequences)]
     figures = []
-    for kind, window in zip(kinds, cut, strict=True):
+    for kind, window in zip(of_kind, cut, strict=True):
         figures.append(measurement.sequence(window, args.prompt, cases))
         passed = time.perf_counter() - begin
-        print(f"{kind}: sequence {len(figures)} of {len(kinds)}, {passed:.0f} s passed", file=sys.stderr, flush=True)
+        print(f"{kind}: sequence {len(figures)} of {len(of_kind)}, {passed:.0f} s passed", file=sys.stderr, flush=True)
     found = torch.tensor(figures, dtype=torch.float64)  # (sequences, cases, 2)
     base = {case.share: found[:, number] for number, case in enumerate(cases) if case.name == "griffin"}
-    measured = [row_of(case, found[:, number], base[case.share], kinds) for number, case in enumerate(cases)]
-    lengths = {"prompt_tokens": args.prompt, "generated_tokens": args.generate, "sequences": len(kinds)}
-    print(f"{args.model}, bytes of {args.weights}, {args.prompt} + {args.generate} tokens, {len(kinds)} sequences")
+    measured = [row_of(case, found[:, number], base[case.share], of_kind) for number, case in enumerate(cases)]
+    lengths = {"prompt_tokens": args.prompt, "generated_tokens": args.generate, "sequences": len(of_kind)}
+    print(f"{args.model}, bytes of {args.weights}, {args.prompt} + {args.generate} tokens, {len(of_kind)} sequences")
     print_figures(measured, list(known))
     about = machine.machine() | {"load_average": load_average}
     lines = [{"model": args.model, "weights": args.weights} | row | lengths for row in measured]

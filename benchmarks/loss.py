@@ -1,4 +1,4 @@
-"""What methods lose at equal bytes: KL to the full model and top-1 agreement on four kinds of text, beside plain griffin.
+"""What methods lose at equal bytes: KL to the full model and agreement on four kinds of text, beside plain griffin.
 
     python benchmarks/loss.py MODEL DATA --weights bf16 --densities 0.5,0.75 -o results/loss/MODEL-bf16.csv
 
