@@ -33,16 +33,31 @@ class Part {
       w[1] = row(block_.gate, block_.gate_stride, j);
       next[1] = row(block_.gate, block_.gate_stride, next_j);
     }
-    const float up_scale = scale(block_.up_scale, j), gate_scale = gated ? scale(block_.gate_scale, j) : 1.f;
+    const uint8_t* const down = row(block_.down, block_.down_stride, j);
+    const float up_scale = scale(block_.up_scale, j), down_scale = scale(block_.down_scale, j);
+    const float gate_scale = gated ? scale(block_.gate_scale, j) : 1.f;
     const float up_bias = block_.up_bias ? block_.up_bias[j] : 0.f;
     const float gate_bias = block_.gate_bias ? block_.gate_bias[j] : 0.f;
-    bool listed = false;
-    multiply(w, next, gated ? 2 : 1, mask, [&](int r, const float* out, int n) {
-      const float up = out[0] * up_scale + up_bias;
-      const float z = gated ? activate(block_.activation, out[n] * gate_scale + gate_bias) * up
-                            : activate(block_.activation, up);
-      listed |= list(r, j, z);
-    });
+    int wanted[GRIFFIN_MAX_ROWS], count = 0, listed = 0;
+    for (int r = 0; r < rows_; r++)
+      if (mask >> r & 1) wanted[count++] = r;
+    for (int first = 0; first < count; first += kMaxRows) {
+      const int n = count - first < kMaxRows ? count - first : kMaxRows;
+      const Input* x[kMaxRows];
+      float out[2 * kMaxRows];
+      for (int i = 0; i < n; i++) x[i] = &inputs_[wanted[first + i]];
+      inputs_.dot()(w, gated ? 2 : 1, x, n, block_.d_model, out, next);
+      for (int i = 0; i < n; i++) {
+        const int r = wanted[first + i];
+        const float up = out[i] * up_scale + up_bias;
+        const float z = gated ? activate(block_.activation, out[n + i] * gate_scale + gate_bias) * up
+                              : activate(block_.activation, up);
+        if (z == 0.f) continue;  // ReLU: nothing to add, nothing to read
+        z_[r][listed_[r]] = z * down_scale;
+        down_[r][listed_[r]++] = down;
+        listed = 1;
+      }
+    }
     rows_read_ += (gated ? 2 : 1) + listed;
   }
 
@@ -63,12 +78,23 @@ class Part {
       w[i] = row(block_.up, block_.up_stride, j[i]);
       next[i] = row(block_.up, block_.up_stride, next_j[i]);
     }
-    multiply(w, next, m, mask, [&](int r, const float* out, int n) {
+    int wanted[GRIFFIN_MAX_ROWS], count = 0;
+    for (int r = 0; r < rows_; r++)
+      if (mask >> r & 1) wanted[count++] = r;
+    for (int first = 0; first < count; first += kMaxRows) {
+      const int n = count - first < kMaxRows ? count - first : kMaxRows;
+      const Input* x[kMaxRows];
+      float out[2 * kMaxRows];
+      for (int i = 0; i < n; i++) x[i] = &inputs_[wanted[first + i]];
+      inputs_.dot()(w, m, x, n, block_.d_model, out, next);
       for (int i = 0; i < m; i++) {
-        const float bias = block_.up_bias ? block_.up_bias[j[i]] : 0.f;
-        listed[i] |= list(r, j[i], gates[i][r * stride] * (out[i * n] * scale(block_.up_scale, j[i]) + bias));
+        const float up_scale = scale(block_.up_scale, j[i]), bias = block_.up_bias ? block_.up_bias[j[i]] : 0.f;
+        for (int at = 0; at < n; at++) {
+          const int r = wanted[first + at];
+          listed[i] |= list(r, j[i], gates[i][r * stride] * (out[i * n + at] * up_scale + bias));
+        }
       }
-    });
+    }
     rows_read_ += m + listed[0] + listed[1];
   }
 
@@ -98,22 +124,6 @@ class Part {
   }
   float scale(const float* base, int64_t j) const {
     return base ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + j * block_.scale_stride) : 1.f;
-  }
-
-  // Products of m weight rows with the rows of input in `mask`; `take(r, out, n)` is given row r's, each n behind the last.
-  template <class Take>
-  void multiply(const uint8_t* const* w, const uint8_t* const* next, int m, uint32_t mask, const Take& take) {
-    int wanted[GRIFFIN_MAX_ROWS], count = 0;
-    for (int r = 0; r < rows_; r++)
-      if (mask >> r & 1) wanted[count++] = r;
-    for (int first = 0; first < count; first += kMaxRows) {
-      const int n = count - first < kMaxRows ? count - first : kMaxRows;
-      const Input* x[kMaxRows];
-      float out[2 * kMaxRows];
-      for (int i = 0; i < n; i++) x[i] = &inputs_[wanted[first + i]];
-      inputs_.dot()(w, m, x, n, block_.d_model, out, next);
-      for (int i = 0; i < n; i++) take(wanted[first + i], out + i, n);
-    }
   }
 
   // Neuron j's down row joins row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
@@ -172,35 +182,41 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_rows& rows, cons
   memset(mine, 0, sizeof(float) * floats);
   const int64_t k = chosen ? chosen->count : rows.experts ? rows.n_experts : block.d_ff;
   const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
-  const Experts experts{rows};
-  const auto expert = [&](int64_t i) { return experts[chosen ? chosen->places[i] : i]; };
-  const uint16_t* const masks = chosen ? chosen->masks : rows.row_mask;
+  const Experts expert{rows};
   // Measured: rows of several kilobytes are best taken in small groups, short ones and several inputs in large ones.
   const bool small = block.format != GRIFFIN_INT4 && rows.rows == 1;
   const int chunk = small ? 4 : kExperts, distance = small ? 1 : 2;
   const uint32_t all = (1u << rows.rows) - 1;
-  const auto mask = [&](int64_t i) { return masks ? masks[i] & all : all; };
   Part part(block, kernels(), x, rows.rows, mine);
-  for (int64_t first = begin; first < end; first += chunk) {
-    const int64_t last = first + chunk < end ? first + chunk : end;
-    for (int64_t i = first; i < last;) {
-      const auto later = [&](int64_t by) { return expert(i + by < end ? i + by : i); };
-      if (!chosen) {
-        part.enter(expert(i), later(distance), mask(i));
-        i++;
-        continue;
-      }
-      const int m = i + 1 < last && mask(i) == mask(i + 1) ? 2 : 1;
-      const int64_t j[2] = {expert(i), expert(i + m - 1)}, next[2] = {later(2), later(3)};
-      const float* const gates[2] = {chosen->gates + chosen->places[i], chosen->gates + chosen->places[i + m - 1]};
-      part.enter(j, next, m, mask(i), gates, chosen->stride);
-      i += m;
-    }
+  const auto leave = [&](int64_t last, const int32_t* places) {
     const uint8_t* ahead[kExperts];
     int n_ahead = 0;
     for (; n_ahead < chunk && last + n_ahead < end; n_ahead++)
-      ahead[n_ahead] = static_cast<const uint8_t*>(block.down) + expert(last + n_ahead) * block.down_stride;
+      ahead[n_ahead] = static_cast<const uint8_t*>(block.down) +
+                       expert[places ? places[last + n_ahead] : last + n_ahead] * block.down_stride;
     part.leave(ahead, n_ahead);
+  };
+  if (!chosen) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t j = expert[i];
+      part.enter(j, i + distance < end ? expert[i + distance] : j, rows.row_mask ? rows.row_mask[i] & all : all);
+      if ((i - begin) % chunk == chunk - 1 || i + 1 == end) leave(i + 1, nullptr);
+    }
+  } else {
+    const int32_t* const places = chosen->places;
+    const auto mask = [&](int64_t i) { return chosen->masks ? chosen->masks[i] & all : all; };
+    for (int64_t i = begin; i < end;) {
+      const int64_t last = i + chunk < end ? i + chunk : end;
+      while (i < last) {  // two neurons at a time share the loads of x, if they are for the same rows
+        const int m = i + 1 < last && mask(i) == mask(i + 1) ? 2 : 1;
+        const int64_t p[2] = {places[i], places[i + m - 1]}, j[2] = {expert[p[0]], expert[p[1]]};
+        const int64_t next[2] = {i + 2 < end ? expert[places[i + 2]] : j[0], i + 3 < end ? expert[places[i + 3]] : j[0]};
+        const float* const gates[2] = {chosen->gates + p[0], chosen->gates + p[1]};
+        part.enter(j, next, m, mask(i), gates, chosen->stride);
+        i += m;
+      }
+      leave(last, places);
+    }
   }
   count_ff_bytes(part.rows_read() * (griffin_row_bytes(block.format, block.d_model) + (block.up_scale ? 4 : 0)));
 }
