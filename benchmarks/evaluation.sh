@@ -9,11 +9,13 @@ model=$1 data=$2 folder=$3
 sweep() { griffin sweep -m "$model" --dtype f32 --densities 1.0,0.75,0.5 -o "$folder" "$@"; }
 tasks() { sweep --data "$data" --limit 200 --batch-size 8 --batch per_sequence "$@"; }
 
-sweep --methods topk,magnitude --speed --examples --flocking --perplexity "$data/wikitext2/wiki.valid.raw" --prompt 64 \
-  --generate 128 --sequences 16
+sweep --methods topk,tier+topk,prior+tier+topk,magnitude --speed --examples --flocking \
+  --perplexity "$data/wikitext2/wiki.valid.raw" --prompt 64 --generate 128 --sequences 16
 sweep --methods topk,topk_sample,sample,magnitude,random,wanda --perplexity "$data/wikitext2/wiki.valid.raw" \
   --prompt 64,256,1024 --generate 128 --sequences 16
 tasks --methods topk --tasks copa,piqa,arc_easy,arc_challenge,boolq,hellaswag
-tasks --methods topk --tasks coqa,xsum,gsm8k,cnn_dailymail,qasper
-tasks --methods magnitude --densities 0.5 --tasks copa,piqa,arc_easy,xsum
+tasks --methods magnitude,tier+topk --densities 0.5 --tasks copa,piqa,arc_easy
+tasks --methods topk,tier+topk --tasks coqa
+tasks --methods topk --tasks xsum,cnn_dailymail
+tasks --methods topk --tasks qasper --max-length 2048
 griffin report "$folder" --without-text

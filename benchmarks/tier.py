@@ -1,0 +1,138 @@
+"""Time of the native FF call with a token tier, as a ratio to plain experts at the same density, that is, same bytes.
+
+    python benchmarks/tier.py [--densities 0.5,0.75] [--rounds 40] [-o results/MACHINE/tier.csv]
+
+Random weights in real shapes, enough layers that no cache holds them; plain, tier and dense calls take turns within a
+round. The tier's result is checked against torch first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from griffin.analysis import files, machine
+from griffin.backends import kernel, library, operands, tier
+from griffin.backends.quantised import convert
+from griffin.layouts import find_ff_blocks
+
+SHAPES = {
+    "smollm2-135m": (576, 1536, 60, "silu"),
+    "gemma3-270m": (640, 2048, 40, "gelu_pytorch_tanh"),
+    "tinyllama-1.1b": (2048, 5632, 10, "silu"),
+}
+FORMATS = ("bf16", "int8", "int4")
+
+
+def _model(d: int, width: int, layers: int, activation: str, weights: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=d, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=d // 64,
+        num_key_value_heads=1, vocab_size=64, hidden_act=activation,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    convert(model, weights)
+    return model
+
+
+@torch.no_grad()
+def measure(shape: str, weights: str, densities: list[float], rounds: int) -> list[dict[str, float | int | str | None]]:
+    from griffin.backends.native import native_block
+
+    d, width, layers, activation = SHAPES[shape]
+    ff = find_ff_blocks(_model(d, width, layers, activation, weights))
+    blocks = [native_block(block) for block in ff]
+    x, weight = torch.randn(1, d), torch.rand(width)
+    rows: list[dict[str, float | int | str | None]] = []
+    for density in densities:
+        split = tier.split(ff[0], density)
+        experts = [torch.randperm(width)[: split.experts].sort().values for _ in ff]
+        plain = [torch.randperm(width)[: int(density * width)].sort().values for _ in ff]
+        sketches = [None if split.gate is None else tier.sketch(block, split.gate) for block in ff]
+        tiers = [operands.tier(b, weight, split.chosen, gate=s) for b, s in zip(blocks, sketches, strict=True)]
+        _check(blocks[0], x, weight, experts[0], tiers[0], sketches[0], split.chosen, activation)
+        before = library.ff_bytes()
+        kernel.ff(blocks[0], x, experts[0], tier=tiers[0])
+        read = (library.ff_bytes() - before) / blocks[0].weight_bytes
+        seconds: dict[str, list[float]] = {"dense": [], "plain": [], "tier": []}
+        for number in range(rounds + 3):
+            for name, own in seconds.items():
+                start = time.perf_counter()
+                for block, e, p, t in zip(blocks, experts, plain, tiers, strict=True):
+                    if name == "tier":
+                        kernel.ff(block, x, e, tier=t)
+                    else:
+                        kernel.ff(block, x, p if name == "plain" else None)
+                if number >= 3:  # the first rounds warm up
+                    own.append((time.perf_counter() - start) / layers)
+        ratios = [own / base for own, base in zip(seconds["tier"], seconds["plain"], strict=True)]
+        rows.append(
+            {
+                "shape": shape, "weights": weights, "density": density, "gate": split.gate or "own",
+                "experts": split.experts, "chosen": split.chosen, "ff_bytes": round(read, 4),
+                "dense_us": 1e6 * statistics.median(seconds["dense"]),
+                "plain_us": 1e6 * statistics.median(seconds["plain"]),
+                "tier_us": 1e6 * statistics.median(seconds["tier"]), "tier_to_plain": statistics.median(ratios),
+            }
+        )  # fmt: skip
+        row = rows[-1]
+        print(
+            f"{shape:15} {weights:5} {density:5g}  bytes {row['ff_bytes']:.3f}  dense {row['dense_us']:7.0f} us  plain "
+            f"{row['plain_us']:7.0f} us  tier {row['tier_us']:7.0f} us  {row['tier_to_plain']:.3f}x"
+        )
+    return rows
+
+
+def _check(
+    block: operands.Block,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    experts: torch.Tensor,
+    own: operands.Tier,
+    sketch: operands.Matrix | None,
+    k: int,
+    activation: str,
+) -> None:
+    """Refuse to time what is wrong: y against torch, up to inputs in 8 bits and neurons at the edge."""
+    gate, up, down = operands.unpack(block)
+    if sketch is not None:
+        gate = operands.unpack(sketch)[0]
+    act = F.silu if activation == "silu" else lambda v: F.gelu(v, approximate="tanh")
+    gates = act(x @ gate[experts].T)
+    best = (gates.abs() * weight[experts]).topk(k).indices[0]
+    chosen = experts[best]
+    expected = (gates[:, best] * (x @ up[chosen].T)) @ down[chosen]
+    off = float((kernel.ff(block, x, experts, tier=own) - expected).norm() / expected.norm())
+    if off > 0.15:
+        raise SystemExit(f"the tier's result is off by {off:.3f}; nothing was timed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--densities", default="0.5,0.75")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    densities = [float(own) for own in args.densities.split(",")]
+    rows = [
+        row
+        for shape in args.shapes.split(",")
+        for weights in FORMATS
+        for row in measure(shape, weights, densities, args.rounds)
+    ]
+    if args.output is not None:
+        about = machine.versions() | {name: machine.machine()[name] for name in ("cpu", "native_library")}
+        files.write_text(args.output, files.csv_text(rows, about))
+
+
+if __name__ == "__main__":
+    main()
