@@ -107,7 +107,7 @@ def _density(session: Session, value: str) -> str:
     if not value:
         return f"density {session.config.density:g}; /density 0.75 changes it"
     try:
-        session.configure(replace(session.config, density=float(value)))
+        session.configure(replace(session.config, density=float(value), loss=None))
     except ValueError:
         return f"density is {value!r}; expected a number above 0 and at most 1, for example /density 0.75"
     return f"density {session.config.density:g}"
