@@ -29,11 +29,12 @@ from griffin.backends.activation import activation_of
 from griffin.backends.quantised import QuantisedLinear
 from griffin.layouts import FFBlock, shape_of
 
-# What a split costs, in nats of KL a token: fitted to SmolLM2-135M (results/ablation), where it is right to a fifth or
-# so but for the smallest densities. It only ranks the splits of one density.
-_LEFT_OUT = 3.5  # times (share of the neurons that a token leaves out)^4
-_NOT_EXPERTS = (0.6, 1.2)  # times the share that is left out for all tokens, and times its square
-_NOISE = {None: 0.0, "int8": 0.001, "int4": 0.025}  # of the sketch
+# What a split costs, in nats of KL a token: neurons that a token leaves out, those left out for all tokens (which matter
+# the more, the more a token takes), and the noise of the sketch. Fitted to SmolLM2-135M (results/ablation), where it is
+# right to a quarter but for the smallest densities. It only ranks the splits of one density.
+_LEFT_OUT = (3.5, 4.0)  # times (share left out)^4
+_NOT_EXPERTS = (6.0, 1.5, 1.3)  # times (share left out for all)^1.5 (share chosen)^1.3
+_NOISE = {None: 0.0, "int8": 0.001, "int4": 0.025}
 _SHARES = tuple(step / 20 for step in range(1, 21))
 
 
@@ -91,9 +92,10 @@ def split(block: FFBlock, density: float) -> Split:
         return Split(experts, chosen, gate, math.ceil(experts * sizes[gate] + chosen * (neuron - first)))
 
     def loss(own: Split) -> float:
-        left_out, not_experts = 1 - own.chosen / width, 1 - own.experts / width
-        for_all = _NOT_EXPERTS[0] * not_experts + _NOT_EXPERTS[1] * not_experts**2
-        return _LEFT_OUT * left_out**4 + for_all + _NOISE[own.gate]
+        chosen, left_out, not_experts = own.chosen / width, 1 - own.chosen / width, 1 - own.experts / width
+        scale, power, of_chosen = _NOT_EXPERTS
+        for_all = scale * not_experts**power * chosen**of_chosen
+        return _LEFT_OUT[0] * left_out ** _LEFT_OUT[1] + for_all + _NOISE[own.gate]
 
     found = [spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first]
     possible = [own for own in found if own.chosen >= 1]
