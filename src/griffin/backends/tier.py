@@ -29,11 +29,11 @@ from griffin.backends.activation import activation_of
 from griffin.backends.quantised import QuantisedLinear
 from griffin.layouts import FFBlock, shape_of
 
-# What a split costs, in nats of KL a token: neurons that a token leaves out, those left out for all tokens (which matter
-# the more, the more a token takes), and the noise of the sketch. Fitted to SmolLM2-135M (results/ablation), where it is
-# right to a quarter but for the smallest densities. It only ranks the splits of one density.
+# What a split costs, in nats of KL a token: neurons that a token leaves out, those left out for all tokens (which
+# matter the more, the more a token takes), and the noise of the sketch. Fitted to SmolLM2-135M (results/ablation),
+# where it is right to a quarter but for the smallest densities. It only ranks the splits of one density.
 _LEFT_OUT = (3.5, 4.0)  # times (share left out)^4
-_NOT_EXPERTS = (6.0, 1.5, 1.3)  # times (share left out for all)^1.5 (share chosen)^1.3
+_NOT_EXPERTS = (7.0, 1.5, 1.3)  # times (share left out for all)^1.5 (share chosen)^1.3
 _NOISE = {None: 0.0, "int8": 0.001, "int4": 0.025}
 _SHARES = tuple(step / 20 for step in range(1, 21))
 
@@ -94,8 +94,9 @@ def split(block: FFBlock, density: float) -> Split:
     def loss(own: Split) -> float:
         chosen, left_out, not_experts = own.chosen / width, 1 - own.chosen / width, 1 - own.experts / width
         scale, power, of_chosen = _NOT_EXPERTS
-        for_all = scale * not_experts**power * chosen**of_chosen
-        return _LEFT_OUT[0] * left_out ** _LEFT_OUT[1] + for_all + _NOISE[own.gate]
+        for_all: float = scale * not_experts**power * chosen**of_chosen
+        for_token: float = _LEFT_OUT[0] * left_out ** _LEFT_OUT[1]
+        return for_all + for_token + _NOISE[own.gate]
 
     found = [spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first]
     possible = [own for own in found if own.chosen >= 1]
