@@ -20,7 +20,7 @@ from griffin.attachment.masking import mask_weights
 from griffin.attachment.patching import patch
 from griffin.backends import native
 from griffin.backends.masked import MaskedFF
-from griffin.backends.tier import Split, Tier, split
+from griffin.backends.tier import Split, Tier, make_sketches, split
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock, Layout, find_ff_blocks
 
@@ -215,6 +215,7 @@ class Griffin:
 
     def _patch(self, stack: ExitStack) -> None:
         """Patch the FF blocks until `stack` closes."""
+        make_sketches(self.blocks, self._splits)
         for block in self.blocks:
             if self._splits or self._count(block) < block.width:
                 self._sparse[block.layer] = self.backend.make(block, stack)

@@ -17,6 +17,8 @@ Here is how many bytes go where. `density` means bytes: the share of the block's
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -117,6 +119,13 @@ def sketch(block: FFBlock, format: str) -> operands.Matrix:
         return operands.quantise_matrix(weight, format=format)
 
     return _kept(gate, format, make)  # type: ignore[no-any-return]
+
+
+def make_sketches(blocks: Sequence[FFBlock], splits: Mapping[int, Split]) -> None:
+    """Make the sketches that are not there yet, as many at a time as torch has threads: seconds for a model of billions."""
+    wanted = [(block, splits[block.layer].gate) for block in blocks if block.layer in splits]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda own: sketch(*own), [(block, gate) for block, gate in wanted if gate is not None]))
 
 
 def output_norms(block: FFBlock) -> Tensor:
