@@ -122,7 +122,7 @@ def sketch(block: FFBlock, format: str) -> operands.Matrix:
 
 
 def make_sketches(blocks: Sequence[FFBlock], splits: Mapping[int, Split]) -> None:
-    """Make the sketches that are not there yet, as many at a time as torch has threads: seconds for a model of billions."""
+    """Make the sketches that are not there yet, as many at a time as torch has threads."""
     wanted = [(block, splits[block.layer].gate) for block in blocks if block.layer in splits]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda own: sketch(*own), [(block, gate) for block, gate in wanted if gate is not None]))
