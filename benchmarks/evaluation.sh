@@ -18,4 +18,7 @@ tasks --methods magnitude,tier+topk --densities 0.5 --tasks copa,piqa,arc_easy
 tasks --methods topk,tier+topk --tasks coqa
 tasks --methods topk --tasks xsum,cnn_dailymail
 tasks --methods topk --tasks qasper --max-length 2048
+# What benchmarks/ablation.py and benchmarks/loss.py have measured of the model, if they have, goes onto the page, too.
+mkdir -p "$folder/equal_bytes"
+find results/ablation results/loss -name "$model-*.csv" -exec sh -c 'cp "$1" "$2/$(basename "$(dirname "$1")")-$(basename "$1")"' _ {} "$folder/equal_bytes" \;
 griffin report "$folder" --without-text

@@ -122,6 +122,24 @@ def test_a_broken_line_is_said_on_the_page(results: Path, tmp_path: Path, capsys
     assert "not a whole cell" in (copied / "report.html").read_text()
 
 
+def test_tables_at_equal_bytes_are_on_the_page(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path / "own")
+    (tmp_path / "own" / "equal_bytes").mkdir()
+    table = tmp_path / "own" / "equal_bytes" / "a.csv"
+    table.write_text(
+        "weights,bytes,method,prompt_tokens,generated_tokens,sequences,kl,kl_low,kl_high,ratio,ratio_low,ratio_high,agreement\n"
+        "bf16,0.5,sketch-int4,384,128,8,0.1234,0.1,0.2,0.102,0.085,0.118,0.808\n"
+    )
+    out = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "own"), "-o", str(out)]) == 0
+    text = out.read_text()
+    for shown in ("384 + 128 tokens, bf16 weights, 8 sequences", "sketch-int4", "0.102x", "0.085 to 0.118", "80.8%"):
+        assert shown in text
+    table.write_text("a,b\n1,2\n")
+    assert main(["report", str(tmp_path / "own"), "-o", str(tmp_path / "other.html")]) == 2
+    assert not (tmp_path / "other.html").exists()
+
+
 def test_a_folder_without_cells_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "missing")]) == 2
     assert "does not exist" in capsys.readouterr().err

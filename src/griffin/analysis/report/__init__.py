@@ -22,7 +22,7 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
         without_text: leave out prompts and answers.
 
     Raises:
-        ValueError: the folder has no finished cell, or cells of several models.
+        ValueError: the folder has no finished cell, cells of several models, or a file in `equal_bytes/` that is none.
         GriffinError: jinja2 or plotly is not installed, or a file of samples cannot be read.
     """
     if not folder.cells:
@@ -48,6 +48,7 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
         summary=tables.summary(comparisons),
         tasks=[_task(comparisons, task, plot) for task in comparisons.tasks],
         texts=_texts(comparisons, plot),
+        equal_bytes=tables.at_equal_bytes(folder.path),
         speed=_speed(comparisons, plot),
         flocking=[_flocking(comparisons, cell, plot) for cell in comparisons.cells("flocking")],
         answers=[] if without_text else tables.answers(comparisons),

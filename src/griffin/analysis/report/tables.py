@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from griffin.analysis.cells import FULL, Cell
@@ -48,6 +50,40 @@ class Answer:
     shared: str
     differing: str
     rest: str
+
+
+def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
+    """Tables of the files `equal_bytes/*.csv` of a folder, as benchmarks/ablation.py and benchmarks/loss.py write them.
+
+    Raises:
+        ValueError: a file is not such a table.
+    """
+    found = []
+    columns = {"KL": "nats a token", "ratio": "to plain GRIFFIN at the same bytes", "agreement": "top-1"}
+    for path in sorted((folder / "equal_bytes").glob("*.csv")):
+        rows = []
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                lines = list(csv.DictReader(file))
+            for line in lines:
+                spans = {
+                    name: f"{float(line[f'{name}_low']):.3f} to {float(line[f'{name}_high']):.3f}"
+                    for name in ("kl", "ratio")
+                }
+                entries = {
+                    "KL": Entry(f"{float(line['kl']):.4f}", spans["kl"]),
+                    "ratio": Entry(f"{float(line['ratio']):.3f}x", spans["ratio"], spans["ratio"]),
+                    "agreement": Entry(f"{float(line['agreement']):.1%}"),
+                }
+                rows.append(Row(line["method"], line.get("bytes") or line["density"], entries))
+            first = lines[0]
+            title = f"{first['prompt_tokens']} + {first['generated_tokens']} tokens, {first['weights']} weights"
+            found.append((f"{title}, {first['sequences']} sequences", Table(columns, rows)))
+        except (KeyError, ValueError, IndexError, OSError) as error:
+            raise ValueError(
+                f"{path} is no table of benchmarks/ablation.py or benchmarks/loss.py: {error!r}"
+            ) from error
+    return found
 
 
 def main_metric(cells: Sequence[Cell]) -> str:
