@@ -15,6 +15,7 @@ from griffin import GriffinConfig
 from griffin.analysis import perplexity, profiling
 from griffin.attachment import profile as profiles
 from griffin.attachment.profile import PSEUDO_TOKENS, Profile
+from griffin.backends import library
 from griffin.backends.quantised import convert
 from griffin.cli import main
 from griffin.errors import GriffinError
@@ -121,6 +122,26 @@ def test_profiles_are_found_in_the_cache(
     assert select(model, selection="prior+topk").config.selection == "prior+topk"
 
 
+def test_auto_has_a_tier_only_where_it_saves_time(
+    made: tuple[Any, Profile, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, own, _ = made
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
+
+    def found(model: Any, backend: str = "auto") -> tuple[str, str]:
+        with griffin.attach(model, selection="auto", backend=backend) as handle:
+            return handle.config.selection, handle.backend.name
+
+    assert found(model, "gather") == ("topk", "gather")
+    if library.available() is None:
+        assert found(model) == ("tier+topk", "native")
+    own.save(tmp_path / "cache" / "profiles" / "mine.safetensors")
+    assert found(model, "gather") == ("prior+topk", "gather")
+    model.model.layers[1].mlp.act_fn = torch.nn.Hardtanh()  # known to neither
+    assert found(model) == ("prior+topk", "gather")
+    assert found(model, "reference") == ("prior+topk", "reference")
+
+
 def test_a_file_that_is_none_is_refused(made: tuple[Any, Profile, Path], tmp_path: Path) -> None:
     model, _, path = made
     (tmp_path / "broken.safetensors").write_bytes(path.read_bytes()[:100])
@@ -201,4 +222,5 @@ def test_the_command_makes_a_profile(smollm2: Any, tmp_path: Path, capsys: pytes
     assert own.losses["bf16"][0.5] < 1.0
     assert main(["profile", "-m", "smollm2-135m", "--text", str(text), "--sequences", "400", "-o", str(out)]) == 2
     assert main(["profile", "-m", "smollm2-135m", "--sequences", "2"]) == 2
+    assert main([*command, "-o", str(tmp_path / "nowhere" / "x")]) == 1  # before the model writes for minutes
     assert Profile.load(out).about == own.about

@@ -24,7 +24,7 @@ REFINEMENTS = {
     "tier": "up and down of those neurons only whose gates matter, for every token anew; density means bytes",
 }
 AUTO = "auto"
-BEST = "prior+tier+topk"  # what `auto` and a target loss mean, for a model that has a profile
+BEST = "prior+tier+topk"  # what a target loss means
 BATCHES = ("shared", "per_sequence")
 BACKENDS = ("auto", "reference", "gather", "native")
 
@@ -42,7 +42,8 @@ class GriffinConfig:
             `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the paper's unstructured
             baseline: single weights, not neurons, so that it saves no time; for evaluation). `tier+` before one of the
             first four adds the token tier (`griffin.backends.tier`), which loses far less at the same bytes; `prior+`
-            the model's profile. `auto` is `prior+tier+topk` for a model that has a profile, else `tier+topk`.
+            the model's profile. `auto` is `topk` with `prior+` for a model that has a profile, and with `tier+` where
+            that saves time: where the native backend runs.
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
         backend: `auto`, or the name of one (`reference`, `gather`, `native`).

@@ -20,6 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from griffin.attachment.conversation import Conversation
+from griffin.backends.activation import activation_of
+from griffin.backends.native import unusable
 from griffin.backends.quantised import QuantisedLinear
 from griffin.cache import cache_folder
 from griffin.config import AUTO, BEST, GriffinConfig
@@ -183,8 +185,9 @@ def resolved(
     if not (config.prior or config.selection == AUTO or config.loss is not None):
         return config, None
     profile = find(model, blocks, config.profile)
-    if profile is None and config.selection == AUTO and config.loss is None:
-        return replace(config, selection="tier+topk"), None
+    if config.selection == AUTO and config.loss is None:
+        refinements = ["prior"] * (profile is not None) + ["tier"] * _tier_pays(blocks, config.backend)
+        return replace(config, selection="+".join([*refinements, "topk"])), profile
     if profile is None:
         wanted = f"selection {config.selection}" if config.loss is None else f"loss {config.loss:g}"
         raise ValueError(
@@ -193,9 +196,14 @@ def resolved(
     if config.loss is not None:
         density = _density(profile, format_of(blocks[0]), config.loss)
         config = replace(config, loss=None, density=density, selection=BEST)
-    elif config.selection == AUTO:
-        config = replace(config, selection=BEST)
     return config, profile
+
+
+def _tier_pays(blocks: Sequence[FFBlock], backend: str) -> bool:
+    """Whether `auto` takes a token tier: where the native library computes it. The reference does what native does."""
+    if backend == "reference":
+        return all(activation_of(block) is not None for block in blocks)
+    return backend != "gather" and all(unusable(block) is None for block in blocks)
 
 
 def _density(profile: Profile, weights: str, loss: float) -> float:

@@ -55,11 +55,16 @@ def run(args: argparse.Namespace) -> int:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(args.model).name if Path(args.model).exists() else args.model)
     path = args.output or cache_folder() / "profiles" / f"{name}.safetensors"
 
-    from griffin.analysis.profiling import DENSITIES, prior, split, with_losses
+    from griffin.analysis.benchmark import check_length
+    from griffin.analysis.files import check_writable
+    from griffin.analysis.profiling import DENSITIES, TOKENS, prior, split, with_losses
     from griffin.attachment.profile import Profile
     from griffin.layouts import find_ff_blocks
 
+    if args.output is not None:
+        check_writable(path)
     model, tokenizer = load_model(args)
+    check_length(model, TOKENS // 2, TOKENS // 2)
     known = Profile.load(path) if path.exists() else None
     if known is not None and not known.fits(model, find_ff_blocks(model)):
         raise ValueError(f"{path} is the profile of another model, and stays as it is; give another -o FILE")
