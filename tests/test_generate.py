@@ -111,6 +111,19 @@ def test_a_stop_text_is_never_shown(smollm2: Loaded) -> None:
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("stop", ["\nQ:", "Q: w", "a, b", "\n\n", ",\n\nQ: what did he"])
+def test_a_stop_text_of_several_tokens_ends_the_answer_wherever_they_begin(smollm2: Loaded, stop: str) -> None:
+    tokenizer, text = smollm2[1], "no, a, b,\n\nQ: what did he do?"
+    answer, shown = Answer(tokenizer, (stop,)), ""
+    for token in tokenizer(text)["input_ids"]:
+        shown += answer.add(token)
+        if answer.stopped:
+            break
+    assert answer.stopped
+    assert shown + answer.finish() == text[: text.index(stop)]
+
+
+@pytest.mark.model
 def test_text_that_only_looked_like_a_stop_is_given_at_the_end(smollm2: Loaded) -> None:
     tokenizer = smollm2[1]
     answer = Answer(tokenizer, ("###",))

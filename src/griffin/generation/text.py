@@ -121,4 +121,4 @@ class Answer:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
-    return max((n for n in range(1, min(len(text), len(stop))) if text.endswith(stop[:n])), default=0)
+    return max((n for n in range(1, min(len(text) + 1, len(stop))) if text.endswith(stop[:n])), default=0)
