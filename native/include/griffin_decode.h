@@ -40,13 +40,15 @@ typedef struct {
   const float *cosines[2], *sines[2]; /* rotary tables, (positions, rotary / 2) */
 } griffin_decoder;
 
-/* Keys and values of every layer, each (B, K, capacity, E), with room for one more token. */
+/* Keys and values of every sequence, wherever they lie: each sequence of a batch has a length and a capacity of its own.
+ * A layer's keys of a sequence are (K, capacity, E), with room for one more token. */
 typedef struct {
-  void *const *keys, *const *values; /* (n_layers,) */
-  int64_t row_stride, head_stride;   /* bytes */
+  void *const *keys, *const *values; /* (n_layers, rows) */
+  const int64_t *head_stride;        /* (rows,) bytes */
+  const int32_t *length;             /* (rows,) tokens in it; this step's is written behind them */
+  const int32_t *start;              /* (rows,) first token that is no padding, or NULL: 0 */
   int32_t type;                      /* GRIFFIN_F32 or GRIFFIN_BF16 */
-  int32_t length;                    /* tokens in it; this step's are written behind them */
-  const int32_t *start;              /* (B,) first token of each row that is no padding, or NULL: 0 */
+  int32_t reserved;
 } griffin_cache;
 
 /* One layer's experts, as in griffin_rows. */

@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 3, GRIFFIN_MAX_ROWS = 16 };
+enum { GRIFFIN_ABI = 4, GRIFFIN_MAX_ROWS = 16 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_INT8, GRIFFIN_INT4 };
 enum griffin_activation { GRIFFIN_SILU, GRIFFIN_GELU, GRIFFIN_GELU_TANH, GRIFFIN_RELU, GRIFFIN_RELU2 };
 enum griffin_status {

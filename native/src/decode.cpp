@@ -55,6 +55,8 @@ void rotate(const float* cosines, const float* sines, float* head, int rotary) {
   }
 }
 
+int longest(const griffin_cache& cache, int rows) { return *std::max_element(cache.length, cache.length + rows); }
+
 // In floats; all but `inputs` rounded up to 16, a cache line.
 struct Sizes {
   int64_t d, q, kv, partial, scores, inputs, accumulator, tier = 0;
@@ -83,7 +85,7 @@ class Step {
   Step(const griffin_decoder& m, const griffin_cache& cache, const griffin_experts* experts, const int64_t* tokens,
        int rows, float* logits, int threads, char* memory)
       : m_(m), cache_(cache), experts_(experts), tokens_(tokens), rows_(rows), logits_(logits),
-        sizes_(m, experts, rows, cache.length, threads) {
+        sizes_(m, experts, rows, longest(cache, rows), threads) {
     attend_ = attend_portable;
 #if defined(GRIFFIN_X86)
     const char* const isa = kernels().name;
@@ -199,8 +201,7 @@ class Step {
 
   char* cached(void* const* base, int l, int r, int head, int token) const {
     const int64_t element = cache_.type == GRIFFIN_F32 ? 4 : 2;
-    return static_cast<char*>(base[l]) + r * cache_.row_stride + head * cache_.head_stride +
-           token * element * m_.head_size;
+    return static_cast<char*>(base[l * rows_ + r]) + head * cache_.head_stride[r] + token * element * m_.head_size;
   }
 
   // Norm and rotate q and k, scale q, and write k and v behind the cached tokens: this thread's share of the heads.
@@ -208,7 +209,8 @@ class Step {
     const int size = m_.head_size, q_begin = m_.heads * thread / threads, q_end = m_.heads * (thread + 1) / threads;
     const int kv_begin = m_.kv_heads * thread / threads, kv_end = m_.kv_heads * (thread + 1) / threads;
     for (int r = 0; r < rows_; r++) {
-      const int64_t position = cache_.length - start(r);
+      const int length = cache_.length[r];
+      const int64_t position = length - start(r);
       const float *cosines = nullptr, *sines = nullptr;
       if (layer.rope >= 0) {
         cosines = m_.cosines[layer.rope] + position * (m_.rotary / 2);
@@ -224,8 +226,8 @@ class Step {
         float* const k = k_ + (static_cast<int64_t>(r) * m_.kv_heads + h) * size;
         normalise(layer.key, k, k, size);
         if (cosines) rotate(cosines, sines, k, m_.rotary);
-        store(k, cached(cache_.keys, l, r, h, cache_.length));
-        store(v_ + (static_cast<int64_t>(r) * m_.kv_heads + h) * size, cached(cache_.values, l, r, h, cache_.length));
+        store(k, cached(cache_.keys, l, r, h, length));
+        store(v_ + (static_cast<int64_t>(r) * m_.kv_heads + h) * size, cached(cache_.values, l, r, h, length));
       }
     }
   }
@@ -248,8 +250,9 @@ class Step {
 
   // Each thread takes a share of every row's tokens, so that the work is even however few the heads are.
   void attend(const griffin_layer& layer, int l, int thread, int threads) {
-    const int group = m_.heads / m_.kv_heads, end = cache_.length + 1;
+    const int group = m_.heads / m_.kv_heads;
     for (int r = 0; r < rows_; r++) {
+      const int end = cache_.length[r] + 1;
       int begin = start(r);
       if (layer.window > 0 && end - layer.window > begin) begin = end - layer.window;
       const int from = begin + static_cast<int>(static_cast<int64_t>(end - begin) * thread / threads);
@@ -311,7 +314,7 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_e
            int rows) {
   if (rows < 1 || rows > GRIFFIN_MAX_ROWS || m.n_layers < 1 || m.d_model < 1 || m.heads < 1 || m.kv_heads < 1) return false;
   if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize || m.rotary > m.head_size) return false;
-  if (!m.layers || !m.embedding || !cache.keys || !cache.values || cache.length < 0) return false;
+  if (!m.layers || !m.embedding || !cache.keys || !cache.values || !cache.head_stride || !cache.length) return false;
   if (m.embedding_format != GRIFFIN_F32 && m.embedding_format != GRIFFIN_BF16) return false;
   if (cache.type != GRIFFIN_F32 && cache.type != GRIFFIN_BF16) return false;
   for (int l = 0; l < m.n_layers; l++) {
@@ -320,7 +323,7 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_e
     if (experts && experts[l].tier && !Tier::valid(layer.ff, *experts[l].tier)) return false;
   }
   for (int r = 0; r < rows; r++)
-    if (tokens[r] < 0 || tokens[r] >= m.vocabulary) return false;
+    if (cache.length[r] < 0 || tokens[r] < 0 || tokens[r] >= m.vocabulary) return false;
   return true;
 }
 
@@ -333,7 +336,7 @@ extern "C" int griffin_decode(const griffin_decoder* decoder, const griffin_cach
   if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, experts, tokens, rows)) return GRIFFIN_BAD_ARGUMENT;
   // The team may turn out smaller than asked for; never larger.
   threads = threads < 1 ? 1 : threads;
-  char* const memory = static_cast<char*>(scratch(Step::bytes(*decoder, experts, rows, cache->length, threads)));
+  char* const memory = static_cast<char*>(scratch(Step::bytes(*decoder, experts, rows, longest(*cache, rows), threads)));
   if (!memory) return GRIFFIN_NO_MEMORY;
   Step step(*decoder, *cache, experts, tokens, rows, logits, threads, memory);
   parallel(threads, [](void* data, int thread, int team) { static_cast<Step*>(data)->run(thread, team); }, &step);

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 FORMATS = ("f32", "bf16", "f16", "int8", "int4")
 """of weights; the place in the tuple is the interface's number"""
 ROW_TYPES = {torch.float32: 0, torch.bfloat16: 1}

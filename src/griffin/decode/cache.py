@@ -15,11 +15,15 @@ _ROOM = 256  # tokens by which a buffer grows at least
 class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values: views of buffers that are longer than what is in them.
 
+    Args:
+        room: tokens that there is room for from the start.
+
     Shapes:
         keys, values: (B, K, tokens, E), views of buffers (B, K, capacity, E).
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, room: int = 0, **kwargs: Any) -> None:
+        self.room = room
         self.buffers: list[Tensor | None] = [None, None]
         self.replaced = 0  # how often a buffer was replaced by another
         self.length = 0
@@ -62,8 +66,12 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         assert values is not None
         return keys, values
 
-    def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Make room for so many tokens in all, and return the buffers.
+    def holds(self, tokens: int) -> bool:
+        """Whether there is room for so many tokens in all."""
+        return all(_fits(buffer, tokens) for buffer in self.buffers)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in all.
 
         Raises:
             ValueError: the layer is empty, so the shape of its keys is not known.
@@ -71,7 +79,8 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         keys, values = self.keys, self.values
         if keys is None or values is None or keys.dim() < 4:
             raise ValueError("the cache is empty: run the prompt first")
-        return self._reserved(0, tokens, keys), self._reserved(1, tokens, values)
+        self._reserved(0, tokens, keys)
+        self._reserved(1, tokens, values)
 
     def get_seq_length(self) -> int:
         """Number of cached tokens."""
@@ -98,9 +107,9 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _reserved(self, which: int, tokens: int, like: Tensor) -> Tensor:
         buffer = self.buffers[which]
-        if buffer is not None and buffer.dim() == 4 and buffer.shape[2] >= tokens and buffer.is_contiguous():
+        if buffer is not None and _fits(buffer, tokens):
             return buffer
-        capacity = tokens + max(_ROOM, tokens // 2)
+        capacity = self.room if self.room >= tokens else tokens + max(_ROOM, tokens // 2)
         larger = torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
         if buffer is not None and buffer.dim() == 4:
             larger[:, :, : self.length] = buffer[:, :, : self.length]
@@ -110,14 +119,56 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class BufferedCache(Cache):
-    """A cache of such layers. Layers with a sliding window keep all tokens; the mask hides the old ones."""
+    """A cache of such layers. Layers with a sliding window keep all tokens; the mask hides the old ones.
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[BufferedLayer() for _ in range(layers)])
+    Args:
+        layers: how many.
+        room: tokens that there is room for from the start, so that nothing is copied until then.
+    """
+
+    def __init__(self, layers: int, room: int = 0) -> None:
+        super().__init__(layers=[BufferedLayer(room) for _ in range(layers)])
 
     @property
     def sequences(self) -> int:
         """Number of sequences in it; 0 while it is empty."""
-        first = self.layers[0]
-        assert isinstance(first, BufferedLayer)
-        return 0 if first.keys is None else first.keys.shape[0]
+        keys = self._buffered[0].keys
+        return 0 if keys is None else keys.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence in it, padding included."""
+        return self._buffered[0].length
+
+    @property
+    def replaced(self) -> int:
+        """Changes whenever a buffer is another one."""
+        return sum(layer.replaced for layer in self._buffered)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in all.
+
+        Raises:
+            ValueError: the cache is empty, so the shape of its keys is not known.
+        """
+        for layer in self._buffered:
+            if not layer.holds(tokens):
+                layer.reserve(tokens)
+
+    def advance(self) -> None:
+        """A token was written behind the others, into every layer's buffers."""
+        for layer in self._buffered:
+            layer.length += 1
+
+    def cut(self, tokens: int) -> None:
+        """Forget all tokens but the first so many."""
+        for layer in self._buffered:
+            layer.length = min(layer.length, tokens)
+
+    @property
+    def _buffered(self) -> list[BufferedLayer]:
+        return self.layers  # type: ignore[return-value]
+
+
+def _fits(buffer: Tensor | None, tokens: int) -> bool:
+    return buffer is not None and buffer.dim() == 4 and buffer.shape[2] >= tokens and buffer.is_contiguous()

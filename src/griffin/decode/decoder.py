@@ -65,13 +65,9 @@ class _Decoder(ctypes.Structure):
 
 class _Cache(ctypes.Structure):
     _fields_ = [
-        ("keys", _pointer),
-        ("values", _pointer),
-        ("row_stride", _i64),
-        ("head_stride", _i64),
+        *[(name, _pointer) for name in ("keys", "values", "head_stride", "length", "start")],
         ("type", _i32),
-        ("length", _i32),
-        ("start", _pointer),
+        ("reserved", _i32),
     ]
 
 
@@ -122,8 +118,8 @@ class NativeDecoder:
         self._offset = _FAMILIES[config.model_type]
         decoder = model.get_decoder()
         self._rotary_module = decoder.rotary_emb
-        self._positions = self._capacity = 0
-        self._cache_state = (0, -1)
+        self._positions = 0
+        self._caches: tuple[object, ...] = ()  # what the addresses below are of
         self._layers = (_Layer * len(decoder.layers))()
         self._rope_types = self._find_rope_types()
         for index, layer in enumerate(decoder.layers):
@@ -153,47 +149,60 @@ class NativeDecoder:
                 )
         return table, kept
 
-    def step(self, tokens: Tensor, cache: BufferedCache, experts: Any, start: Tensor | None) -> Tensor:
+    def step(self, tokens: Tensor, caches: Sequence[BufferedCache], experts: Any, start: Tensor | None) -> Tensor:
         """Run one token of each sequence, append its keys and values, and return the logits.
 
+        Args:
+            tokens: the tokens.
+            caches: one that holds all sequences, or several whose sequences follow each other, each of a length of its
+                own.
+            experts: what `experts_of` gave.
+            start: first real position of each sequence in its cache; `None` where there is no padding.
+
         Shapes:
-            tokens: (B,), int64. start: (B,), int32: first real position of each row in the cache, or `None`.
-            Returns (B, V), float32.
+            tokens: (B,), int64. start: (B,), int32. Returns (B, V), float32.
         """
-        layers: Sequence[Any] = cache.layers
-        length = layers[0].length
-        if length >= self._positions:
-            self._make_rope_tables(max(2 * length, 1024))
-        state = (id(cache), sum(layer.replaced for layer in layers))
-        if state != self._cache_state or length >= self._capacity:
-            self._open(layers, length)
-            self._cache_state = (id(cache), sum(layer.replaced for layer in layers))
-        self._cache_struct.length = length
+        longest = max(cache.length for cache in caches)
+        if longest >= self._positions:
+            self._make_rope_tables(max(2 * longest, 1024))
+        for cache in caches:
+            cache.reserve(cache.length + 1)
+        if self._caches != (state := tuple((id(cache), cache.replaced) for cache in caches)):
+            self._open(caches)
+            self._caches = state
+        self._lengths.copy_(torch.tensor([cache.length for cache in caches]).repeat_interleave(self._sequences))
         self._cache_struct.start = None if start is None else start.data_ptr()
         tokens = tokens.contiguous()
         logits = torch.empty(tokens.shape[0], self._struct.vocabulary)
         kernel.decode(self._struct, self._cache_struct, experts, tokens, logits)
-        for layer in layers:
-            layer.length = length + 1
+        for cache in caches:
+            cache.advance()
         return logits
 
-    def _open(self, layers: Sequence[Any], length: int) -> None:
-        """Make room for a token in every layer's buffers, and note where they are."""
-        buffers = [layer.reserve(length + 1) for layer in layers]
-        keys = (_pointer * len(buffers))(*[pair[0].data_ptr() for pair in buffers])
-        values = (_pointer * len(buffers))(*[pair[1].data_ptr() for pair in buffers])
-        first = buffers[0][0]
-        size = first.element_size()
-        self._capacity = min(buffer.shape[2] for pair in buffers for buffer in pair)
-        if any(buffer.stride() != first.stride() for pair in buffers for buffer in pair):
-            raise ValueError("the cache's layers differ in shape; start with a fresh cache")
-        self._addresses = keys, values
+    def _open(self, caches: Sequence[BufferedCache]) -> None:
+        """Note where every sequence's keys and values are."""
+        layers = [[cache.layers[layer].buffers for cache in caches] for layer in range(len(self._layers))]  # type: ignore[union-attr]
+        first = layers[0][0][0]
+        self._sequences = torch.tensor([own[0].shape[0] for own in layers[0]])
+        strides = torch.tensor([own[0].stride(1) * own[0].element_size() for own in layers[0]])
+        for row in layers:
+            for own, (keys, values) in zip(layers[0], row, strict=True):
+                if not (keys.stride() == values.stride() == own[0].stride() and keys.dtype == values.dtype == first.dtype):
+                    raise ValueError("the cache's layers differ in shape; start with a fresh cache")
+        tables = []
+        for which in range(2):
+            addresses = [
+                own[which].data_ptr() + sequence * own[which].stride(0) * own[which].element_size()
+                for row in layers
+                for own in row
+                for sequence in range(own[which].shape[0])
+            ]
+            tables.append((_pointer * len(addresses))(*addresses))
+        self._strides = strides.repeat_interleave(self._sequences)
+        self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
+        self._tables_of_cache = tables
         self._cache_struct = _Cache(
-            ctypes.addressof(keys),
-            ctypes.addressof(values),
-            first.stride(0) * size,
-            first.stride(1) * size,
-            _TYPES[first.dtype],
+            *map(ctypes.addressof, tables), self._strides.data_ptr(), self._lengths.data_ptr(), None, _TYPES[first.dtype]
         )
 
     # -- building ---------------------------------------------------------------------------------------------------

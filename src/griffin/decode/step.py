@@ -64,7 +64,7 @@ class NativeStep:
 
         Shapes: tokens (B,), int64. Returns logits (B, V), float32.
         """
-        return self._decoder.step(tokens, self._cache, self._experts, self._start)
+        return self._decoder.step(tokens, [self._cache], self._experts, self._start)
 
 
 def step_of(model: Any, handle: Griffin | None) -> str:
