@@ -10,15 +10,20 @@ from torch import nn
 
 from griffin.attachment.conversation import Conversation
 from griffin.attachment.generating import attach_generate
-from griffin.attachment.handle import Griffin, Phase, refuse_training
+from griffin.attachment.handle import Griffin, Phase, Selected, refuse_training
 from griffin.config import GriffinConfig
 from griffin.layouts import Layout
 
-__all__ = ["Conversation", "Griffin", "Phase", "attach"]
+__all__ = ["Conversation", "Griffin", "Phase", "Selected", "attach"]
 
 
 def attach(
-    model: nn.Module, config: GriffinConfig | None = None, *, layout: Layout | None = None, **settings: Any
+    model: nn.Module,
+    config: GriffinConfig | None = None,
+    *,
+    layout: Layout | None = None,
+    mixed: bool = False,
+    **settings: Any,
 ) -> Griffin:
     """Attach GRIFFIN to a Transformers causal language model.
 
@@ -33,6 +38,7 @@ def attach(
         model: the model, in eval mode.
         config: what to keep; `None` means the defaults.
         layout: where the FF blocks are, for a family that `griffin.LAYOUTS` does not know.
+        mixed: sequences of one batch are selected one by one, each by a config of its own (`Griffin.select`, `use`).
         **settings: fields of `GriffinConfig`, by keyword, over those of `config`.
 
     Returns:
@@ -47,9 +53,10 @@ def attach(
     if config is not None and settings:
         GriffinConfig.from_mapping(settings)  # refuses unknown keys with a hint
         given = replace(config, **settings)
-    handle = Griffin(model, given, layout)
+    handle = Griffin(model, given, layout, mixed=mixed)
     with ExitStack() as stack:  # an exception in the middle leaves the model as it was
         handle._patch(stack)
-        attach_generate(handle, stack)
+        if not mixed:
+            attach_generate(handle, stack)
         handle._begin(stack.pop_all())
     return handle

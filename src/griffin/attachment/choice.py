@@ -96,6 +96,20 @@ def rows_of(tier: Tier | None, rows: Sequence[int]) -> Tier | None:
     return Tier(tier.split, tier.weights[list(rows)])
 
 
+def joined(tiers: Sequence[Tier | None]) -> Tier | None:
+    """One tier for sequences that have one each, or `None` where none has.
+
+    Raises:
+        ValueError: their splits differ.
+    """
+    found = [own for own in tiers if own is not None]
+    if not found:
+        return None
+    if len(found) < len(tiers) or any(own.split != found[0].split for own in found):
+        raise ValueError("sequences of one batch need token tiers of one split, or none has a tier")
+    return Tier(found[0].split, torch.cat([own.weights for own in found]))
+
+
 def _alike(source: Mapping[int, Tensor], counts: Mapping[int, int]) -> Iterable[list[int]]:
     """Layers in groups of one width, one number of experts and one device: what one call can select for."""
     groups: dict[tuple[int, int, torch.device], list[int]] = {}

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
 
 import torch
@@ -22,7 +23,7 @@ from griffin.backends import native
 from griffin.backends.masked import MaskedFF
 from griffin.backends.tier import Split, Tier, make_sketches, split
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, Layout, find_ff_blocks
+from griffin.layouts import FFBlock, Layout, find_ff_blocks, rows
 
 logger = logging.getLogger("griffin")
 
@@ -37,6 +38,26 @@ class Phase(enum.Enum):
     GENERATION = "generation"  # the experts only
 
 
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """What one sequence is computed with in the generation phase.
+
+    Args:
+        config: the config it was selected by, with `auto` and `loss` resolved.
+        experts: by layer, ascending.
+        tiers: by layer, for a config with a token tier.
+        ff_bytes: bytes of FF weights that a token reads.
+
+    Shapes:
+        experts: each (k,), int64.
+    """
+
+    config: GriffinConfig
+    experts: Mapping[int, Tensor]
+    tiers: Mapping[int, Tier]
+    ff_bytes: int
+
+
 class Griffin:
     """A model with GRIFFIN attached. Made by `griffin.attach`; also a context manager that detaches at its end.
 
@@ -44,10 +65,19 @@ class Griffin:
     them with `prompt_phase` and `generation_phase`.
 
     Not thread-safe: one handle serves one batch at a time.
+
+    Args:
+        model: the model.
+        config: what to keep.
+        layout: where the FF blocks are, for an unknown family.
+        mixed: sequences of one batch are selected one by one, each by a config of its own (`select`, `use`).
     """
 
-    def __init__(self, model: nn.Module, config: GriffinConfig, layout: Layout | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: GriffinConfig, layout: Layout | None = None, *, mixed: bool = False
+    ) -> None:
         self.model = model
+        self.mixed = mixed
         found = find_ff_blocks(model, layout)
         config, self._profile = profile.resolved(model, found, config)
         self.config = config
@@ -159,7 +189,7 @@ class Griffin:
         self._conversation = Conversation() if conversation is None else conversation.copy()
         more = self.config.gathers.union(gather)
         self._gathering = Gathering(self._conversation, attention_mask, more)
-        if not self._static:
+        if not self._static and not self.mixed:
             self._experts, self._ready = {}, False
         for name in {"inputs", "ups"} - more:
             getattr(self._conversation, name).clear()  # they would not be of all tokens any more
@@ -169,7 +199,7 @@ class Griffin:
         hook = self.model.register_forward_pre_hook(self._gathering.see_arguments, with_kwargs=True)
         try:
             yield
-            if not self._static:
+            if not self._static and not self.mixed:
                 self._select()
                 self._rows = None
         finally:
@@ -197,6 +227,51 @@ class Griffin:
         finally:
             self._phase = Phase.FULL
 
+    @torch.no_grad()
+    def select(self, conversation: Conversation, config: GriffinConfig) -> Selected:
+        """Select one sequence's experts, of a handle that is `mixed`; they are computed once `use` names them.
+
+        Args:
+            conversation: what the prompt phase has gathered of the sequence.
+            config: how to select; `layers` that it leaves out stay whole, `batch` and `backend` are the handle's.
+
+        Raises:
+            ValueError: as `attach`, or the prompt phase has not gathered what the config needs.
+        """
+        config, known = profile.resolved(self.model, list(self._all_blocks), replace(config, backend=self.config.backend))
+        if config.selection == "wanda":
+            raise ValueError("selection wanda masks the model's weights, so sequences of one batch cannot differ in it")
+        blocks = _chosen(list(self._all_blocks), config)
+        splits = {b.layer: split(b, config.density) for b in blocks if config.tier and config.density < 1.0}
+        if splits and self.backend.name == "gather":
+            raise ValueError("the gather backend has no token tier; use a selection without tier+")
+        make_sketches(blocks, splits)
+        if config.density == 1.0:
+            blocks = ()
+        counts = {b.layer: splits[b.layer].experts if splits else config.experts_of(b.width) for b in blocks}
+        if known is not None:
+            conversation = known.added_to(conversation)
+        found = choice.experts(blocks, conversation, config, counts)
+        experts = {b.layer: torch.arange(b.width, device=rows(b.output)[0].device) for b in self._all_blocks}
+        experts |= {layer: own[0] for layer, own in found.items()}
+        whole = sum(b.nbytes for b in self._all_blocks) - sum(b.nbytes for b in blocks)
+        read = [splits[b.layer].nbytes if splits else b.nbytes * counts[b.layer] // b.width for b in blocks]
+        tiers = choice.tiers(blocks, conversation, config, splits)
+        return Selected(config, MappingProxyType(experts), MappingProxyType(tiers), whole + sum(read))
+
+    def use(self, batch: Sequence[Selected]) -> None:
+        """Take these sequences, in this order, as the batch of the next generation phases.
+
+        Raises:
+            ValueError: the handle is not `mixed`, or token tiers of the sequences differ in their splits.
+        """
+        if not self.mixed:
+            raise ValueError("sequences were selected together; make the handle with mixed=True")
+        for layer, sparse in self._sparse.items():
+            tier = choice.joined([own.tiers.get(layer) for own in batch])
+            sparse.select([own.experts[layer] for own in batch], tier)
+        self._ready = True
+
     def detach(self) -> None:
         """Put the model back exactly as it was. Calling it twice does nothing."""
         self._phase = Phase.FULL
@@ -217,7 +292,7 @@ class Griffin:
         """Patch the FF blocks until `stack` closes."""
         make_sketches(self.blocks, self._splits)
         for block in self.blocks:
-            if self._splits or self._count(block) < block.width:
+            if self.mixed or self._splits or self._count(block) < block.width:
                 self._sparse[block.layer] = self.backend.make(block, stack)
             for which, projection in enumerate(block.inputs):
                 patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
@@ -231,7 +306,7 @@ class Griffin:
         """Everything is patched, and `undo` takes it off again."""
         self._undo = undo
         self._attached = True
-        if self._static:
+        if self._static and not self.mixed:
             self._select()
         logger.info(
             "attached to %d FF blocks, %s at density %g, backend %s (%s)",
@@ -266,7 +341,7 @@ class Griffin:
         def forward(z: Tensor) -> Tensor:
             if sparse is not None and self._phase is Phase.GENERATION:
                 return sparse.write(z)
-            if self._phase is Phase.PROMPT and not self._static:
+            if self._phase is Phase.PROMPT and (self.mixed or not self._static):
                 self._gathering.add(block, z)
             return full(z)
 

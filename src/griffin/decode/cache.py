@@ -155,6 +155,13 @@ class BufferedCache(Cache):
             if not layer.holds(tokens):
                 layer.reserve(tokens)
 
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values with the room behind them, each (B, K, capacity, E)."""
+        keys, values = self._buffered[layer].buffers
+        assert keys is not None
+        assert values is not None
+        return keys, values
+
     def advance(self) -> None:
         """A token was written behind the others, into every layer's buffers."""
         for layer in self._buffered:

@@ -98,6 +98,58 @@ class UnsupportedError(Exception):
     """The native step cannot run a model; the message says why."""
 
 
+class Caches:
+    """The keys and values of a batch as the native step sees them.
+
+    Args:
+        caches: one that holds all sequences, or several whose sequences follow each other, each of its own length.
+    """
+
+    def __init__(self, caches: Sequence[BufferedCache]) -> None:
+        self.caches = caches
+        self._replaced: list[int] = []  # of each cache, when the addresses were taken
+
+    def with_room(self) -> Any:
+        """The struct, after room was made for one more token of each sequence.
+
+        Raises:
+            ValueError: a cache is empty, or its layers differ in shape.
+        """
+        for cache in self.caches:
+            cache.reserve(cache.length + 1)
+        if self._replaced != (replaced := [cache.replaced for cache in self.caches]):
+            self._open()
+            self._replaced = replaced
+        lengths = torch.tensor([cache.length for cache in self.caches], dtype=torch.int32)
+        self._lengths.copy_(lengths.repeat_interleave(self._sequences))
+        return self._struct
+
+    def _open(self) -> None:
+        """Note where every sequence's keys and values are."""
+        layers = [[cache.buffers(layer) for cache in self.caches] for layer in range(len(self.caches[0].layers))]
+        first = layers[0]
+        for layer in layers:
+            for (keys, values), (like, _) in zip(layer, first, strict=True):
+                if any((own.stride(), own.dtype) != (like.stride(), first[0][0].dtype) for own in (keys, values)):
+                    raise ValueError("the cache's layers differ in shape; start with a fresh cache")
+        addresses = [
+            [row.data_ptr() for layer in layers for own in layer for row in own[which].unbind()] for which in range(2)
+        ]
+        tables = [(_pointer * len(table))(*table) for table in addresses]
+        self._kept = tables
+        self._sequences = torch.tensor([own[0].shape[0] for own in first])
+        strides = torch.tensor([own[0].stride(1) * own[0].element_size() for own in first])
+        self._strides = strides.repeat_interleave(self._sequences)
+        self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
+        self._struct = _Cache(
+            *map(ctypes.addressof, tables),
+            self._strides.data_ptr(),
+            self._lengths.data_ptr(),
+            None,
+            _TYPES[first[0][0].dtype],
+        )
+
+
 class NativeDecoder:
     """One generation step as one native call, over the model's own weights.
 
@@ -119,7 +171,6 @@ class NativeDecoder:
         decoder = model.get_decoder()
         self._rotary_module = decoder.rotary_emb
         self._positions = 0
-        self._caches: tuple[object, ...] = ()  # what the addresses below are of
         self._layers = (_Layer * len(decoder.layers))()
         self._rope_types = self._find_rope_types()
         for index, layer in enumerate(decoder.layers):
@@ -149,61 +200,29 @@ class NativeDecoder:
                 )
         return table, kept
 
-    def step(self, tokens: Tensor, caches: Sequence[BufferedCache], experts: Any, start: Tensor | None) -> Tensor:
+    def step(self, tokens: Tensor, caches: Caches, experts: Any, start: Tensor | None) -> Tensor:
         """Run one token of each sequence, append its keys and values, and return the logits.
 
         Args:
             tokens: the tokens.
-            caches: one that holds all sequences, or several whose sequences follow each other, each of a length of its
-                own.
+            caches: the sequences' keys and values.
             experts: what `experts_of` gave.
             start: first real position of each sequence in its cache; `None` where there is no padding.
 
         Shapes:
             tokens: (B,), int64. start: (B,), int32. Returns (B, V), float32.
         """
-        longest = max(cache.length for cache in caches)
+        longest = max(cache.length for cache in caches.caches)
         if longest >= self._positions:
             self._make_rope_tables(max(2 * longest, 1024))
-        for cache in caches:
-            cache.reserve(cache.length + 1)
-        if self._caches != (state := tuple((id(cache), cache.replaced) for cache in caches)):
-            self._open(caches)
-            self._caches = state
-        self._lengths.copy_(torch.tensor([cache.length for cache in caches]).repeat_interleave(self._sequences))
-        self._cache_struct.start = None if start is None else start.data_ptr()
+        struct = caches.with_room()
+        struct.start = None if start is None else start.data_ptr()
         tokens = tokens.contiguous()
         logits = torch.empty(tokens.shape[0], self._struct.vocabulary)
-        kernel.decode(self._struct, self._cache_struct, experts, tokens, logits)
-        for cache in caches:
+        kernel.decode(self._struct, struct, experts, tokens, logits)
+        for cache in caches.caches:
             cache.advance()
         return logits
-
-    def _open(self, caches: Sequence[BufferedCache]) -> None:
-        """Note where every sequence's keys and values are."""
-        layers = [[cache.layers[layer].buffers for cache in caches] for layer in range(len(self._layers))]  # type: ignore[union-attr]
-        first = layers[0][0][0]
-        self._sequences = torch.tensor([own[0].shape[0] for own in layers[0]])
-        strides = torch.tensor([own[0].stride(1) * own[0].element_size() for own in layers[0]])
-        for row in layers:
-            for own, (keys, values) in zip(layers[0], row, strict=True):
-                if not (keys.stride() == values.stride() == own[0].stride() and keys.dtype == values.dtype == first.dtype):
-                    raise ValueError("the cache's layers differ in shape; start with a fresh cache")
-        tables = []
-        for which in range(2):
-            addresses = [
-                own[which].data_ptr() + sequence * own[which].stride(0) * own[which].element_size()
-                for row in layers
-                for own in row
-                for sequence in range(own[which].shape[0])
-            ]
-            tables.append((_pointer * len(addresses))(*addresses))
-        self._strides = strides.repeat_interleave(self._sequences)
-        self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
-        self._tables_of_cache = tables
-        self._cache_struct = _Cache(
-            *map(ctypes.addressof, tables), self._strides.data_ptr(), self._lengths.data_ptr(), None, _TYPES[first.dtype]
-        )
 
     # -- building ---------------------------------------------------------------------------------------------------
 

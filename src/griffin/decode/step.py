@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from griffin.attachment import Griffin
 from griffin.backends import kernel
 from griffin.decode.cache import BufferedCache
-from griffin.decode.decoder import NativeDecoder, UnsupportedError, knows
+from griffin.decode.decoder import Caches, NativeDecoder, UnsupportedError, knows
 
 logger = logging.getLogger("griffin")
 
@@ -28,7 +28,7 @@ class NativeStep:
     """The generation step of one batch by the native library: token ids in, logits out."""
 
     def __init__(self, decoder: NativeDecoder, handle: Griffin, cache: BufferedCache, start: Tensor | None) -> None:
-        self._decoder, self._cache, self._start, self._handle = decoder, cache, start, handle
+        self._decoder, self._caches, self._start = decoder, Caches([cache]), start
         self._experts, self._kept = decoder.experts_of(handle.native_ff, handle.pruned)
 
     @classmethod
@@ -64,7 +64,7 @@ class NativeStep:
 
         Shapes: tokens (B,), int64. Returns logits (B, V), float32.
         """
-        return self._decoder.step(tokens, [self._cache], self._experts, self._start)
+        return self._decoder.step(tokens, self._caches, self._experts, self._start)
 
 
 def step_of(model: Any, handle: Griffin | None) -> str:

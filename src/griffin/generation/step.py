@@ -140,8 +140,8 @@ def generate_step(
         raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and the cache {done}: there is none to run")
     if prompt_chunk is not None and prompt_chunk < 1:
         raise ValueError(f"prompt_chunk is {prompt_chunk}; expected a number of tokens from 1")
-    forward = _Forward(model, cache, attention_mask)
-    draw = _Draw(sampling, input_ids)
+    forward = Forward(model, cache, attention_mask)
+    draw = Draw(sampling, input_ids)
 
     start = time.perf_counter()
     conversation = of_cache(cache) if handle is not None else Conversation()
@@ -178,7 +178,7 @@ def generate_step(
         kept = yield Step(tokens, logits, time.perf_counter() - start, 0.0)
 
 
-class _Forward:
+class Forward:
     """The model's forward for new tokens after those in the cache: last position's logits, (B, V), float32."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache, attention_mask: Tensor | None) -> None:
@@ -209,7 +209,7 @@ class _Forward:
         return logits
 
 
-class _Draw:
+class Draw:
     """Draw the next token of every row, and remember it for the repetition penalty."""
 
     def __init__(self, sampling: Sampling, input_ids: Tensor) -> None:
