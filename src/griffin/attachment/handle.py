@@ -238,7 +238,9 @@ class Griffin:
         Raises:
             ValueError: as `attach`, or the prompt phase has not gathered what the config needs.
         """
-        config, known = profile.resolved(self.model, list(self._all_blocks), replace(config, backend=self.config.backend))
+        config, known = profile.resolved(
+            self.model, list(self._all_blocks), replace(config, backend=self.config.backend)
+        )
         if config.selection == "wanda":
             raise ValueError("selection wanda masks the model's weights, so sequences of one batch cannot differ in it")
         blocks = _chosen(list(self._all_blocks), config)

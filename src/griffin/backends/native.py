@@ -134,7 +134,7 @@ class NativeFF:
 
 
 def _stacked(experts: Sequence[Tensor]) -> Tensor:
-    """Sets of different sizes as one tensor: the last expert of a smaller set is named again, which changes no union."""
+    """Sets of different sizes as one tensor: a smaller set names its last expert again, which changes no union."""
     most = max(own.shape[0] for own in experts)
     return torch.stack([torch.cat([own, own[-1:].expand(most - own.shape[0])]) for own in experts])
 

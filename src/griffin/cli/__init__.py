@@ -18,6 +18,7 @@ from griffin.version import __version__
 COMMANDS = {
     "generate": "answer one prompt",
     "chat": "talk with a model",
+    "serve": "an OpenAI-compatible server, with a page to try it",
     "info": "this machine, and a model's FF blocks",
     "bench": "how fast, beside the ceiling and the memory's bandwidth",
     "eval": "what is lost: tasks of lm-evaluation-harness",

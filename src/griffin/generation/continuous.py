@@ -1,7 +1,7 @@
 """Continuous batching: sequences of different lengths and configs, which join and leave between steps.
 
-Every sequence has a key/value cache and experts of its own, so joining and leaving copy nothing. A prompt runs by itself
-through the full model, chunk by chunk; a step runs all sequences that are in their generation phase together.
+Every sequence has a key/value cache and experts of its own, so joining and leaving copy nothing. A prompt runs by
+itself through the full model, chunk by chunk; a step runs all sequences that are in their generation phase together.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Prompt:
         self._forward = Forward(model, self._cache, None)
         self._conversation = Conversation()
         # The full model needs no statistic, and a static selection neither.
-        self._gathers = config.density < 1.0 and config.selection != "magnitude" or config.loss is not None
+        self._gathers = (config.density < 1.0 and config.selection != "magnitude") or config.loss is not None
 
     @property
     def left(self) -> int:

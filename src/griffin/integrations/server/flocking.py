@@ -1,0 +1,49 @@
+"""The flocking picture of one prompt, as the page draws it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from griffin.analysis.flocking import relative_activations
+from griffin.config import GriffinConfig
+from griffin.integrations.server.engine import Engine
+
+TOKENS, NEURONS = 256, 192  # most that are shown
+
+
+def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfig) -> dict[str, Any]:
+    """Relative activations |Zbar| of some of a layer's neurons, from the most to the least important.
+
+    Must run in the engine's thread.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    ids = list(ids)[-TOKENS:]
+    prompt = torch.tensor([ids], device=engine.model.device)
+    values = relative_activations(engine.model, prompt, [layer])[layer].t()  # (D_ff, S)
+    statistic = values.norm(dim=1)
+    order = statistic.argsort(descending=True)
+    width = len(order)
+    places = torch.linspace(0, width - 1, min(NEURONS, width)).round().long()  # from most to least important
+    rows = order[places].sort().values
+    experts = set(order[: config.experts_of(width)].tolist())
+    shown = values[rows]
+    scale = float(shown.max()) or 1.0
+    image = (shown / scale).sqrt().mul(255).round().to(torch.uint8)  # the root shows what is small
+    return {
+        "layer": layer,
+        "layers": len(engine.handle.blocks),
+        "d_ff": width,
+        "tokens": [engine.tokenizer.decode([token]) for token in ids],
+        "neurons": rows.tolist(),
+        "width": len(ids),
+        "height": len(rows),
+        "values": base64.b64encode(image.numpy().tobytes()).decode(),
+        "scale": scale,
+        "experts": {"density": config.density, "shown": [neuron in experts for neuron in rows.tolist()]},
+    }

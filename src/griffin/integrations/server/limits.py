@@ -1,0 +1,72 @@
+"""What a request meets before anything reads it: the API key, and a limit on its body. Plain ASGI, so streams pass."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from griffin.integrations.server.errors import answer
+
+_GUARDED = "/v1/"
+
+
+class Gate:
+    """Refuse requests without the key, and bodies that are too large, also where no length was announced.
+
+    Args:
+        app: what comes behind.
+        api_key: the key that requests under /v1/ must carry; `None` asks for none.
+        body_bytes: most bytes of a body.
+        body_s: most seconds until it is here.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, body_bytes: int, body_s: float = 30.0) -> None:
+        self._app, self._key, self._most, self._seconds = app, api_key, body_bytes, body_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self._key is not None and scope["path"].startswith(_GUARDED):
+            given = headers.get(b"authorization", b"")
+            # Of the same length or not, right or not: it takes the same time.
+            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+                refusal = answer(
+                    401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
+                )
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._most:
+            await self._too_large(scope, receive, send)
+            return
+        body: list[Message] = []
+        seen = 0
+        try:
+            async with asyncio.timeout(self._seconds):
+                while not body or body[-1].get("more_body"):
+                    body.append(await receive())
+                    if body[-1]["type"] != "http.request":  # the client has gone
+                        return
+                    if (seen := seen + len(body[-1].get("body", b""))) > self._most:
+                        await self._too_large(scope, receive, send)
+                        return
+        except TimeoutError:
+            message = f"the body did not come within {self._seconds:g} seconds"
+            await answer(408, message, code="request_timeout")(scope, receive, send)
+            return
+        waiting = iter(body)
+
+        async def replayed() -> Message:
+            return next(waiting, None) or await receive()
+
+        await self._app(scope, replayed, send)
+
+    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"the body is larger than the {self._most / 1e6:g} MB that this server takes"
+        await answer(413, message, code="request_too_large")(scope, receive, send)
