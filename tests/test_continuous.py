@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
-from families import random_model
 from transformers import PreTrainedModel
 
 import griffin
+from conftest import tiny_llama
+from families import random_model
 from griffin.backends import library
 from griffin.config import GriffinConfig
 from griffin.generation.continuous import Batch, Row

@@ -79,13 +79,14 @@ def run(args: argparse.Namespace) -> int:
 
     from griffin.integrations.server.app import Settings
     from griffin.integrations.server.engine import Limits
-    from griffin.integrations.server.running import serve
+    from griffin.integrations.server.running import bound, serve
 
+    listening = bound(args.host, args.port)
     model, tokenizer = load_model(args)
     limits = Limits(args.places, args.queue, _cache_bytes(args.cache_gb), args.prompt_chunk, args.deadline)
     settings = Settings(args.name or args.model, args.max_tokens, args.max_prompt, int(args.max_body * 1e6), key)
     print("loaded; trying a short prompt", file=sys.stderr)
-    return serve(model, tokenizer, config, limits, settings, args.host, args.port, args.drain)
+    return serve(model, tokenizer, config, limits, settings, listening, args.drain)
 
 
 def _cache_bytes(gb: float | None) -> int:

@@ -27,13 +27,16 @@ from griffin.attachment.conversation import keep_with_cache, of_cache
 from griffin.decode.step import NativeStep, new_cache
 
 
+_LEAST_TEMPERATURE = 1e-4
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.
 
     Args:
         max_tokens: most tokens to generate for a prompt.
-        temperature: 0 is greedy; above, logits are divided by it before drawing.
+        temperature: 0 is greedy, and so is less than 1e-4; above, logits are divided by it before drawing.
         top_p: draw from the smallest set of tokens whose probability reaches this; 1 is off.
         top_k: draw from this many most likely tokens; 0 is off.
         min_p: drop tokens less likely than this share of the likeliest; 0 is off.
@@ -71,18 +74,23 @@ class Sampling:
             raise ValueError(f"stop is {self.stop!r}; expected texts that are not empty")
         object.__setattr__(self, "stop", stop)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken; logits divided by less would not be finite."""
+        return self.temperature < _LEAST_TEMPERATURE
+
     def processors(self) -> LogitsProcessorList:
         """Transformers' own logits processors for these settings, in the order in which its generate applies them."""
         chosen = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
             chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature not in (0.0, 1.0):
+        if not self.greedy and self.temperature != 1.0:
             chosen.append(TemperatureLogitsWarper(self.temperature))
-        if self.temperature > 0 and self.top_k > 0:
+        if not self.greedy and self.top_k > 0:
             chosen.append(TopKLogitsWarper(self.top_k))
-        if self.temperature > 0 and self.top_p < 1.0:
+        if not self.greedy and self.top_p < 1.0:
             chosen.append(TopPLogitsWarper(self.top_p))
-        if self.temperature > 0 and self.min_p > 0.0:
+        if not self.greedy and self.min_p > 0.0:
             chosen.append(MinPLogitsWarper(self.min_p))
         return chosen
 
@@ -213,7 +221,7 @@ class Draw:
     """Draw the next token of every row, and remember it for the repetition penalty."""
 
     def __init__(self, sampling: Sampling, input_ids: Tensor) -> None:
-        self._greedy = sampling.temperature == 0
+        self._greedy = sampling.greedy
         self._processors = sampling.processors()
         self._seen = input_ids
         self._generator = torch.Generator(device=input_ids.device)

@@ -47,6 +47,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "not finished in time",
     }.items()
 }
+_STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, whole or in chunks"}
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
 
     app.get("/v1/models", responses={401: _ERRORS[401]})(server.models)
     app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: _ERRORS[404]})(server.model)
-    app.post("/v1/chat/completions", responses=_ERRORS)(server.chat)
-    app.post("/v1/completions", responses=_ERRORS)(server.completions)
+    app.post("/v1/chat/completions", responses=_STREAMS | _ERRORS)(server.chat)
+    app.post("/v1/completions", responses=_STREAMS | _ERRORS)(server.completions)
     app.post("/v1/griffin/flocking", responses=_ERRORS)(server.flocking)
     app.get("/health", responses={503: _ERRORS[503]})(server.health)
     app.get("/metrics", response_class=Response)(server.metrics_text)
@@ -391,7 +394,9 @@ def _refusal(error: Exception) -> ApiError:
 def _invalid(_: Request, error: Exception) -> JSONResponse:
     """Name the field that is wrong."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    errors = error.errors()
+    # Of a field's alternatives the one that went furthest is the one that was meant.
+    first = max((own for own in errors if own["loc"][:2] == errors[0]["loc"][:2]), key=lambda own: len(own["loc"]))
     if first["type"] == "json_invalid":
         return answer(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or not _is_branch(part)]

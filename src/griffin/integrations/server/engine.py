@@ -256,8 +256,8 @@ class Engine:
         needed = max(self._bytes_of(request, ids) for ids in request.prompts)
         if needed > self.limits.cache_bytes:
             raise ValueError(
-                f"the prompt and its answers need {needed / 1e9:.2f} GB of key/value memory, this server has "
-                f"{self.limits.cache_bytes / 1e9:.2f} GB; ask for fewer tokens or answers"
+                f"the prompt and its answers need {needed / 1e6:,.1f} MB of key/value memory, this server has "
+                f"{self.limits.cache_bytes / 1e6:,.1f} MB; ask for fewer tokens or answers"
             )
 
     def submit(self, request: Request) -> None:

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from griffin.integrations.server.errors import answer
 
 _GUARDED = "/v1/"
+_PATIENCE = 25  # times the limit that is read, and dropped, before a refusal
 
 
 class Gate:
@@ -41,24 +42,26 @@ class Gate:
                 refusal.headers["WWW-Authenticate"] = "Bearer"
                 await refusal(scope, receive, send)
                 return
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._most:
-            await self._too_large(scope, receive, send)
-            return
         body: list[Message] = []
         seen = 0
         try:
             async with asyncio.timeout(self._seconds):
-                while not body or body[-1].get("more_body"):
-                    body.append(await receive())
-                    if body[-1]["type"] != "http.request":  # the client has gone
+                more = True
+                while more and seen <= _PATIENCE * self._most:  # who still sends would not see an answer
+                    message = await receive()
+                    if message["type"] != "http.request":  # the client has gone
                         return
-                    if (seen := seen + len(body[-1].get("body", b""))) > self._most:
-                        await self._too_large(scope, receive, send)
-                        return
+                    seen += len(message.get("body", b""))
+                    more = message.get("more_body", False)
+                    if seen <= self._most:
+                        body.append(message)
         except TimeoutError:
-            message = f"the body did not come within {self._seconds:g} seconds"
-            await answer(408, message, code="request_timeout")(scope, receive, send)
+            text = f"the body did not come within {self._seconds:g} seconds"
+            await answer(408, text, code="request_timeout")(scope, receive, send)
+            return
+        if seen > self._most:
+            text = f"the body is larger than the {self._most / 1e6:g} MB that this server takes"
+            await answer(413, text, code="request_too_large")(scope, receive, send)
             return
         waiting = iter(body)
 
@@ -66,7 +69,3 @@ class Gate:
             return next(waiting, None) or await receive()
 
         await self._app(scope, replayed, send)
-
-    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"the body is larger than the {self._most / 1e6:g} MB that this server takes"
-        await answer(413, message, code="request_too_large")(scope, receive, send)

@@ -20,16 +20,14 @@ def serve(
     config: GriffinConfig,
     limits: Limits,
     settings: Settings,
-    host: str,
-    port: int,
+    listening: socket.socket,
     drain_s: int,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; running answers then have `drain_s` seconds. Returns the exit code.
 
     Raises:
-        ValueError: the address cannot be listened at, or the model cannot be served.
+        ValueError: the model cannot be served.
     """
-    listening = _listen(host, port)
     with listening:
         engine = Engine(model, tokenizer, config, limits)
         app = make_app(engine, settings)
@@ -47,18 +45,22 @@ def serve(
             file=sys.stderr,
             flush=True,
         )
-        server.run(sockets=[listening])
+        server.run(sockets=[listening])  # it listens from here on
     return 0 if engine.failure is None else 1
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, to be known as free before the model is loaded.
+
+    Raises:
+        ValueError: it is taken, or there is no such address.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         own = socket.socket(family, kind, protocol)
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         own.bind(address)
-        own.listen(2048)
     except OSError as error:
         raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}; try another --port") from error
     own.set_inheritable(True)

@@ -60,7 +60,7 @@ class _Completion(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     top_k: Annotated[_Int, Field(ge=0)] | None = Field(None, description="0 is off")
     min_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, strict=True)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, strict=True)] | None = None
     n: Annotated[_Int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Annotated[StrictStr, Field(min_length=1)] | _Stop | None = None
     seed: Annotated[_Int, Field(ge=0, lt=2**62)] | None = None
