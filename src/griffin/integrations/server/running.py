@@ -36,6 +36,7 @@ def serve(
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=logs, log_level="warning", timeout_graceful_shutdown=drain_s, lifespan="on")
         )
+        listening.listen(2048)  # who comes from here on is answered, if not at once
         address, own_port = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         print(
@@ -45,7 +46,7 @@ def serve(
             file=sys.stderr,
             flush=True,
         )
-        server.run(sockets=[listening])  # it listens from here on
+        server.run(sockets=[listening])
     return 0 if engine.failure is None else 1
 
 
