@@ -16,7 +16,7 @@ TOKENS, NEURONS = 256, 192  # most that are shown
 
 
 def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfig) -> dict[str, Any]:
-    """Relative activations |Zbar| of some of a layer's neurons, from the most to the least important.
+    """Relative activations |Zbar| of a layer's neurons: those of largest flocking statistic, and some of the others.
 
     Must run in the engine's thread.
 
@@ -29,8 +29,10 @@ def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfi
     statistic = values.norm(dim=1)
     order = statistic.argsort(descending=True)
     width = len(order)
-    places = torch.linspace(0, width - 1, min(NEURONS, width)).round().long()  # from most to least important
-    rows = order[places].sort().values
+    first = order[: NEURONS // 2]  # those that matter most, and of the others some at even distances
+    others = order[len(first) :]
+    places = torch.linspace(0, len(others) - 1, min(NEURONS - len(first), len(others))).round().long()
+    rows = torch.cat([first, others[places]]).sort().values
     experts = set(order[: config.experts_of(width)].tolist())
     shown = values[rows]
     scale = float(shown.max()) or 1.0
