@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "cli.md"
-COMMANDS = ("generate", "chat", "info", "bench", "eval", "profile", "perplexity", "flocking", "sweep", "report", "demo")
+COMMANDS = (
+    *("generate", "chat", "serve", "info", "bench", "eval", "profile", "perplexity", "flocking", "sweep", "report"),
+    "demo",
+)
 INTRODUCTION = """\
 # Command line
 

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -34,6 +35,7 @@ from griffin.integrations.server.app import Settings, make_app
 from griffin.integrations.server.engine import Engine, Limits
 
 NAME = "smollm2-135m"
+SIZES = {"vocab_size": 49152, "max_position_embeddings": 8192}  # the real model's
 TEXTS = (
     "The history of the city of Rome begins",
     "def fibonacci(n):",
@@ -102,7 +104,7 @@ def quick(smollm2: Loaded) -> Iterator[Server]:
 
 def small(loaded: Loaded) -> Loaded:
     """A random model of the real one's vocabulary: what is not about its answers does not wait for them."""
-    return tiny_llama(torch.float32, vocab_size=49152, max_position_embeddings=8192), loaded[1]
+    return tiny_llama(torch.float32, num_hidden_layers=6, **SIZES), loaded[1]
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +238,7 @@ def test_tokens_for_text(smollm2: Loaded, quick: Server) -> None:
 def test_models_health_and_metrics(quick: Server) -> None:
     client = quick.client()
     assert [model.id for model in client.models.list()] == [NAME]
-    assert client.models.retrieve(NAME).model_extra["griffin"]["layers"] == 3  # type: ignore[index]
+    assert client.models.retrieve(NAME).model_extra["griffin"]["layers"] == 6  # type: ignore[index]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4")
     client.completions.create(model=NAME, prompt="One", max_tokens=2)
@@ -329,7 +331,7 @@ def test_a_long_prompt_does_not_hold_up_a_running_answer(quick: Server) -> None:
         ({"griffin": {"densty": 0.5}}, 422, "griffin.densty", "griffin.densty is not supported"),
         ({"griffin": {"selection": "tpk"}}, 422, "griffin.selection", "did you mean 'topk'"),
         ({"griffin": {"selection": "wanda"}}, 422, "griffin.selection", "cannot be served"),
-        ({"griffin": {"layers": [99]}}, 422, "griffin.layers", "this model has layers 0 to 2"),
+        ({"griffin": {"layers": [99]}}, 422, "griffin.layers", "this model has layers 0 to 5"),
         ({"griffin": {"loss": 0.1, "density": 0.5}}, 422, None, "griffin.density|there are a loss|loss"),
         ({"suffix": "x"}, 422, "suffix", "suffix is not supported; leave it out"),
         ({"frequency_penalty": 0.5}, 422, "frequency_penalty", "not supported"),
@@ -507,7 +509,27 @@ def test_flocking_picture(quick: Server) -> None:
         quick.url, json.dumps({"model": NAME, "prompt": "a", "layer": 30}).encode(), "/v1/griffin/flocking"
     )
     assert status == 422
-    assert "layers 0 to 2" in refused["error"]["message"]
+    assert "layers 0 to 5" in refused["error"]["message"]
+
+
+@pytest.mark.model
+def test_the_page_against_this_server(quick: Server) -> None:
+    import test_page
+
+    browsers = test_page.browser.__wrapped__()
+    browser = next(browsers)
+    try:
+        with test_page.opened(browser, quick.url) as page:
+            test_page.check_answers(page, timeout_s=60)
+    finally:
+        browsers.close()
+
+
+@pytest.mark.model
+def test_the_example_of_the_readme(quick: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    source = (Path(__file__).parents[1] / "examples" / "client.py").read_text()
+    exec(source.replace("http://127.0.0.1:8000", quick.url), {})
+    assert "CompletionUsage(completion_tokens=" in capsys.readouterr().out
 
 
 # -- the schema --------------------------------------------------------------------------------------------------------

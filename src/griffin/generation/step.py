@@ -26,7 +26,6 @@ from griffin.attachment import Conversation, Griffin
 from griffin.attachment.conversation import keep_with_cache, of_cache
 from griffin.decode.step import NativeStep, new_cache
 
-
 _LEAST_TEMPERATURE = 1e-4
 
 

@@ -1,0 +1,132 @@
+"""Tokens/s of griffin serve with 1, 4, 8 and 16 requests at a time, density 1.0 against 0.5, in turns.
+
+    python benchmarks/serving.py MODEL [--weights W] [--selection S] [--tokens N] [--rounds R] [-o FILE.csv]
+
+The server is a process of its own, asked by HTTP with streams. Before anything is timed, all answers are compared with
+those that the same requests get alone; bfloat16 answers may part where two tokens are nearly as likely, so it is told
+how many do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import openai
+
+from griffin.analysis.machine import machine, versions
+
+TEXTS = (
+    "The lighthouse at the end of the bay was built",
+    "A recipe for bread needs flour, water and",
+    "In the year of the great storm the harbour",
+    "The theory of evolution says that",
+    "To repair a bicycle tyre, first",
+    "The orchestra began to play when the",
+    "Prices rose last year because",
+    "My grandmother's garden had a",
+    "The function returns the sum of",
+    "Whales are mammals that",
+    "The train to the mountains leaves",
+    "Old maps show the river where",
+    "She opened the letter and",
+    "The committee decided to",
+    "Volcanoes form where",
+    "The painter mixed blue with",
+)
+
+
+async def answers(
+    url: str, model: str, prompts: Sequence[str], density: float, tokens: int, repeat: int = 12
+) -> tuple[float, list[str]]:
+    """Generated tokens a second of requests at once, from the first token of the last one on, and their texts."""
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0) as client:
+        stamps: list[float] = []
+        firsts: list[float] = []
+
+        async def one(text: str) -> str:
+            stream = await client.completions.create(
+                model=model,
+                prompt=" ".join([text] * repeat),
+                max_tokens=tokens,
+                temperature=0,
+                stream=True,
+                logprobs=0,
+                extra_body={"griffin": {"density": density}},
+            )
+            found, first = [], True
+            async for chunk in stream:
+                choice = chunk.choices[0]
+                if choice.logprobs and choice.logprobs.tokens:
+                    stamps.append(time.perf_counter())
+                    if first:
+                        firsts.append(stamps[-1])
+                        first = False
+                    found += choice.logprobs.tokens
+            return "".join(found)
+
+        texts = await asyncio.gather(*map(one, prompts))
+    begin = max(firsts)  # all prompts have run
+    within = [stamp for stamp in stamps if stamp > begin]
+    return len(within) / (max(within) - begin), texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights", default="bf16")
+    parser.add_argument("--selection", default="topk")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    command = [sys.executable, "-m", "griffin", "serve", "-m", args.model, "--weights", args.weights, "--port", "0"]
+    command += ["--selection", args.selection]
+    rows = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            url = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.]+:\d+", line))) + "/v1"
+            for n in (1, 4, 8, 16):
+                speeds: dict[float, list[float]] = {1.0: [], 0.5: []}
+                known = {}
+                for density in speeds:
+                    known[density] = [
+                        asyncio.run(answers(url, args.model, [text], density, args.tokens))[1][0] for text in TEXTS[:n]
+                    ]
+                parted = 0
+                for _ in range(args.rounds):
+                    for density, own in speeds.items():
+                        speed, texts = asyncio.run(answers(url, args.model, TEXTS[:n], density, args.tokens))
+                        own.append(speed)
+                        parted += sum(a != b for a, b in zip(texts, known[density], strict=True))
+                full, half = (statistics.median(own) for own in speeds.values())
+                ratio = statistics.median(b / a for a, b in zip(speeds[1.0], speeds[0.5], strict=True))
+                print(f"{n:3d} requests: {full:7.1f} -> {half:7.1f} tokens/s, {ratio:.2f}x; {parted} answers parted")
+                rows.append(
+                    {
+                        **{"model": args.model, "weights": args.weights, "selection": args.selection, "requests": n},
+                        **{"full_tokens_per_s": full, "half_tokens_per_s": half, "ratio": ratio, "parted": parted},
+                        **{"tokens": args.tokens, "rounds": args.rounds, **machine(), **versions()},
+                    }
+                )
+        finally:
+            server.terminate()
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with args.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
