@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from math import comb
 
 import torch
 from torch import Tensor
@@ -114,11 +115,35 @@ def jaccard(energies: Mapping[int, Tensor], density: float) -> Tensor:
     """
     found = []
     for own in energies.values():
-        kept = _kept(own, density)
-        common = kept @ kept.T
-        sizes = kept.sum(dim=1)
+        experts = kept(own, density)
+        common = experts @ experts.T
+        sizes = experts.sum(dim=1)
         found.append(common / (sizes[:, None] + sizes[None, :] - common))
     return torch.stack(found)
+
+
+def union_share(energies: Mapping[int, Tensor], density: float, batch: int) -> Tensor:
+    """Share of the neurons that `batch` sequences together have as experts, by layer: the mean over all such batches.
+
+    A neuron that c of the N sequences select is missing from `C(N - c, B)` of the `C(N, B)` batches of B different
+    sequences, so nothing is drawn. Were the sequences independent, it would be `1 - (1 - density)**B`; were they alike,
+    the density.
+
+    Args:
+        energies: of `energies`.
+        density: share of the neurons kept.
+        batch: B, from 1 to N.
+
+    Shapes:
+        energies: by layer, each (N, D_ff). Returns (layers,), float64.
+    """
+    shares = []
+    for own in energies.values():
+        n = own.shape[0]
+        missing = torch.tensor([comb(n - c, batch) / comb(n, batch) for c in range(n + 1)], dtype=torch.float64)
+        selected = kept(own, density).sum(dim=0).long()
+        shares.append(1 - missing[selected.cpu()].mean())
+    return torch.stack(shares)
 
 
 def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], density: float) -> Tensor:
@@ -135,7 +160,7 @@ def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], dens
     return jaccard(both, density)[:, 0, 1].cpu()
 
 
-def _kept(energies: Tensor, density: float) -> Tensor:
+def kept(energies: Tensor, density: float) -> Tensor:
     """1.0 where a neuron is an expert, else 0.0; shapes as `energies`, (N, D_ff)."""
     k = GriffinConfig(density=density).experts_of(energies.shape[1])
     return torch.zeros_like(energies).scatter_(1, selection.topk(energies, k), 1.0)

@@ -84,18 +84,22 @@ def shape_of(name: str) -> Shape:
     return SHAPES[name]
 
 
+def on_meta(shape: Shape, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+    """The model without its weights: sizes alone, on the device meta."""
+    with torch.device("meta"):
+        return _from_config(shape.config(layers), dtype)
+
+
 def weight_bytes(shape: Shape, dtype: torch.dtype, layers: int | None = None) -> int:
     """Bytes of the model's weights, without building it; a tied head is counted once."""
-    with torch.device("meta"):
-        model = _from_config(shape.config(layers), dtype)
+    model = on_meta(shape, dtype, layers)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def packed_bytes(shape: Shape, bytes_per_weight: float) -> int:
     """Bytes of the model with its Linears quantised, and most of what is beside them while it is made by layers."""
     dtype = torch.bfloat16
-    with torch.device("meta"):
-        model = _from_config(shape.config(), dtype)
+    model = on_meta(shape, dtype)
     packed = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     tied = bool(model.config.tie_word_embeddings)  # the packed head is a matrix of its own, beside the embeddings
     plain = sum(parameter.nbytes for parameter in model.parameters()) - packed * dtype.itemsize

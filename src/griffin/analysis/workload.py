@@ -105,7 +105,7 @@ def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tu
             model, prompts = _verified_shape(plan, name, longest, done)
         else:
             model, prompts = _verified_model(plan, longest, done)
-        weights = plan.weights or _format_of(model)
+        weights = plan.weights or format_of(model)
         timed = partial(done, f"{name} timed")
         for length, generated in plan.lengths:
             own = prompts[:, :length]
@@ -184,6 +184,7 @@ def _check_lengths(model: PreTrainedModel, plan: Plan) -> None:
         benchmark.check_length(model, prompt_tokens, generated)
 
 
-def _format_of(model: PreTrainedModel) -> str:
+def format_of(model: PreTrainedModel) -> str:
+    """The format of a model's weights as it is stored."""
     names = {dtype: name for name, dtype in FLOATS.items()}
     return names.get(model.dtype, str(model.dtype).removeprefix("torch."))

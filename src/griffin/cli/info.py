@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import add_model_arguments, load_model, parse_densities
+from griffin.cli import ceiling as by_batch
+from griffin.cli.arguments import BUILTIN_MODELS, add_model_arguments, load_model, parse_densities
 from griffin.cli.tables import print_pairs, print_table
 from griffin.config import BACKENDS, GriffinConfig
 
@@ -57,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-model", action="store_true", help="this machine only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
+    parser.set_defaults(model=None)  # so that one that was given can be told from none
+    by_batch.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,10 +69,14 @@ def run(args: argparse.Namespace) -> int:
         ValueError: wrong arguments, or a model that GRIFFIN cannot prune.
         GriffinError: the model cannot be fetched.
     """
-    from griffin.analysis.machine import machine, versions
-
     given = _DENSITIES if args.density is None else [density for some in args.density for density in some]
     densities = [GriffinConfig(density=density, backend=args.backend).density for density in given]
+    if args.ceiling:
+        return by_batch.run(args, densities)
+    by_batch.refuse_without(args)
+    args.model = args.model or BUILTIN_MODELS[0]
+    from griffin.analysis.machine import machine, versions
+
     about: dict[str, Any] = {"machine": versions() | machine()}
     if not args.json:
         print_pairs("machine", _machine_rows(about["machine"]))
