@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import shlex
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from griffin.backends import library
 from griffin.cli import main
 from griffin.layouts import find_ff_blocks
 from test_bench import D_FF, LAYERS, TINY, TINY_OPT, D
-from test_cli import CONTEXT, TEMPLATE, save_tiny
+from test_cli import CONTEXT, ROOT, TEMPLATE, save_tiny
 
 STEP = Step(ff=Part(600, 1200), other=Part(400, 800), cache_bytes=100)
 
@@ -247,3 +250,34 @@ def test_what_goes_with_the_ceiling_is_refused_without(words: list[str], capsys:
     assert f"{words[0]} goes with --ceiling" in capsys.readouterr().err
     assert main(["info", "--ceiling", "--shape", "tinny"]) == 2
     assert "expected one of llama2-7b" in capsys.readouterr().err
+
+
+# -- docs/scaling.md --------------------------------------------------------------------------------------------------
+
+
+PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_was_measured() -> None:
+    unions: dict[tuple[str, str, float, int], str] = {}
+    for path in sorted((ROOT / "results" / "union").glob("*.csv")):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            where = path.stem, row["texts"], float(row["density"]), int(row["batch"])
+            unions[where] = f"{float(row['union']):.1%}"
+    told = re.findall(r"^\| (smollm2-135m|gemma3-270m), ([\d.]+) \| (\w+) \| (.*) \|$", PAGE, flags=re.MULTILINE)
+    assert len(told) == 12
+    for model, density, texts, cells in told:
+        expected = [unions.get((model, texts, float(density), batch), "-") for batch in (2, 4, 8, 16, 64)]
+        assert cells.split(" | ") == expected, (model, density, texts)
+
+
+def test_the_page_tells_the_ceilings_that_its_command_gives(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = next(line for line in PAGE.splitlines() if line.startswith("griffin info --ceiling --shape llama2-7b"))
+    words = [*shlex.split(command, comments=True)[3:], "--union", "results/union/smollm2-135m.csv"]
+    rows = {(row["density"], row["batch"]): row for row in asked(capsys, *words)["rows"]}
+    told = re.findall(r"^\| (\d+) \| ([\d.]+)x \| ([\d.]+)x \| ([\d.]+)x \|$", PAGE, flags=re.MULTILINE)
+    assert len(told) == 6
+    for batch, *cells in told:
+        row = rows[0.5, int(batch)]
+        assert cells == [f"{row[name]['speedup']:.2f}" for name in ("same", "measured", "chance")]
