@@ -95,19 +95,18 @@ def main() -> None:
         assert server.stderr is not None
         try:
             url = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.]+:\d+", line))) + "/v1"
+            known = {
+                density: [asyncio.run(answers(url, args.model, [text], density, args.tokens))[1][0] for text in TEXTS]
+                for density in (1.0, 0.5)
+            }
             for n in (1, 4, 8, 16):
                 speeds: dict[float, list[float]] = {1.0: [], 0.5: []}
-                known = {}
-                for density in speeds:
-                    known[density] = [
-                        asyncio.run(answers(url, args.model, [text], density, args.tokens))[1][0] for text in TEXTS[:n]
-                    ]
                 parted = 0
                 for _ in range(args.rounds):
                     for density, own in speeds.items():
                         speed, texts = asyncio.run(answers(url, args.model, TEXTS[:n], density, args.tokens))
                         own.append(speed)
-                        parted += sum(a != b for a, b in zip(texts, known[density], strict=True))
+                        parted += sum(a != b for a, b in zip(texts, known[density][:n], strict=True))
                 full, half = (statistics.median(own) for own in speeds.values())
                 ratio = statistics.median(b / a for a, b in zip(speeds[1.0], speeds[0.5], strict=True))
                 print(f"{n:3d} requests: {full:7.1f} -> {half:7.1f} tokens/s, {ratio:.2f}x; {parted} answers parted")
