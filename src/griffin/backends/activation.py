@@ -42,7 +42,8 @@ def name_of(function: Callable[[Tensor], object]) -> str | None:
     except Exception:  # not an activation: it wants other arguments
         return None
     for activation, expected in ACTIVATIONS.items():
-        if isinstance(found, Tensor) and found.shape == probe.shape:
-            if torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
-                return activation
+        if not isinstance(found, Tensor) or found.shape != probe.shape:
+            return None
+        if torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
+            return activation
     return None

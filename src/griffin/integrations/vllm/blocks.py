@@ -19,7 +19,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
 from griffin.backends import activation, kernel, library, operands
-from griffin.integrations.vllm.requests import Step
+from griffin.integrations.vllm.requests import Request, Step
 from griffin.layouts import FFBlock, Layout
 
 STEP = "griffin"
@@ -88,7 +88,7 @@ def find(model: nn.Module, layers: int) -> list[FFBlock]:
     Raises:
         ValueError: they are not one a layer, or not made of plain linear layers.
     """
-    found = []
+    found: list[FFBlock] = []
     for path, module in model.named_modules():
         for layout, activations in _LAYOUTS:
             inputs, output = getattr(module, layout.inputs[0], None), getattr(module, layout.output, None)
@@ -100,7 +100,7 @@ def find(model: nn.Module, layers: int) -> list[FFBlock]:
                 if not isinstance(projection.quant_method, UnquantizedLinearMethod):
                     kind = type(projection.quant_method).__name__
                     raise ValueError(f"{path} has quantised weights ({kind}), which GRIFFIN cannot read here")
-            width = output.input_size_per_partition
+            width = int(output.input_size_per_partition)
             found.append(FFBlock(len(found), path, layout, module, (inputs,), output, width))
     if len(found) != layers:
         tried = "; ".join(str(layout) for layout, _ in _LAYOUTS)
@@ -187,13 +187,12 @@ class FF:
             self._counts.masked += len(step.pruned)
         return self._written(z)
 
-    def _mask(self, request: Any, like: Tensor) -> Tensor:
+    def _mask(self, request: Request, like: Tensor) -> Tensor:
         layer = self.block.layer
         if layer not in request.masks:
             mask = torch.zeros(self.block.width, dtype=like.dtype, device=like.device)
             request.masks[layer] = mask.index_fill_(0, request.experts[layer].to(like.device), 1)
-        mask = request.masks[layer]
-        return mask
+        return request.masks[layer]
 
     def _gather(self, z: Tensor, step: Step, place: dict[int, int] | None) -> None:
         """Add the prompt tokens of a step to their requests' statistic. `place`: where a row is in z."""

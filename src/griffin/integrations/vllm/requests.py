@@ -96,8 +96,7 @@ class Requests:
     """All requests that this process knows, over the steps.
 
     Args:
-        blocks: the FF blocks; of a tensor parallel model this rank's part of each.
-        layers: those that are pruned.
+        blocks: the FF blocks that are pruned; of a tensor parallel model this rank's part of each.
     """
 
     def __init__(self, blocks: Sequence[FFBlock]) -> None:
