@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +130,7 @@ class FF:
         self._act = next(
             own for _, names in _LAYOUTS for name in names if (own := getattr(block.module, name, None)) is not None
         )
-        self._input: Any = block.inputs[0]
-        self._output: Any = block.output
+        self._input, self._output = cast(Any, block.inputs[0]), cast(Any, block.output)
         self._read, self._activate, self._write = self._input.forward, self._act.forward, self._output.forward
         self._ranks, self._rank = int(self._output.tp_size), int(self._output.tp_rank)
         self._own: Callable[[Tensor], Tensor] = block.module.forward if block.gated else self._whole
