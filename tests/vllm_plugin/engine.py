@@ -1,4 +1,4 @@
-"""One engine in a process of its own: `python engine.py JOB.json`, which prints a line of JSON at its end.
+"""One engine in a process of its own: `python engine.py JOB.json FOUND.json`.
 
 A job: `arguments` of `LLM`, and `rounds`, each a list of requests [prompt's tokens, extra_args or None, max_tokens].
 """
@@ -45,7 +45,7 @@ def main() -> None:
             engine.add_request("bad", "x", SamplingParams(extra_args={"griffin_density": 7}))
         except ValueError as error:
             refused = str(error)
-    print(json.dumps({"rounds": found, "report": report, "refused": refused}))
+    Path(sys.argv[2]).write_text(json.dumps({"rounds": found, "report": report, "refused": refused}))
 
 
 if __name__ == "__main__":

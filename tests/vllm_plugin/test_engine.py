@@ -53,7 +53,7 @@ def library() -> Library:
 
 
 def run(folder: Path, rounds: list[list[list[Any]]], threads: str = "auto", **arguments: Any) -> dict[str, Any]:
-    job = folder / "job.json"
+    job, answer = folder / "job.json", folder / "found.json"
     settings = {"model": str(builtin_folder(BUILTIN["smollm2-135m"])), "enforce_eager": True, **arguments}
     job.write_text(json.dumps({"arguments": settings, "rounds": rounds}))
     environment = {
@@ -63,10 +63,10 @@ def run(folder: Path, rounds: list[list[list[Any]]], threads: str = "auto", **ar
         "VLLM_CPU_OMP_THREADS_BIND": threads,
         "VLLM_NO_USAGE_STATS": "1",
     }
-    command = [sys.executable, str(Path(__file__).parent / "engine.py"), str(job)]
+    command = [sys.executable, str(Path(__file__).parent / "engine.py"), str(job), str(answer)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert answer.exists(), (done.stdout + done.stderr)[-6000:]
+    found: dict[str, Any] = json.loads(answer.read_text())
     return found
 
 
