@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-native lint clean
+.PHONY: demo test test-native test-vllm lint clean
 
 demo: .venv/installed
 	$(BIN)/griffin demo
@@ -16,6 +16,10 @@ test-native:
 	cmake --build build/sanitize --parallel 2
 	ctest --test-dir build/sanitize --output-on-failure
 
+# The vLLM plugin's tests, in an environment of their own: vLLM brings another transformers. Skipped where it cannot be had.
+test-vllm:
+	PYTHON=$(PYTHON) bash tests/vllm_plugin/run.sh
+
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -28,4 +32,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-vllm build

@@ -20,13 +20,15 @@ EPS = 1e-12
 _VALUES_AT_A_TIME = 2**20
 
 
-def energy(z: Tensor, mask: Tensor | None = None) -> Tensor:
+def energy(z: Tensor, mask: Tensor | None = None, squared_norms: Tensor | None = None) -> Tensor:
     """Energy `A` that the tokens of `z` add: `A[b, j] = sum_t mask[b, t] * z[b, t, j]**2 / ||z[b, t]||**2`.
 
-    Padding never counts, and a row of zeros adds nothing.
+    Padding never counts, and a row of zeros adds nothing. Where `z` holds only some of the neurons (a rank of tensor
+    parallel), `squared_norms` are those of the whole rows.
 
     Shapes:
         z: (B, S, D_ff), any float dtype. mask: (B, S), true or 1 where a token is real; `None` means all are.
+        squared_norms: (B, S), float32; `None` means those of `z`.
         Returns (B, D_ff), float32.
 
     Raises:
@@ -40,7 +42,10 @@ def energy(z: Tensor, mask: Tensor | None = None) -> Tensor:
     tokens = max(1, _VALUES_AT_A_TIME // (z.shape[0] * z.shape[2]))
     for start in range(0, z.shape[1], tokens):
         squares = z[:, start : start + tokens].to(torch.float32, copy=True).square_()
-        norms = squares.sum(dim=-1, keepdim=True)
+        if squared_norms is None:
+            norms = squares.sum(dim=-1, keepdim=True)
+        else:
+            norms = squared_norms[:, start : start + tokens, None]
         weights = torch.where(norms > EPS**2, norms.reciprocal(), 0.0)
         if mask is not None:
             keep = mask[:, start : start + tokens].to(device=z.device, dtype=torch.bool)

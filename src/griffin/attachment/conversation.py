@@ -33,16 +33,17 @@ class Conversation:
     inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     ups: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, layer: int, z: Tensor, mask: Tensor | None) -> None:
+    def add(self, layer: int, z: Tensor, mask: Tensor | None, squared_norms: Tensor | None = None) -> None:
         """Add the tokens of one forward pass.
 
         Shapes:
             z: (B, S, D_ff). mask: (B, S), true where a token is real; `None` means all are.
+            squared_norms: (B, S), of the whole rows where `z` holds only some of the neurons.
 
         Raises:
             ValueError: the batch has another size than the conversation's earlier tokens.
         """
-        energies = statistic.energy(z, mask)
+        energies = statistic.energy(z, mask, squared_norms)
         counts = torch.full(z.shape[:1], z.shape[1]) if mask is None else mask.sum(dim=1).cpu()
         if layer not in self.energies:
             self.energies[layer], self.tokens[layer] = energies, counts

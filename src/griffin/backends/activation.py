@@ -25,16 +25,25 @@ def activation_of(block: FFBlock) -> str | None:
 
     Names in configs are not unique ("gelu" means three functions), so the block's own callable is asked.
     """
-    probe = torch.linspace(-6.0, 6.0, 97)
     named = {**vars(block.module), **dict(block.module.named_children())}
     for name, function in named.items():
         if not callable(function) or not any(part in name.lower() for part in ("act", "gelu")):
             continue
-        try:
-            found = function(probe)
-        except Exception:  # not an activation: it wants other arguments
-            continue
-        for activation, expected in ACTIVATIONS.items():
-            if isinstance(found, Tensor) and torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
-                return activation
+        if (activation := name_of(function)) is not None:
+            return activation
+    return None
+
+
+def name_of(function: Callable[[Tensor], object]) -> str | None:
+    """Which of the library's activations a function is, found by trying it out; `None` for another one."""
+    probe = torch.linspace(-6.0, 6.0, 97)
+    try:
+        found = function(probe)
+    except Exception:  # not an activation: it wants other arguments
+        return None
+    for activation, expected in ACTIVATIONS.items():
+        if not isinstance(found, Tensor) or found.shape != probe.shape:
+            return None
+        if torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
+            return activation
     return None

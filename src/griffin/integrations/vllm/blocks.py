@@ -1,0 +1,272 @@
+"""The FF blocks of a vLLM model, and how their rows are computed.
+
+Rows of the prompt phase, and of requests at density 1.0, go through vLLM's own layers. Rows of the generation phase are
+computed for their experts only by the native library, in place; where it cannot, their other neurons are multiplied by
+zero, which is right and saves no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+
+from griffin.backends import activation, kernel, library, operands
+from griffin.integrations.vllm.requests import Request, Step
+from griffin.layouts import FFBlock, Layout
+
+STEP = "griffin"
+"""The step's plan in vLLM's forward context. Dummy runs have none there, so they run the model's own FF."""
+
+_LAYOUTS = (
+    (Layout(("gate_up_proj",), "down_proj", fused=True), ("act_fn",)),  # Llama, Qwen, Mistral, Gemma, Phi-3, ...
+    (Layout(("fc1",), "fc2"), ("activation_fn", "act")),  # OPT (in the decoder layer itself), Phi
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ZERO = 1e-30  # below a row's squared norm: nothing is left of it on any rank
+
+# What an operator cannot take as an argument: the FF blocks of this process, by layer.
+_FFS: dict[int, FF] = {}
+
+
+@torch.library.custom_op("griffin::vllm_ff", mutates_args=())
+def vllm_ff(x: Tensor, layer: int) -> Tensor:
+    """One FF block as an operator, so that `torch.compile` sees an opaque call. Shapes: x (rows, D), as returned."""
+    return _FFS[layer].run(x)
+
+
+@vllm_ff.register_fake
+def _(x: Tensor, layer: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@dataclass
+class Counts:
+    """Rows of FF blocks by how they were computed: the proof which path ran."""
+
+    native: int = 0
+    masked: int = 0
+
+
+Weights = dict[int, tuple[Tensor, Tensor | None]]
+
+
+@contextmanager
+def kept_weights() -> Iterator[Weights]:
+    """Keep the linear weights that vLLM frees on a CPU while it loads a model, after packing them its own way.
+
+    Yields:
+        Weight and bias of every layer of `find`'s layouts, by the layer's id.
+    """
+    kept: Weights = {}
+    original = UnquantizedLinearMethod.process_weights_after_loading
+    names = tuple(f".{name}" for layout, _ in _LAYOUTS for name in (*layout.inputs, layout.output))
+
+    def process(self: Any, layer: Any) -> None:
+        if str(getattr(layer, "prefix", "")).endswith(names):
+            bias = getattr(layer, "bias", None)
+            kept[id(layer)] = layer.weight.data, None if bias is None else bias.detach().clone()
+        original(self, layer)
+
+    UnquantizedLinearMethod.process_weights_after_loading = process
+    try:
+        yield kept
+    finally:
+        UnquantizedLinearMethod.process_weights_after_loading = original
+
+
+def find(model: nn.Module, layers: int) -> list[FFBlock]:
+    """The FF blocks of a model, in order; of a tensor parallel one, this rank's part of each.
+
+    Raises:
+        ValueError: they are not one a layer, or not made of plain linear layers.
+    """
+    found: list[FFBlock] = []
+    for path, module in model.named_modules():
+        for layout, activations in _LAYOUTS:
+            inputs, output = getattr(module, layout.inputs[0], None), getattr(module, layout.output, None)
+            if not isinstance(inputs, ColumnParallelLinear) or not isinstance(output, RowParallelLinear):
+                continue
+            if not any(isinstance(getattr(module, name, None), nn.Module) for name in activations):
+                continue
+            for projection in (inputs, output):
+                if not isinstance(projection.quant_method, UnquantizedLinearMethod):
+                    kind = type(projection.quant_method).__name__
+                    raise ValueError(f"{path} has quantised weights ({kind}), which GRIFFIN cannot read here")
+            width = int(output.input_size_per_partition)
+            found.append(FFBlock(len(found), path, layout, module, (inputs,), output, width))
+    if len(found) != layers:
+        tried = "; ".join(str(layout) for layout, _ in _LAYOUTS)
+        raise ValueError(
+            f"{type(model).__name__} has {layers} layers, and {len(found)} FF blocks of a known layout were found; "
+            f"GRIFFIN needs exactly one a layer (a mixture of experts has none). Tried: {tried}"
+        )
+    return found
+
+
+class FF:
+    """One FF block, patched to ask for its step's plan.
+
+    Args:
+        block: the block.
+        weights: what `kept_weights` kept; layers that are not in it are read where they are.
+        backend: as in `GriffinConfig`.
+        compiled: whether vLLM compiles the model.
+        counts: what is counted.
+
+    Raises:
+        ValueError: the native backend was asked for by name and cannot compute the block.
+    """
+
+    def __init__(self, block: FFBlock, weights: Weights, backend: str, compiled: bool, counts: Counts) -> None:
+        self.block, self._counts = block, counts
+        self._act = next(
+            own for _, names in _LAYOUTS for name in names if (own := getattr(block.module, name, None)) is not None
+        )
+        self._input, self._output = cast(Any, block.inputs[0]), cast(Any, block.output)
+        self._read, self._activate, self._write = self._input.forward, self._act.forward, self._output.forward
+        self._ranks, self._rank = int(self._output.tp_size), int(self._output.tp_rank)
+        self._own: Callable[[Tensor], Tensor] = block.module.forward if block.gated else self._whole
+        self.native: operands.Block | None = None
+        self.reason = self._unusable(weights)
+        if self.reason is None and backend != "reference":
+            self.native = self._native_block(weights)
+        elif backend == "native":
+            raise ValueError(f"backend is native, but {self.reason}")
+        _FFS[block.layer] = self
+        self._patch(compiled)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The FF of a step's rows.
+
+        Shapes:
+            x: (rows, D), padding included. Returns the same.
+        """
+        context = get_forward_context().additional_kwargs if is_forward_context_available() else {}
+        step: Step | None = context.get(STEP)
+        if step is None or not (step.pruned or step.gathered):
+            return self._own(x)
+        native = self.native is not None and 0 < len(step.pruned) <= kernel.MAX_ROWS
+        if not native:
+            return self._whole(x, step)
+        if len(step.pruned) == step.rows == len(x):
+            return self._experts(x, step)
+        whole, pruned = step.indices
+        y = torch.zeros_like(x)
+        y[pruned] = self._experts(x[pruned], step)
+        if len(whole):
+            z = self._neurons(x[whole])
+            place = {row: at for at, row in enumerate(whole.tolist())} if step.gathered else {}
+            self._gather(z, step, place)
+            y[whole] = self._written(z)
+        return y
+
+    def _neurons(self, x: Tensor) -> Tensor:
+        z: Tensor = self._activate(self._read(x)[0])
+        return z
+
+    def _written(self, z: Tensor) -> Tensor:
+        y: Tensor = self._write(z)[0]
+        return y
+
+    def _whole(self, x: Tensor, step: Step | None = None) -> Tensor:
+        """By vLLM's layers; of pruned rows the neurons that are no experts count as zero."""
+        z = self._neurons(x)
+        if step is not None:
+            self._gather(z, step, None)
+            for row, request in step.pruned:
+                z[row] *= self._mask(request, z)
+            self._counts.masked += len(step.pruned)
+        return self._written(z)
+
+    def _mask(self, request: Request, like: Tensor) -> Tensor:
+        layer = self.block.layer
+        if layer not in request.masks:
+            mask = torch.zeros(self.block.width, dtype=like.dtype, device=like.device)
+            request.masks[layer] = mask.index_fill_(0, request.experts[layer].to(like.device), 1)
+        return request.masks[layer]
+
+    def _gather(self, z: Tensor, step: Step, place: dict[int, int] | None) -> None:
+        """Add the prompt tokens of a step to their requests' statistic. `place`: where a row is in z."""
+        if not step.gathered:
+            return
+        norms = None
+        if self._ranks > 1:  # the row's other neurons are on other ranks
+            norms = tensor_model_parallel_all_reduce(z.float().square().sum(dim=1)).clamp_min(_ZERO)
+        for request, begin, end in step.gathered:
+            first = begin if place is None else place[begin]
+            rows = slice(first, first + end - begin)
+            own = None if norms is None else norms[None, rows]
+            request.conversation.add(self.block.layer, z[None, rows], None, own)
+
+    def _experts(self, x: Tensor, step: Step) -> Tensor:
+        """By the native library. Shapes: x (pruned rows, D), as returned."""
+        assert self.native is not None
+        experts, who = step.set_of(self.block.layer, self.block.width)
+        self._counts.native += len(x)
+        own = x if x.dtype != torch.float16 else x.float()
+        y = kernel.ff(self.native, own, experts, who).to(x.dtype)
+        if self._ranks > 1:
+            y = tensor_model_parallel_all_reduce(y)
+        return y
+
+    def _unusable(self, weights: Weights) -> str | None:
+        """Why the native library cannot compute this block; `None` if it can."""
+        if (reason := library.available()) is not None:
+            return reason
+        for projection in (self._input, self._output):
+            weight = weights.get(id(projection), (projection.weight, None))[0]
+            if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.numel() == 0:
+                return f"{self.block.path} has weights of {weight.dtype} on {weight.device} that it cannot read"
+        if not self._output.reduce_results or self._output.skip_bias_add:
+            return f"{self.block.path} leaves its sum over the ranks, or its bias, to another layer"
+        if self._activation() is None:
+            return f"{self.block.path} has an activation that the native library does not know"
+        return None
+
+    def _activation(self) -> str | None:
+        if not self.block.gated:
+            return activation.name_of(self._activate)
+        # The module takes gate and up in one row: with an up of ones it gives act(gate).
+        return activation.name_of(lambda gate: self._activate(torch.stack([gate, torch.ones_like(gate)], 1))[:, 0])
+
+    def _native_block(self, weights: Weights) -> operands.Block:
+        """The block for the native library: gate and up where vLLM loaded them, down neuron-major."""
+        read, read_bias = weights.get(id(self._input), (self._input.weight, self._input.bias))
+        write, write_bias = weights.get(id(self._output), (self._output.weight, self._output.bias))
+        gated = self.block.gated
+        gate, up = read.detach().chunk(2) if gated else (None, read.detach())
+        gate_bias, up_bias = read_bias.chunk(2) if gated and read_bias is not None else (None, read_bias)
+        name = self._activation()
+        assert name is not None
+        return operands.ff_block(
+            gate,
+            up,
+            write.detach().t().contiguous(),
+            activation=name,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            out_bias=write_bias if self._rank == 0 else None,  # the sum over the ranks has it once
+        )
+
+    def _patch(self, compiled: bool) -> None:
+        layer = self.block.layer
+
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = vllm_ff(x, layer) if compiled else self.run(x)
+            return y
+
+        if self.block.gated:
+            self.block.module.forward = forward
+            return
+        # The FF of OPT has no module of its own: its last projection does all the work, on the block's input.
+        self._input.forward = lambda x: (x, None)
+        self._act.forward = lambda x: x
+        self._output.forward = lambda x: (forward(x), None)

@@ -1,0 +1,59 @@
+"""What is asked for: the key `griffin` of vLLM's additional config, and a request's own density."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from griffin.config import GriffinConfig
+
+KEY = "griffin"
+DENSITY = "griffin_density"
+"""A request's own density: in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`."""
+
+_SELECTIONS = ("topk", "sample", "topk_sample", "random")
+_BACKENDS = ("auto", "native", "reference")
+
+
+def of(vllm_config: Any) -> GriffinConfig | None:
+    """The config of an engine; `None` if GRIFFIN is not asked for.
+
+    Raises:
+        ValueError: an unknown key, a value that a field refuses, or one that means nothing inside vLLM.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, Mapping) or KEY not in additional:
+        return None
+    given = additional[KEY]
+    if not isinstance(given, Mapping):
+        raise ValueError(f'additional config: griffin is {given!r}; expected settings, such as {{"density": 0.5}}')
+    config = GriffinConfig.from_mapping(given)
+    if given.get("batch", "per_sequence") != "per_sequence":
+        raise ValueError("batch is 'shared', but inside vLLM every request has its own experts; leave it out")
+    if config.loss is not None or config.profile is not None or config.selection not in _SELECTIONS:
+        asked = "a loss" if config.loss is not None else config.selection
+        asked = "a profile" if config.profile is not None else asked
+        raise ValueError(
+            f"{asked} was asked for, which the vLLM plugin does not have: no token tier, no profile, and no baseline "
+            f"that ignores the prompt; expected selection {', '.join(_SELECTIONS)}, and a density"
+        )
+    if config.backend not in _BACKENDS:
+        raise ValueError(
+            f"backend is {config.backend!r}, which copies experts once a batch, but vLLM's batches change with every "
+            f"step; expected one of {', '.join(_BACKENDS)}"
+        )
+    return replace(config, batch="per_sequence")
+
+
+def of_request(params: Any, config: GriffinConfig) -> GriffinConfig:
+    """The config of a request: the engine's, or with the request's own density.
+
+    Raises:
+        ValueError: the density is not one, or another argument begins with `griffin`.
+    """
+    extra = getattr(params, "extra_args", None) or {}
+    for name in extra:
+        if str(name).startswith(KEY) and name != DENSITY:
+            raise ValueError(f"unknown request argument {name!r}; a request may say its own {DENSITY}")
+    return replace(config, density=extra[DENSITY]) if DENSITY in extra else config

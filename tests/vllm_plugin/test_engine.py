@@ -1,0 +1,133 @@
+"""GRIFFIN inside vLLM's engine, against the library itself, in float32. Each engine is a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import griffin
+from griffin.generation.builtin import BUILTIN, builtin_folder
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vllm is not installed here: make test-vllm has an environment of its own", allow_module_level=True)
+
+pytestmark = pytest.mark.model
+
+LENGTH = 24
+TEXTS = (
+    "Once upon a time there was a",
+    "The capital of France is the city of",
+    "def fibonacci(n):\n",
+    "Photosynthesis is the process by which plants use sunlight, water and carbon dioxide to make food. " * 12,
+)
+
+
+class Library:
+    """The same model by the library: the truth."""
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = griffin.load("smollm2-135m", dtype=torch.float32)
+        self.prompts: list[list[int]] = [self.tokenizer(text)["input_ids"] for text in TEXTS]
+
+    def tokens(self, prompt: list[int], density: float | None) -> tuple[list[int], dict[int, list[int]]]:
+        ids = torch.tensor([prompt])
+        settings = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
+        if density is None:
+            return self.model.generate(ids, **settings)[0, len(prompt) :].tolist(), {}
+        with griffin.attach(self.model, density=density, backend="reference") as handle:
+            found = self.model.generate(ids, **settings)[0, len(prompt) :].tolist()
+            return found, {layer: own.tolist() for layer, own in handle.experts.items()}
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return Library()
+
+
+def run(folder: Path, rounds: list[list[list[Any]]], threads: str = "auto", **arguments: Any) -> dict[str, Any]:
+    job, answer = folder / "job.json", folder / "found.json"
+    settings = {"model": str(builtin_folder(BUILTIN["smollm2-135m"])), "enforce_eager": True, **arguments}
+    job.write_text(json.dumps({"arguments": settings, "rounds": rounds}))
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": threads,
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    command = [sys.executable, str(Path(__file__).parent / "engine.py"), str(job), str(answer)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert answer.exists(), (done.stdout + done.stderr)[-6000:]
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found
+
+
+def test_one_rank(library: Library, tmp_path: Path) -> None:
+    """Mixed densities in mixed batches, prompts in chunks of 64, and a prefix cache that stays clean."""
+    densities = (0.5, 1.0, 0.25, 0.5)
+    first = [
+        [prompt, None if density == 0.5 else {"griffin_density": density}, LENGTH]
+        for prompt, density in zip(library.prompts, densities, strict=True)
+    ]
+    expected = [library.tokens(p, None if d == 1.0 else d) for p, d in zip(library.prompts, densities, strict=True)]
+    long = library.prompts[3]
+    longer = long + expected[3][0]  # its last blocks' keys were computed by a pruned FF, if they were published
+    second = [[long, None, LENGTH], [longer, {"griffin_density": 1.0}, LENGTH], [longer, None, LENGTH]]
+    third = [[prompt, {"griffin_density": 1.0}, LENGTH] for prompt in library.prompts]
+    rounds = [first, second, third]
+    found = run(
+        tmp_path, rounds, max_num_batched_tokens=64, enable_prefix_caching=True,
+        additional_config={"griffin": {"density": 0.5}},
+    )  # fmt: skip
+    for own, (tokens, experts) in zip(found["rounds"][0], expected, strict=True):
+        assert own["tokens"] == tokens
+        if experts:
+            assert {int(layer): e for layer, e in own["experts"][0].items()} == experts
+        else:
+            assert "experts" not in own
+    again, full, pruned = found["rounds"][1]
+    assert again["tokens"] == expected[3][0]
+    assert again["cached"] == pruned["cached"] == 0
+    assert 0 < full["cached"] <= len(long)  # the prompt's blocks were published, those of generated tokens not
+    assert full["tokens"] == library.tokens(longer, None)[0]
+    assert pruned["tokens"] == library.tokens(longer, 0.5)[0]
+    assert [own["tokens"] for own in found["rounds"][2]] == [library.tokens(p, None)[0] for p in library.prompts]
+    (report,) = found["report"]
+    assert report["native_rows"] == 5 * (LENGTH - 1) * 30
+    assert (report["masked_rows"], report["incomplete"]) == (0, 0)
+    assert "density is 7" in found["refused"]
+
+
+def test_two_ranks(library: Library, tmp_path: Path) -> None:
+    """Tensor parallel: every rank selects within its part of the neurons, by the norms of whole rows."""
+    rounds = [[[prompt, None, LENGTH] for prompt in library.prompts]]
+    found = run(
+        tmp_path, rounds, threads="0|1", tensor_parallel_size=2, distributed_executor_backend="mp",
+        additional_config={"griffin": {"density": 0.5}},
+    )  # fmt: skip
+    for own, prompt in zip(found["rounds"][0], library.prompts, strict=True):
+        expected = of_halves(library, prompt)
+        for rank, experts in enumerate(own["experts"]):
+            assert {int(layer): e for layer, e in experts.items()} == expected[rank]
+    assert all(report["masked_rows"] == 0 < report["native_rows"] for report in found["report"])
+
+
+def of_halves(library: Library, prompt: list[int]) -> list[dict[int, list[int]]]:
+    """Experts of the library's statistic, selected within either half of the neurons."""
+    from griffin.selection import topk
+
+    with griffin.attach(library.model, density=0.5) as handle, handle.prompt_phase(), torch.no_grad():
+        library.model(torch.tensor([prompt]))
+    halves: list[dict[int, list[int]]] = [{}, {}]
+    for layer, own in handle.statistic.items():
+        for half, part in zip(halves, own.chunk(2), strict=True):
+            half[layer] = topk(part[None], len(part) // 2)[0].tolist()
+    return halves

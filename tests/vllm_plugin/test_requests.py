@@ -1,0 +1,151 @@
+"""Rows, phases and refusals, without an engine."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from griffin.config import GriffinConfig
+from griffin.integrations.vllm import settings
+from griffin.integrations.vllm.requests import Requests, Scheduled
+from griffin.layouts import FFBlock, Layout
+
+HALF, FULL = GriffinConfig(batch="per_sequence"), GriffinConfig(density=1.0, batch="per_sequence")
+
+
+def requests() -> Requests:
+    module = nn.Identity()
+    return Requests([FFBlock(0, "ff", Layout(("a",), "b"), module, (module,), module, 8)])
+
+
+def step(own: Requests, *scheduled: Scheduled) -> tuple[list[tuple[int, int]], list[int]]:
+    """Run a step: which rows were gathered, which pruned."""
+    plan = own.plan(scheduled)
+    for request, begin, end in plan.gathered:
+        request.conversation.add(0, torch.rand(1, end - begin, 8), None)
+    own.select(plan)
+    return [(begin, end) for _, begin, end in plan.gathered], [row for row, _ in plan.pruned]
+
+
+def test_chunks_and_mixed_phases() -> None:
+    own = requests()
+    assert step(own, Scheduled("a", 0, 4, 0, 5, HALF), Scheduled("b", 4, 5, 0, 1, HALF)) == ([(0, 4), (4, 5)], [])
+    # b generates while the last chunk of a's prompt, of one token, still is a prompt
+    assert step(own, Scheduled("a", 0, 1, 4, 5, HALF), Scheduled("b", 1, 2, 1, 1, HALF)) == ([(0, 1)], [1])
+    assert step(own, Scheduled("c", 0, 3, 0, 3, FULL), Scheduled("a", 3, 4, 5, 5, HALF)) == ([], [3])
+    assert len(own.experts["a"][0]) == 4
+    own.drop(["a"])
+    assert "a" not in own.experts
+
+
+def test_preempted_requests_keep_their_experts_and_count_no_token_twice() -> None:
+    own = requests()
+    step(own, Scheduled("a", 0, 4, 0, 6, HALF))
+    assert step(own, Scheduled("a", 0, 5, 0, 6, HALF)) == ([(4, 5)], [])  # began anew inside the prompt
+    step(own, Scheduled("a", 0, 1, 5, 6, HALF))
+    before = own.experts["a"][0]
+    assert step(own, Scheduled("a", 0, 9, 0, 6, HALF)) == ([], [6, 7, 8])  # prompt and what was generated, anew
+    assert own.experts["a"][0] is before
+    assert own.incomplete == 0
+
+
+def test_missing_prompt_tokens_are_counted() -> None:
+    own = requests()
+    step(own, Scheduled("a", 0, 2, 4, 6, HALF))
+    assert step(own, Scheduled("a", 0, 1, 6, 6, HALF)) == ([], [])
+    assert own.incomplete == 1
+
+
+def test_requests_of_several_densities_share_a_union() -> None:
+    own = requests()
+    quarter = GriffinConfig(density=0.25, batch="per_sequence")
+    step(own, Scheduled("a", 0, 3, 0, 3, HALF), Scheduled("b", 3, 6, 0, 3, quarter))
+    plan = own.plan([Scheduled("a", 0, 1, 3, 3, HALF), Scheduled("b", 1, 2, 3, 3, quarter)])
+    experts, who = plan.set_of(0, 8)
+    assert who is not None
+    for bit, name in enumerate("ab"):
+        wanted = [int(e) for e, mask in zip(experts, who, strict=True) if int(mask) >> bit & 1]
+        assert wanted == own.experts[name][0].tolist()
+
+
+def engine(**own: Any) -> Any:
+    plain = {
+        "additional_config": {"griffin": {"density": 0.5}},
+        "use_v2_model_runner": False,
+        "speculative_config": None,
+        "lora_config": None,
+        "kv_transfer_config": None,
+        "device_config": SimpleNamespace(device_type="cpu"),
+        "model_config": SimpleNamespace(
+            quantization=None, runner_type="generate", is_encoder_decoder=False, enforce_eager=False
+        ),
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1, enable_dbo=False, worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"
+        ),
+        "scheduler_config": SimpleNamespace(scheduler_cls=None),
+    }
+    return SimpleNamespace(**{**plain, **own})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"densty": 0.5}, "did you mean 'density'"),
+        ({"density": 2}, "density is 2"),
+        ({"batch": "shared"}, "every request has its own experts"),
+        ({"selection": "tier+topk"}, "no token tier"),
+        ({"selection": "wanda"}, "wanda was asked for"),
+        ({"backend": "gather"}, "copies experts"),
+        (0.5, "expected settings"),
+    ],
+)
+def test_settings_that_mean_nothing_here_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings.of(engine(additional_config={"griffin": given}))
+
+
+def test_absent_key_means_nothing() -> None:
+    assert settings.of(engine(additional_config={})) is None
+
+
+def test_a_requests_own_density() -> None:
+    assert settings.of_request(SimpleNamespace(extra_args={"griffin_density": 0.25}), HALF).density == 0.25
+    assert settings.of_request(SimpleNamespace(extra_args=None), HALF) is HALF
+    with pytest.raises(ValueError, match="unknown request argument 'griffin_densty'"):
+        settings.of_request(SimpleNamespace(extra_args={"griffin_densty": 0.25}), HALF)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here: see make test-vllm")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"use_v2_model_runner": True}, "V2 model runner"),
+        ({"speculative_config": object()}, "speculative"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"kv_transfer_config": object()}, "KV connector"),
+        ({"scheduler_config": SimpleNamespace(scheduler_cls="own.Scheduler")}, "own.Scheduler"),
+        ({"device_config": SimpleNamespace(device_type="cuda")}, "enforce-eager"),
+    ],
+)
+def test_engines_that_do_not_work_are_refused(changed: dict[str, Any], message: str) -> None:
+    from griffin.integrations.vllm import startup
+
+    startup.check(engine(), HALF)
+    with pytest.raises(ValueError, match=message):
+        startup.check(engine(**changed), HALF)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here: see make test-vllm")
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    from griffin.integrations.vllm import startup
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.1+cpu")
+    with pytest.raises(ValueError, match=r"vLLM is 0\.33\.1"):
+        startup.check(engine(), HALF)
