@@ -204,6 +204,13 @@ def test_union() -> None:
         kernel.union(sets, 9)
 
 
+def test_union_of_sets_of_different_sizes() -> None:
+    sets = [torch.tensor([0, 4, 7]), torch.tensor([4]), torch.tensor([1, 4, 5, 9])]
+    experts, mask = kernel.union(sets, 10)
+    assert experts.tolist() == [0, 1, 4, 5, 7, 9]
+    assert [int(bits) for bits in mask] == [0b001, 0b100, 0b111, 0b100, 0b001, 0b100]
+
+
 def test_a_call_is_counted_and_runs_on_torchs_threads() -> None:
     before = library.calls()
     block = make("f32", 8, 16)

@@ -6,6 +6,7 @@ Words: D model width, D_ff feedforward width, B rows of input (1 to 16), k exper
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,15 +138,18 @@ def decode(
     )  # fmt: skip
 
 
-def union(experts: Tensor, d_ff: int) -> tuple[Tensor, Tensor]:
+def union(experts: Tensor | Sequence[Tensor], d_ff: int) -> tuple[Tensor, Tensor]:
     """One expert set a row, as `ff` wants them: their union, ascending, and who wants which.
 
     Shapes:
-        experts: (B, k) int32 or int64, 1 <= B <= 16
+        experts: (B, k) int32 or int64, 1 <= B <= 16; or B sets (k,), each of its own k >= 1
         returns: (n,) int32, (n,) uint16 with bit r of entry i set if row r has expert i
 
     Raises ValueError for an expert outside 0..d_ff-1.
     """
+    if not isinstance(experts, Tensor):  # a smaller set names its last expert again, which changes no union
+        most = max(own.shape[0] for own in experts)
+        experts = torch.stack([torch.cat([own, own[-1:].expand(most - own.shape[0])]) for own in experts])
     if experts.dim() != 2 or experts.dtype not in (torch.int32, torch.int64) or not 1 <= experts.shape[0] <= MAX_ROWS:
         raise ValueError(f"experts: {tuple(experts.shape)} {experts.dtype}, expected (1..{MAX_ROWS}, k) int32 or int64")
     experts = experts.contiguous()

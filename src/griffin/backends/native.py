@@ -92,7 +92,7 @@ class NativeFF:
         self._sets = []
         for at in range(0, len(experts), kernel.MAX_ROWS):
             own = slice(at, at + kernel.MAX_ROWS)
-            self._sets.append(Set(*kernel.union(_stacked(experts[own]), self._width), self._tier(tier, own)))
+            self._sets.append(Set(*kernel.union(experts[own], self._width), self._tier(tier, own)))
 
     def _tier(self, tier: Tier | None, rows: slice) -> operands.Tier | None:
         if tier is None:
@@ -131,12 +131,6 @@ class NativeFF:
             y: Tensor = ff(x, experts, mask, self.number, group)
             return y
         return kernel.ff(self._block, x, experts, mask, tier=tier)  # without the dispatcher's overhead
-
-
-def _stacked(experts: Sequence[Tensor]) -> Tensor:
-    """Sets of different sizes as one tensor: a smaller set names its last expert again, which changes no union."""
-    most = max(own.shape[0] for own in experts)
-    return torch.stack([torch.cat([own, own[-1:].expand(most - own.shape[0])]) for own in experts])
 
 
 def unusable(block: FFBlock) -> str | None:

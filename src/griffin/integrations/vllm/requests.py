@@ -85,10 +85,7 @@ class Step:
             if all(experts is own[0] for experts in own):
                 self.sets[layer] = own[0], None
             else:
-                most = max(len(experts) for experts in own)
-                # Densities differ from request to request, a union's rows do not: the last expert is said again.
-                same = [torch.cat([e, e[-1:].expand(most - len(e))]) for e in own]
-                self.sets[layer] = kernel.union(torch.stack(same), width)
+                self.sets[layer] = kernel.union(own, width)
         return self.sets[layer]
 
 
