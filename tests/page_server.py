@@ -198,7 +198,7 @@ def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
     """The events of an answer: the text of a token comes with the next token, as if it had been held back."""
     tokens = answer(body["griffin"]["density"], body["max_tokens"])
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held, offset = "", len("of the prompt")
+    held, offset = "", 0
 
     def event(text: str, found: dict[str, Any] | None, finish: str | None = None) -> str:
         said = {"delta": {"content": text} if text else {}} if chat else {"text": text}
@@ -212,10 +212,11 @@ def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
         if chat:
             found: dict[str, Any] = {"content": [{"token": shown, "logprob": -0.1, "bytes": list(token)}]}
         else:
+            shown = shown.lstrip(" ")  # as some tokenizers show a token alone
             found = {"tokens": [shown], "token_logprobs": [-0.1], "top_logprobs": None, "text_offset": [offset]}
         yield event(held, found)
         held = decoder.decode(token)
-        offset += len(held)
+        offset += len(shown)
     yield event(held, None, "length" if len(tokens) == body["max_tokens"] else "stop")
     usage = {"prompt_tokens": 9, "completion_tokens": len(tokens), "total_tokens": 9 + len(tokens)}
     griffin = {"density": body["griffin"]["density"], "selection": "topk", "backend": "native", "prompt_s": 0.1}
@@ -243,7 +244,7 @@ def flocking(body: dict[str, Any]) -> dict[str, Any]:
         "neurons": neurons,
         "width": len(tokens),
         "height": ROWS,
-        "values": base64.b64encode(values).decode(),
+        "values": base64.b64encode(values).decode(),  # roots: 255 is the scale
         "scale": 0.31,
         "experts": {"density": density, "shown": flocks},
     }

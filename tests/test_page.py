@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from page_server import CHANGED, FULL, LAYERS, MODEL, PAGE, PRUNED, PageServer, answer
+from page_server import CHANGED, FULL, LAYERS, MODEL, PAGE, PRUNED, PageServer, answer, flocking
 
 PROMPT = "Explain to a fisherman how the tides work, and what the moon has to do with it."
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -375,9 +376,16 @@ def test_the_picture_tells_what_is_under_the_pointer(browser: Any, server: PageS
         words = PROMPT.split()
         across, down = box["width"] / (len(words) + 5), box["height"] / 64
         page.mouse.move(box["x"] + 5.5 * across, box["y"] + 1.5 * down)  # layer 10: rows 1, 4, 7.. flock
-        said(page, "#tip", rf"^token 6 “ {words[2]}”, neuron \d+ \(expert\): 0\.[1-3]\d\d$")
+        found = flocking(server.pictures()[0].body)
+        shades = base64.b64decode(found["values"])
+        told = [
+            f"neuron {found['neurons'][row]}{' (expert)' if row == 1 else ''}: "
+            f"{found['scale'] * (shades[row * found['width'] + column] / 255) ** 2:.3f}"
+            for row, column in ((1, 5), (63, 0))
+        ]
+        said(page, "#tip", rf"^token 6 “ {words[2]}”, {re.escape(told[0])}$")
         page.mouse.move(box["x"] + 0.5 * across, box["y"] + 63.5 * down)
-        said(page, "#tip", r"^token 1 “<\|im_start\|>”, neuron \d+: 0\.0[0-4]\d$")
+        said(page, "#tip", rf"^token 1 “<\|im_start\|>”, {re.escape(told[1])}$")
         page.mouse.move(0, 0)
         assert page.locator("#tip").is_hidden()
         strip = pixels(page, "#experts")
