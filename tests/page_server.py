@@ -47,7 +47,7 @@ class PageServer(ThreadingHTTPServer):
     """The server, on a free port of this machine. Its settings hold from the next request on.
 
     Args:
-        delay_s: before every event of an answer.
+        delay_s: before every event of the full answer; GRIFFIN's come sooner.
         refusal: status and message of every POST.
         fault: what happens after `fault_after` events of GRIFFIN's answer: "error" sends an error, "drop" breaks the
             connection off, "end" ends the answer without [DONE].
@@ -126,7 +126,6 @@ class Handler(BaseHTTPRequestHandler):
             self._json(200, flocking(body))
         else:
             self._stream(request)
-        request.ended = time.monotonic()
 
     def _admitted(self) -> bool:
         if self.server.key is None or self.headers.get("Authorization") == f"Bearer {self.server.key}":
@@ -142,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.fault if request.body["griffin"]["density"] < 1 else None
         try:
             for event in events(request.body, chat=self.path.endswith("chat/completions")):
-                time.sleep(self.server.delay_s)
+                time.sleep(self.server.delay_s * cost(request.body))
                 if fault is not None and request.sent == self.server.fault_after:
                     if fault == "error":
                         self._event(json.dumps(error("the model <b>failed</b>")))
@@ -150,6 +149,7 @@ class Handler(BaseHTTPRequestHandler):
                         self._chunk(b"")
                     self.close_connection = True
                     return
+                request.ended = time.monotonic()  # before the page can know
                 self._event(event)
                 request.sent += 1
             self._chunk(b"")
@@ -159,9 +159,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _event(self, data: str) -> None:
         sent = f"data: {data}\n\n".encode()
-        middle = next((at for at, byte in enumerate(sent) if byte > 127), len(sent) // 2) + 1  # within a character
-        self._chunk(sent[:middle])
-        self._chunk(sent[middle:])
+        middle = next((at for at, byte in enumerate(sent) if byte > 127), None)
+        if middle is not None:  # cut it within a character, and let the part before be read alone
+            self._chunk(sent[: middle + 1])
+            sent = sent[middle + 1 :]
+            time.sleep(0.03)
+        self._chunk(sent)
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -186,11 +189,16 @@ def error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
 
 
+def cost(body: dict[str, Any]) -> float:
+    """The time of a token, as a share of the full model's."""
+    return 0.35 + 0.65 * float(body["griffin"]["density"])
+
+
 def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
     """The events of an answer: the text of a token comes with the next token, as if it had been held back."""
     tokens = answer(body["griffin"]["density"], body["max_tokens"])
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held, offset = "", len("of the prompt")
+    held, offset = "", 0
 
     def event(text: str, found: dict[str, Any] | None, finish: str | None = None) -> str:
         said = {"delta": {"content": text} if text else {}} if chat else {"text": text}
@@ -204,15 +212,15 @@ def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
         if chat:
             found: dict[str, Any] = {"content": [{"token": shown, "logprob": -0.1, "bytes": list(token)}]}
         else:
+            shown = shown.lstrip(" ")  # as some tokenizers show a token alone
             found = {"tokens": [shown], "token_logprobs": [-0.1], "top_logprobs": None, "text_offset": [offset]}
         yield event(held, found)
         held = decoder.decode(token)
-        offset += len(held)
+        offset += len(shown)
     yield event(held, None, "length" if len(tokens) == body["max_tokens"] else "stop")
     usage = {"prompt_tokens": 9, "completion_tokens": len(tokens), "total_tokens": 9 + len(tokens)}
-    density = body["griffin"]["density"]
-    speed = 20.0 / (0.35 + 0.65 * density)
-    griffin = {"density": density, "selection": "topk", "backend": "native", "prompt_s": 0.1}
+    griffin = {"density": body["griffin"]["density"], "selection": "topk", "backend": "native", "prompt_s": 0.1}
+    speed = 20.0 / cost(body)
     yield json.dumps({"choices": [], "usage": usage, "griffin": {**griffin, "generation_tokens_per_s": speed}})
     yield "[DONE]"
 
@@ -236,7 +244,7 @@ def flocking(body: dict[str, Any]) -> dict[str, Any]:
         "neurons": neurons,
         "width": len(tokens),
         "height": ROWS,
-        "values": base64.b64encode(values).decode(),
+        "values": base64.b64encode(values).decode(),  # roots: 255 is the scale
         "scale": 0.31,
         "experts": {"density": density, "shown": flocks},
     }

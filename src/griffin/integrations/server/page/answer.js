@@ -2,7 +2,9 @@
 
 import { events, request } from "./server.js";
 
-/** The text is cut at the starts of its tokens, counted in code points: text may arrive later than its tokens. */
+const PART = "\ufffd";  // stands for a part of a character in the text of a token
+
+/** The text as it was sent, cut where the texts of its tokens are found in it. It may arrive later than the tokens. */
 export class Answer {
   constructor(element, changed) {
     this.element = element;
@@ -12,9 +14,8 @@ export class Answer {
   }
 
   clear() {
-    Object.assign(this, { tokens: [], points: [], laid: 0, length: 0, ended: false, served: null });
-    Object.assign(this, { began: null, first: null, last: null });
-    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    Object.assign(this, { tokens: [], said: "", laid: 0, cut: 0, loose: 0, closed: false, ended: false });
+    Object.assign(this, { served: null, began: null, first: null, last: null });
     this.text.replaceChildren();
     this.show();
   }
@@ -35,37 +36,54 @@ export class Answer {
       }
       this.ended = true;
     } finally {
+      this.closed = true;
       this.element.classList.remove("running");
       this.changed();
     }
   }
 
   take(choice) {
-    const found = choice.logprobs;
-    for (const { token, bytes } of found?.content ?? []) {
-      this.add(bytes ? bytes.join() : token, this.length);
-      this.length += [...(bytes ? this.decoder.decode(new Uint8Array(bytes), { stream: true }) : token)].length;
-    }
-    for (const [index, token] of (found?.tokens ?? []).entries()) {
-      if (!this.tokens.length) this.origin = found.text_offset[0];
-      this.add(token, found.text_offset[index] - this.origin);
-    }
-    this.points.push(...(choice.delta?.content ?? choice.text ?? ""));
+    for (const { token, bytes } of choice.logprobs?.content ?? []) this.add(bytes ? bytes.join() : token, token);
+    for (const token of choice.logprobs?.tokens ?? []) this.add(token, token);
+    this.said += choice.delta?.content ?? choice.text ?? "";
   }
 
-  add(key, start) {
+  add(key, text) {
     this.last = performance.now();
     this.first ??= this.last;
-    this.tokens.push({ key, start, element: this.text.appendChild(document.createElement("span")) });
+    this.tokens.push({ key, text, element: this.text.appendChild(document.createElement("span")) });
+  }
+
+  /** Gives every token whose text has arrived its part of what was said; parts of a character share what lies between. */
+  lay() {
+    for (; this.laid < this.tokens.length; this.laid++) {
+      const { text, element } = this.tokens[this.laid];
+      if (!text || text.includes(PART)) {
+        this.loose += text.length;
+        continue;
+      }
+      const start = this.find(text);
+      if (start === null) break;
+      if (this.loose) this.tokens[this.laid - 1].element.textContent = this.said.slice(this.cut, start);
+      element.textContent = this.said.slice(this.loose ? start : this.cut, start + text.length);
+      [this.cut, this.loose] = [start + text.length, 0];
+    }
+    if (!this.closed || this.cut >= this.said.length) return;
+    this.tokens.at(-1)?.element.append(this.said.slice(this.cut));
+    this.cut = this.said.length;
+  }
+
+  find(text) {
+    const last = this.cut + this.loose + 1;  // a space may come before that the token alone does not show
+    for (let start = this.cut; start <= last; start++) {
+      if (this.said.startsWith(text, start)) return start;
+    }
+    return this.closed || this.said.length >= last + text.length ? this.cut : null;
   }
 
   show() {
     const atEnd = this.text.scrollHeight - this.text.clientHeight - this.text.scrollTop < 8;
-    for (let index = this.laid; index < this.tokens.length; index++) {
-      const token = this.tokens[index], next = this.tokens[index + 1];
-      token.element.textContent = this.points.slice(token.start, next?.start).join("");
-      if (next && next.start <= this.points.length) this.laid = index + 1;
-    }
+    this.lay();
     if (atEnd) this.text.scrollTop = this.text.scrollHeight;
     const set = (name, value) => { this.element.querySelector(name).textContent = value ?? "\u2013"; };
     set(".speed", this.speed()?.toFixed(1));

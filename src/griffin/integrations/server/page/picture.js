@@ -5,7 +5,7 @@ const WIDEST = 30, NARROWEST_LABELLED = 13;  // of a column, in CSS pixels
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const at = (id) => document.getElementById(id);
 const heat = at("heat"), strip = at("experts"), tip = at("tip");
-let shown = null;  // the server's answer, its values as bytes
+let shown = null;  // the server's answer, its values as numbers
 let cursor = null;  // column and row that the tip tells about
 
 const SHADES = Uint32Array.from({ length: 256 }, (_, value) => {  // the bytes R G B A
@@ -18,7 +18,9 @@ const SHADES = Uint32Array.from({ length: 256 }, (_, value) => {  // the bytes R
 });
 
 export function show(found) {
-  shown = { ...found, values: Uint8Array.from(atob(found.values), (letter) => letter.charCodeAt(0)) };
+  const shades = Uint8Array.from(atob(found.values), (letter) => letter.charCodeAt(0));
+  const values = Float32Array.from(shades, (shade) => found.scale * (shade / 255) ** 2);  // roots, which show what is small
+  shown = { ...found, shades, values };
   cursor = null;
   at("awaited").hidden = true;
   at("picture").hidden = false;
@@ -34,10 +36,10 @@ export function forget() {
 }
 
 function paint() {
-  const { width, height, values, experts } = shown;
+  const { width, height, shades, experts } = shown;
   [heat.width, heat.height, strip.width, strip.height] = [width, height, 1, height];
   const image = new ImageData(width, height);
-  new Uint32Array(image.data.buffer).set(Array.from(values, (value) => SHADES[value]));
+  new Uint32Array(image.data.buffer).set(Array.from(shades, (shade) => SHADES[shade]));
   heat.getContext("2d").putImageData(image, 0, 0);
   const context = strip.getContext("2d");
   context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
@@ -67,7 +69,7 @@ function describe() {
   const rows = neurons.map((neuron, row) => {
     const own = values.subarray(row * width, (row + 1) * width);
     const mean = own.reduce((sum, value) => sum + value, 0) / width;
-    return { neuron, mean: (mean * scale) / 255, least: (Math.min(...own) * scale) / 255, expert: experts.shown[row] };
+    return { neuron, mean, least: Math.min(...own), expert: experts.shown[row] };
   }).sort((one, other) => other.mean - one.mean).slice(0, 10);
   heat.setAttribute("aria-label",
     `Heat map of relative activations in layer ${layer} (of 0 to ${layers - 1}): ${height} of ${all} neurons as rows, ` +
@@ -90,11 +92,11 @@ function point(place, spoken = false) {
   cursor = place;
   tip.hidden = !cursor;
   if (!cursor) return;
-  const { width, height, values, neurons, tokens, scale, experts } = shown;
-  const [x, y] = cursor, value = (values[y * width + x] * scale) / 255;
+  const { width, height, values, neurons, tokens, experts } = shown;
+  const [x, y] = cursor;
   tip.setAttribute("aria-live", spoken ? "polite" : "off");
   tip.textContent = `token ${x + 1} \u201c${visible(tokens[x])}\u201d, neuron ${neurons[y]}` +
-    `${experts.shown[y] ? " (expert)" : ""}: ${value.toFixed(3)}`;
+    `${experts.shown[y] ? " (expert)" : ""}: ${values[y * width + x].toFixed(3)}`;
   tip.style.left = "0";  // so that its width is its own, not what is left beside its old place
   const left = ((x + 0.5) * heat.clientWidth) / width + 12, top = ((y + 0.5) * heat.clientHeight) / height;
   tip.style.left = `${Math.max(0, Math.min(left, heat.parentElement.clientWidth - tip.offsetWidth))}px`;
