@@ -106,6 +106,19 @@ def test_one_rank(library: Library, tmp_path: Path) -> None:
     assert "density is 7" in found["refused"]
 
 
+def test_copies_as_on_an_accelerator(library: Library, tmp_path: Path) -> None:
+    """One request is computed from copies of its experts, three at once by masking, with the same tokens."""
+    rounds = [[[library.prompts[0], None, LENGTH]], [[prompt, None, LENGTH] for prompt in library.prompts[:3]]]
+    found = run(tmp_path, rounds, additional_config={"griffin": {"density": 0.5, "backend": "gather"}})
+    expected = [library.tokens(prompt, 0.5)[0] for prompt in library.prompts[:3]]
+    assert [own["tokens"] for own in found["rounds"][0]] == expected[:1]
+    assert [own["tokens"] for own in found["rounds"][1]] == expected
+    (report,) = found["report"]
+    assert report["native_rows"] == 0
+    assert report["copied_rows"] >= (LENGTH - 1) * 30
+    assert report["masked_rows"] >= 3 * 30
+
+
 def test_two_ranks(library: Library, tmp_path: Path) -> None:
     """Tensor parallel: every rank selects within its part of the neurons, by the norms of whole rows."""
     rounds = [[[prompt, None, LENGTH] for prompt in library.prompts]]

@@ -12,6 +12,7 @@ from torch import nn
 
 from griffin.config import GriffinConfig
 from griffin.integrations.vllm import settings
+from griffin.integrations.vllm.copied import Copied
 from griffin.integrations.vllm.requests import Requests, Scheduled
 from griffin.layouts import FFBlock, Layout
 
@@ -52,6 +53,35 @@ def test_preempted_requests_keep_their_experts_and_count_no_token_twice() -> Non
     assert step(own, Scheduled("a", 0, 9, 0, 6, HALF)) == ([], [6, 7, 8])  # prompt and what was generated, anew
     assert own.experts["a"][0] is before
     assert own.incomplete == 0
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_copies_of_few_requests_equal_masking(gated: bool) -> None:
+    width, d = 8, 5
+    weight, bias = torch.randn(2 * width if gated else width, d), torch.randn(2 * width if gated else width)
+    down, down_bias = torch.randn(d, width), torch.randn(d)
+
+    def activate(z: torch.Tensor) -> torch.Tensor:
+        return z[:, : z.shape[1] // 2].relu() * z[:, z.shape[1] // 2 :] if gated else z.relu()
+
+    own = requests()
+    quarter = GriffinConfig(density=0.25, batch="per_sequence")
+    step(own, Scheduled("a", 0, 4, 0, 4, HALF), Scheduled("b", 4, 6, 0, 2, quarter))
+    copied = Copied(0, (weight, bias), (down, down_bias), activate, gated)
+    x = torch.randn(2, d)
+    plan = own.plan([Scheduled("a", 0, 1, 4, 4, HALF), Scheduled("b", 1, 2, 2, 2, quarter)])
+    assert copied.pays(plan)
+    mask = torch.zeros(2, width)
+    for row, name in enumerate("ab"):
+        mask[row, own.experts[name][0]] = 1
+    expected = (activate(x @ weight.t() + bias) * mask) @ down.t() + down_bias
+    torch.testing.assert_close(copied.run(x, plan), expected)
+    assert all(request.copies for _, request in plan.pruned)
+    step(own, Scheduled("c", 0, 4, 0, 4, HALF))
+    names = {"a": (4, 4, HALF), "b": (2, 2, quarter), "c": (4, 4, HALF)}
+    full = own.plan([Scheduled(name, at, at + 1, *about) for at, (name, about) in enumerate(names.items())])
+    assert not copied.pays(full)  # 4 + 2 + 4 neurons of 8: the whole FF is less
+    assert not any(request.copies for _, request in full.pruned)
 
 
 def test_missing_prompt_tokens_are_counted() -> None:
@@ -100,7 +130,6 @@ def engine(**own: Any) -> Any:
         ({"batch": "shared"}, "every request has its own experts"),
         ({"selection": "tier+topk"}, "no token tier"),
         ({"selection": "wanda"}, "wanda was asked for"),
-        ({"backend": "gather"}, "copies experts"),
         (0.5, "expected settings"),
     ],
 )

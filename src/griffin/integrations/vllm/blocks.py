@@ -1,8 +1,8 @@
 """The FF blocks of a vLLM model, and how their rows are computed.
 
 Rows of the prompt phase, and of requests at density 1.0, go through vLLM's own layers. Rows of the generation phase are
-computed for their experts only by the native library, in place; where it cannot, their other neurons are multiplied by
-zero, which is right and saves no time.
+computed for their experts only: by the native library, in place, or on an accelerator from copies of a few requests'
+experts. Where neither can, their other neurons are multiplied by zero, which is right and saves no time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
 from griffin.backends import activation, kernel, library, operands
+from griffin.integrations.vllm.copied import Copied
 from griffin.integrations.vllm.requests import Request, Step
 from griffin.layouts import FFBlock, Layout
 
@@ -52,6 +53,7 @@ class Counts:
     """Rows of FF blocks by how they were computed: the proof which path ran."""
 
     native: int = 0
+    copied: int = 0
     masked: int = 0
 
 
@@ -135,13 +137,24 @@ class FF:
         self._ranks, self._rank = int(self._output.tp_size), int(self._output.tp_rank)
         self._own: Callable[[Tensor], Tensor] = block.module.forward if block.gated else self._whole
         self.native: operands.Block | None = None
+        self._copied: Copied | None = None
         self.reason = self._unusable(weights)
-        if self.reason is None and backend != "reference":
+        if self.reason is None and backend in ("auto", "native"):
             self.native = self._native_block(weights)
         elif backend == "native":
             raise ValueError(f"backend is native, but {self.reason}")
+        elif backend == "gather" or (backend == "auto" and self._input.weight.device.type != "cpu"):
+            self._copied = self._copied_block(weights)
         _FFS[block.layer] = self
         self._patch(compiled)
+
+    @property
+    def way(self) -> str:
+        """How experts are computed, and why not in place."""
+        if self.native is not None:
+            return "by the native library, in place"
+        why = self.reason or "as the backend was asked for by name"
+        return f"from copies of few requests ({why})" if self._copied is not None else f"by masking ({why})"
 
     def run(self, x: Tensor) -> Tensor:
         """The FF of a step's rows.
@@ -153,8 +166,7 @@ class FF:
         step: Step | None = context.get(STEP)
         if step is None or not (step.pruned or step.gathered):
             return self._own(x)
-        native = self.native is not None and 0 < len(step.pruned) <= kernel.MAX_ROWS
-        if not native:
+        if not step.pruned or not self._saves(step):
             return self._whole(x, step)
         if len(step.pruned) == step.rows == len(x):
             return self._experts(x, step)
@@ -167,6 +179,12 @@ class FF:
             self._gather(z, step, place)
             y[whole] = self._written(z)
         return y
+
+    def _saves(self, step: Step) -> bool:
+        """Whether the pruned rows can be computed for their experts alone."""
+        if self._copied is not None:
+            return self._copied.pays(step)
+        return self.native is not None and len(step.pruned) <= kernel.MAX_ROWS
 
     def _neurons(self, x: Tensor) -> Tensor:
         z: Tensor = self._activate(self._read(x)[0])
@@ -207,12 +225,16 @@ class FF:
             request.conversation.add(self.block.layer, z[None, rows], None, own)
 
     def _experts(self, x: Tensor, step: Step) -> Tensor:
-        """By the native library. Shapes: x (pruned rows, D), as returned."""
-        assert self.native is not None
-        experts, who = step.set_of(self.block.layer, self.block.width)
-        self._counts.native += len(x)
-        own = x if x.dtype != torch.float16 else x.float()
-        y = kernel.ff(self.native, own, experts, who).to(x.dtype)
+        """By the native library, or from copies. Shapes: x (pruned rows, D), as returned."""
+        if self._copied is not None:
+            self._counts.copied += len(x)
+            y = self._copied.run(x, step)
+        else:
+            assert self.native is not None
+            experts, who = step.set_of(self.block.layer, self.block.width)
+            self._counts.native += len(x)
+            own = x if x.dtype != torch.float16 else x.float()
+            y = kernel.ff(self.native, own, experts, who).to(x.dtype)
         if self._ranks > 1:
             y = tensor_model_parallel_all_reduce(y)
         return y
@@ -237,10 +259,19 @@ class FF:
         # The module takes gate and up in one row: with an up of ones it gives act(gate).
         return activation.name_of(lambda gate: self._activate(torch.stack([gate, torch.ones_like(gate)], 1))[:, 0])
 
+    def _projections(self, weights: Weights) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Weight and bias of what is read and of what is written; the sum over the ranks has the latter's bias once."""
+        read = weights.get(id(self._input), (self._input.weight, self._input.bias))
+        write, bias = weights.get(id(self._output), (self._output.weight, self._output.bias))
+        return read, (write, bias if self._rank == 0 else None)
+
+    def _copied_block(self, weights: Weights) -> Copied:
+        read, write = self._projections(weights)
+        return Copied(self.block.layer, read, write, self._activate, self.block.gated)
+
     def _native_block(self, weights: Weights) -> operands.Block:
         """The block for the native library: gate and up where vLLM loaded them, down neuron-major."""
-        read, read_bias = weights.get(id(self._input), (self._input.weight, self._input.bias))
-        write, write_bias = weights.get(id(self._output), (self._output.weight, self._output.bias))
+        (read, read_bias), (write, write_bias) = self._projections(weights)
         gated = self.block.gated
         gate, up = read.detach().chunk(2) if gated else (None, read.detach())
         gate_bias, up_bias = read_bias.chunk(2) if gated and read_bias is not None else (None, read_bias)
@@ -253,7 +284,7 @@ class FF:
             activation=name,
             gate_bias=gate_bias,
             up_bias=up_bias,
-            out_bias=write_bias if self._rank == 0 else None,  # the sum over the ranks has it once
+            out_bias=write_bias,
         )
 
     def _patch(self, compiled: bool) -> None:

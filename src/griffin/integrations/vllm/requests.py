@@ -42,6 +42,7 @@ class Request:
     conversation: Conversation = field(default_factory=Conversation)
     experts: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+    copies: dict[int, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
 
 class Gathered(NamedTuple):

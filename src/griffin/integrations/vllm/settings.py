@@ -13,7 +13,6 @@ DENSITY = "griffin_density"
 """A request's own density: in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`."""
 
 _SELECTIONS = ("topk", "sample", "topk_sample", "random")
-_BACKENDS = ("auto", "native", "reference")
 
 
 def of(vllm_config: Any) -> GriffinConfig | None:
@@ -37,11 +36,6 @@ def of(vllm_config: Any) -> GriffinConfig | None:
         raise ValueError(
             f"{asked} was asked for, which the vLLM plugin does not have: no token tier, no profile, and no baseline "
             f"that ignores the prompt; expected selection {', '.join(_SELECTIONS)}, and a density"
-        )
-    if config.backend not in _BACKENDS:
-        raise ValueError(
-            f"backend is {config.backend!r}, which copies experts once a batch, but vLLM's batches change with every "
-            f"step; expected one of {', '.join(_BACKENDS)}"
         )
     return replace(config, batch="per_sequence")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,11 +58,10 @@ class GriffinWorker(Worker):  # type: ignore[misc]
             return output
 
         runner._model_forward = model_forward
-        native = sum(ff.native is not None for ff in ffs)
-        why = next((f"; the others: {ff.reason or 'reference was asked for'}" for ff in ffs if ff.native is None), "")
+        ways = ", ".join(f"{count} {way}" for way, count in Counter(ff.way for ff in ffs).items())
         logger.info(
-            "GRIFFIN: %d FF blocks of %d neurons here, %s at density %g; %d by the native library%s",
-            len(blocks), blocks[0].width, config.selection, config.density, native, why,
+            "GRIFFIN: %d FF blocks of %d neurons here, %s at density %g: %s",
+            len(blocks), blocks[0].width, config.selection, config.density, ways,
         )  # fmt: skip
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -88,6 +88,7 @@ class GriffinWorker(Worker):  # type: ignore[misc]
         requests = self._griffin_requests
         return {
             "native_rows": self._griffin_counts.native,
+            "copied_rows": self._griffin_counts.copied,
             "masked_rows": self._griffin_counts.masked,
             "prompt_tokens": requests.prompt_tokens,
             "incomplete": requests.incomplete,
