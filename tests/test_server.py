@@ -135,6 +135,16 @@ def until(condition: Any, seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def asking(server: Server, body: bytes) -> Iterator[None]:
+    """A client that asks, and goes away when the block is left."""
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield
+
+
 def ask(**fields: Any) -> bytes:
     return json.dumps({"model": NAME, "prompt": "The sky is", "max_tokens": 4, "temperature": 0, **fields}).encode()
 
@@ -394,12 +404,7 @@ def test_who_goes_away_frees_the_place(quick: Server) -> None:
     assert engine.running == 1
     stream.close()
     until(lambda: engine.running == 0)
-    body = ask(max_tokens=8000)
-    with socket.create_connection(("127.0.0.1", quick.port)) as client:  # an answer that is not streamed
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        client.sendall(head.encode() + b"\r\n\r\n" + body)
+    with asking(quick, ask(max_tokens=8000)):  # an answer that is not streamed
         until(lambda: engine.running == 1)
     until(lambda: engine.running == 0)
     assert engine.cache_bytes == 0
@@ -408,13 +413,7 @@ def test_who_goes_away_frees_the_place(quick: Server) -> None:
 
 @pytest.mark.model
 def test_a_slow_reader_holds_nobody_up(quick: Server) -> None:
-    body = ask(max_tokens=200, stream=True, logprobs=5)
-    with socket.create_connection(("127.0.0.1", quick.port)) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        client.sendall(head.encode() + b"\r\n\r\n" + body)  # and reads nothing
+    with asking(quick, ask(max_tokens=200, stream=True, logprobs=5)):  # and reads nothing
         assert post(quick.url, ask())[0] == 200
         until(lambda: quick.engine.running == 0)
 
@@ -435,6 +434,19 @@ def test_a_full_queue_says_when_to_come_back(tiny: Loaded) -> None:
 
 
 @pytest.mark.model
+def test_who_leaves_the_queue_is_not_waited_for(tiny: Loaded) -> None:
+    with served(tiny, Limits(places=1)) as server:
+        running = server.client().completions.create(model=NAME, prompt="A", max_tokens=8000, stream=True)
+        next(iter(running))
+        for stream in (True, False):
+            with asking(server, ask(stream=stream)):
+                until(lambda: server.engine.waiting == 1)
+            until(lambda: server.engine.waiting == 0)
+        assert server.engine.running == 1
+        running.close()
+
+
+@pytest.mark.model
 def test_deadline_memory_and_key(tiny: Loaded) -> None:
     limits = Limits(cache_bytes=2_000_000, seconds=0.5)
     with served(tiny, limits, api_key="secret", prompt_tokens=100) as server:
@@ -450,7 +462,7 @@ def test_deadline_memory_and_key(tiny: Loaded) -> None:
         status, body = post(server.url, ask(prompt="word " * 200), **key)
         assert status == 400
         assert "this server takes at most 100" in body["error"]["message"]
-        status, body = post(server.url, ask(max_tokens=3000), **key)
+        status, body = post(server.url, ask(max_tokens=1500), **key)
         assert (status, body["error"]["code"]) in ((504, "deadline_exceeded"),)
         with urllib.request.urlopen(f"{server.url}/health") as answer:  # needs no key
             assert answer.status == 200

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +32,8 @@ from griffin.version import __version__
 
 logger = logging.getLogger("griffin")
 
+_T = TypeVar("_T")
+
 PAGE = Path(__file__).parent / "page"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorAnswer, "description": text}
@@ -47,6 +49,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "not finished in time",
     }.items()
 }
+_NOBODY = Response(status_code=499)  # nobody reads it
 _STREAMS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, whole or in chunks"}
 }
@@ -299,8 +302,12 @@ class _Server:
         )
         stream = self._stream(request, events, chunks)
         if not body.stream:
-            return await self._whole(request, stream, http)
-        first = await anext(stream)  # an error before the first token is an answer with its own status
+            whole = await _unless_gone(http, _collected(stream))
+            return _NOBODY if whole is None else JSONResponse(fold(whole))
+        # An error before the first token is an answer with its own status.
+        first = await _unless_gone(http, anext(stream))
+        if first is None:
+            return _NOBODY
         return StreamingResponse(_server_sent(first, stream), media_type="text/event-stream")
 
     async def _stream(
@@ -326,26 +333,25 @@ class _Server:
             request.cancel()  # nothing happens where it is finished
             self._engine.wake()
 
-    async def _whole(self, request: engines.Request, stream: AsyncIterator[dict[str, Any]], http: Request) -> Response:
-        """The folded answer, unless the client goes away before it is there."""
 
-        async def collect() -> list[dict[str, Any]]:
-            return [chunk async for chunk in stream]
+async def _collected(stream: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [chunk async for chunk in stream]
 
-        async def gone() -> None:
-            while (await http.receive())["type"] != "http.disconnect":
-                pass
 
-        answering, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(gone())
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                return Response(status_code=499)  # nobody reads it
-            return JSONResponse(fold(answering.result()))
-        finally:
-            request.cancel()
-            answering.cancel()
-            leaving.cancel()
+async def _unless_gone(http: Request, work: Awaitable[_T]) -> _T | None:
+    """What the work gives, or `None` if the client goes away before; the work is then cancelled."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 def _sampling(body: schema.ChatRequest | schema.CompletionRequest, tokens: int) -> Sampling:
