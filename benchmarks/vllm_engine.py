@@ -2,8 +2,9 @@
 
     python benchmarks/vllm_engine.py [-m smollm2-135m --dtype bfloat16 --concurrency 1,4,8 -o results/MACHINE/vllm.csv]
 
-Run it with the Python of `make test-vllm`. Each engine is a process of its own and waits while the other is measured.
-At density 1.0 the engine with GRIFFIN must give the plain engine's tokens before anything is timed.
+Run it with the Python of `make test-vllm`. Each engine is a group of processes of its own, stopped while the other is
+measured, as its workers poll. At density 1.0 the engine with GRIFFIN must give the plain engine's tokens before anything
+is timed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,8 +65,13 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
         )
         self._until("READY")
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
 
     def _until(self, word: str) -> str:
         assert self.process.stdout is not None
@@ -75,13 +82,16 @@ class Engine:
 
     def measure(self, sequences: int, tokens: int, density: float | None = None) -> tuple[float, Any]:
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps([sequences, tokens, density]) + "\n")
         self.process.stdin.flush()
         rate, found = json.loads(self._until("DONE"))
+        self._signal(signal.SIGSTOP)
         return rate, found
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait(60)
 
