@@ -3,8 +3,8 @@
     python benchmarks/vllm_engine.py [-m smollm2-135m --dtype bfloat16 --concurrency 1,4,8 -o results/MACHINE/vllm.csv]
 
 Run it with the Python of `make test-vllm`. Each engine is a group of processes of its own, stopped while the other is
-measured, as its workers poll. At density 1.0 the engine with GRIFFIN must give the plain engine's tokens before anything
-is timed.
+measured, as its workers poll. At density 1.0 the engine with GRIFFIN must give the plain engine's tokens before any
+time is taken.
 """
 
 from __future__ import annotations
