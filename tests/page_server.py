@@ -19,9 +19,10 @@ TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".s
 MODEL = "smollm2-135m"
 LAYERS, D_FF, ROWS = 30, 1536, 64
 
-# An emoji of two tokens, markup, a line break, a word that no line can hold.
-FULL = [b"The", b" tide", b" is", b" the", b" sea", b" \xf0\x9f", b"\x8c\x8a", b" that", b" the", b" moon", b" pulls"]
+# A first space that the text drops, an emoji of two tokens, markup, a line break, a word that no line can hold.
+FULL = [b" The", b" tide", b" is", b" the", b" sea", b" \xf0\x9f", b"\x8c\x8a", b" that", b" the", b" moon", b" pulls"]
 FULL += [b".", b"\n", b"\n", b"<b>", b"Twice", b"</b>", b" a", b" day", b" it", b" comes", b" and", b" goes", b"."]
+NOTHING = "."  # the prompt to which the full model says nothing
 CHANGED = {4: b" water", 11: b",", 13: b"<i>", 15: b"\n", 18: b" w" + 60 * b"e" + b"k"}
 PRUNED = [CHANGED.get(index, token) for index, token in enumerate(FULL)]
 
@@ -194,9 +195,15 @@ def cost(body: dict[str, Any]) -> float:
     return 0.35 + 0.65 * float(body["griffin"]["density"])
 
 
+def asked(body: dict[str, Any]) -> str:
+    return str(body["messages"][0]["content"] if "messages" in body else body["prompt"])
+
+
 def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
     """The events of an answer: the text of a token comes with the next token, as if it had been held back."""
     tokens = answer(body["griffin"]["density"], body["max_tokens"])
+    if asked(body) == NOTHING and tokens == FULL:
+        tokens = []
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held, offset = "", 0
 
@@ -213,9 +220,11 @@ def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
             found: dict[str, Any] = {"content": [{"token": shown, "logprob": -0.1, "bytes": list(token)}]}
         else:
             shown = shown.lstrip(" ")  # as some tokenizers show a token alone
+            if "\ufffd" in shown:
+                shown = "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
             found = {"tokens": [shown], "token_logprobs": [-0.1], "top_logprobs": None, "text_offset": [offset]}
         yield event(held, found)
-        held = decoder.decode(token)
+        held = decoder.decode(token) if token != FULL[0] else token.decode().lstrip()
         offset += len(shown)
     yield event(held, None, "length" if len(tokens) == body["max_tokens"] else "stop")
     usage = {"prompt_tokens": 9, "completion_tokens": len(tokens), "total_tokens": 9 + len(tokens)}
@@ -227,8 +236,7 @@ def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
 
 def flocking(body: dict[str, Any]) -> dict[str, Any]:
     """A picture in which every third neuron flocks, another for each layer."""
-    text = body["messages"][0]["content"] if "messages" in body else body["prompt"]
-    words = [f" {word}" for word in text.split()]
+    words = [f" {word}" for word in asked(body).split()]
     tokens = ["<|im_start|>", "user", "\n", *words, "<|im_end|>", "\n"] if "messages" in body else words
     drawn = random.Random(body["layer"])
     flocks = [row % 3 == body["layer"] % 3 for row in range(ROWS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from page_server import CHANGED, FULL, LAYERS, MODEL, PAGE, PRUNED, PageServer, answer, flocking
+from page_server import CHANGED, FULL, LAYERS, MODEL, NOTHING, PAGE, PRUNED, PageServer, answer, flocking
 
 PROMPT = "Explain to a fisherman how the tides work, and what the moon has to do with it."
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -99,13 +100,13 @@ def streamed_tokens(stream: str) -> list[str]:
 
 def check_answers(page: Any, timeout_s: float = 15) -> None:
     """Both ways of asking, at density 0.3: what is shown is what any server of this API has sent."""
-    for kind, layer in (("Chat", 1), ("Plain text", 2)):
+    for kind, prompt, layer in (("Chat", PROMPT, 1), ("Plain text", "The tides come and go twice a day, because", 2)):
         page.get_by_text(kind, exact=True).click()
         page.locator("#density").fill("0.3")
         page.locator("#length").fill("24")
         streams: list[Any] = []
         page.on("response", lambda response, own=streams: own.append(response) if "comp" in response.url else None)
-        generate(page, timeout_s=timeout_s)
+        generate(page, prompt, timeout_s=timeout_s)
         answers = streams[:2]
         assert [sent.request.post_data_json["griffin"]["density"] for sent in answers] == [1, 0.3]
         assert [sent.request.post_data_json["temperature"] for sent in answers] == [0, 0]
@@ -141,7 +142,10 @@ def test_the_text_is_whole_and_is_text_alone(browser: Any, server: PageServer) -
             generate(page)
             for side, tokens in (("#full", FULL), ("#griffin", PRUNED)):
                 text = page.locator(f"{side} .text")
-                assert text.text_content() == b"".join(tokens).decode()
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                cut = [decoder.decode(token) for token in tokens]
+                assert text.evaluate("text => [...text.children].map(e => e.textContent)") == ["The", *cut[1:]]
+                assert text.text_content() == b"".join(tokens).decode().lstrip()
                 assert set(text.evaluate("text => [...text.querySelectorAll('*')].map(e => e.localName)")) <= {
                     "span",
                     "mark",
@@ -176,8 +180,20 @@ def test_the_same_answer_and_one_that_ends_early(browser: Any, server: PageServe
         page.locator("#density").fill("0.5")
         generate(page)
         said(page, "#difference", "^Same 3 tokens; above temperature 0 ")
-        assert [request.body["temperature"] for request in server.answered()] == [0, 0, 0, 0, 0.7, 0.7]
-        assert [request.body["griffin"]["density"] for request in server.answered()] == [1, 0.95, 1, 0.2, 1, 0.5]
+        page.locator("#length").fill("128")
+        generate(page, NOTHING)
+        said(
+            page, "#difference", "^First differs at token 1, where the full model's answer ends; 24 of 24 tokens differ"
+        )
+        assert page.locator("#ratio").inner_text() == ""
+        page.locator("#density").fill("0.95")
+        generate(page, NOTHING)
+        said(page, "#difference", "^Both answers are empty")
+        assert page.locator("#difference").is_visible()
+        assert page.locator(".speed").all_inner_texts() == 2 * ["\N{EN DASH}"]
+        assert page.locator("#ratio").inner_text() == ""
+        assert [request.body["temperature"] for request in server.answered()[:6]] == [0, 0, 0, 0, 0.7, 0.7]
+        assert [request.body["griffin"]["density"] for request in server.answered()[:6]] == [1, 0.95, 1, 0.2, 1, 0.5]
 
 
 def test_the_figures_move_while_it_streams(browser: Any, server: PageServer) -> None:

@@ -2,7 +2,11 @@
 
 import { events, request } from "./server.js";
 
-const PART = "\ufffd";  // stands for a part of a character in the text of a token
+/** The bytes of a token; one that is no whole text comes as bytes:\x20\xf0 where a string is all there is. */
+function bytesOf(token) {
+  if (!/^bytes:(\\x[0-9a-f]{2})+$/.test(token)) return new TextEncoder().encode(token);
+  return Uint8Array.from(token.split("\\x").slice(1), (digits) => parseInt(digits, 16));
+}
 
 /** The text as it was sent, cut where the texts of its tokens are found in it. It may arrive later than the tokens. */
 export class Answer {
@@ -14,8 +18,9 @@ export class Answer {
   }
 
   clear() {
-    Object.assign(this, { tokens: [], said: "", laid: 0, cut: 0, loose: 0, closed: false, ended: false });
+    Object.assign(this, { tokens: [], said: "", laid: 0, cut: 0, closed: false, ended: false });
     Object.assign(this, { served: null, began: null, first: null, last: null });
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.text.replaceChildren();
     this.show();
   }
@@ -43,42 +48,39 @@ export class Answer {
   }
 
   take(choice) {
-    for (const { token, bytes } of choice.logprobs?.content ?? []) this.add(bytes ? bytes.join() : token, token);
-    for (const token of choice.logprobs?.tokens ?? []) this.add(token, token);
+    for (const { token, bytes } of choice.logprobs?.content ?? []) this.add(bytes ?? bytesOf(token));
+    for (const token of choice.logprobs?.tokens ?? []) this.add(bytesOf(token));
     this.said += choice.delta?.content ?? choice.text ?? "";
   }
 
-  add(key, text) {
+  add(bytes) {
     this.last = performance.now();
     this.first ??= this.last;
-    this.tokens.push({ key, text, element: this.text.appendChild(document.createElement("span")) });
+    const text = this.decoder.decode(Uint8Array.from(bytes), { stream: true });  // a character is its last token's
+    this.tokens.push({ key: bytes.join(), text, element: this.text.appendChild(document.createElement("span")) });
   }
 
-  /** Gives every token whose text has arrived its part of what was said; parts of a character share what lies between. */
+  /** Gives every token whose text has arrived its part of what was said. */
   lay() {
     for (; this.laid < this.tokens.length; this.laid++) {
-      const { text, element } = this.tokens[this.laid];
-      if (!text || text.includes(PART)) {
-        this.loose += text.length;
-        continue;
-      }
-      const start = this.find(text);
-      if (start === null) break;
-      if (this.loose) this.tokens[this.laid - 1].element.textContent = this.said.slice(this.cut, start);
-      element.textContent = this.said.slice(this.loose ? start : this.cut, start + text.length);
-      [this.cut, this.loose] = [start + text.length, 0];
+      const token = this.tokens[this.laid], end = this.end(token.text);
+      if (end === null) break;
+      token.element.textContent = this.said.slice(this.cut, end);
+      this.cut = end;
     }
     if (!this.closed || this.cut >= this.said.length) return;
     this.tokens.at(-1)?.element.append(this.said.slice(this.cut));
     this.cut = this.said.length;
   }
 
-  find(text) {
-    const last = this.cut + this.loose + 1;  // a space may come before that the token alone does not show
-    for (let start = this.cut; start <= last; start++) {
-      if (this.said.startsWith(text, start)) return start;
+  /** Where a token's text ends. Tokenizers drop a space: the first of an answer, or the one before a token alone. */
+  end(text) {
+    const pieces = this.laid ? [text] : [text, text.trimStart()];
+    for (const start of [this.cut, this.cut + 1]) {
+      const piece = pieces.find((own) => this.said.startsWith(own, start));
+      if (piece !== undefined) return start + piece.length;
     }
-    return this.closed || this.said.length >= last + text.length ? this.cut : null;
+    return this.closed || this.said.length > this.cut + text.length ? this.cut + text.length : null;
   }
 
   show() {
@@ -93,6 +95,7 @@ export class Answer {
 
   /** Tokens a second: as they arrive, and at the end the server's own figure. */
   speed() {
+    if (this.tokens.length < 2) return null;
     if (this.served) return this.served.generation_tokens_per_s;
     return this.last > this.first ? ((this.tokens.length - 1) * 1000) / (this.last - this.first) : null;
   }
@@ -133,6 +136,7 @@ export class Comparison {
   line() {
     const { full, griffin, compared, first, marked } = this;
     const ended = full.ended && griffin.ended;
+    if (ended && !full.tokens.length && !compared) return "Both answers are empty: the model ended them at once";
     if (first !== null) {
       const end = first > full.tokens.length ? ", where the full model's answer ends" : "";
       return `First differs at token ${first}${end}; ${marked.length} of ${compared} tokens differ`;

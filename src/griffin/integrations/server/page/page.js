@@ -26,9 +26,9 @@ function render() {
   griffin.show();
   comparison.update();
   const byChance = asked.temperature > 0 ? "; above temperature 0 answers also differ by chance" : "";
-  at("difference").hidden = comparison.compared === 0;
+  at("difference").hidden = !griffin.ended && comparison.compared === 0;
   at("difference").textContent = comparison.line() + byChance;
-  const ratio = asked.order === "turns" && griffin.served ? griffin.speed() / full.speed() : null;
+  const ratio = asked.order === "turns" && griffin.served && full.speed() ? griffin.speed() / full.speed() : null;
   at("ratio").textContent = ratio ? `${ratio.toFixed(2)} times the full model's speed` : "";
   at("ratio").classList.toggle("faster", ratio > 1);
 }
