@@ -245,6 +245,17 @@ def test_tokens_for_text(smollm2: Loaded, quick: Server) -> None:
 
 
 @pytest.mark.model
+def test_tokens_that_are_part_of_a_character_are_told_by_their_bytes(smollm2: Loaded) -> None:
+    from griffin.integrations.server.answers import shown, token_bytes
+
+    for text in ("naïve 東京 🤷🏽‍♀️\t\n ok", "plain text"):
+        found = [token_bytes(smollm2[1], token) for token in smollm2[1](text)["input_ids"]]
+        assert b"".join(found) == text.encode()
+    assert shown("é".encode()) == "é"
+    assert shown(b"\xe6\x9d") == "bytes:\\xe6\\x9d"
+
+
+@pytest.mark.model
 def test_models_health_and_metrics(quick: Server) -> None:
     client = quick.client()
     assert [model.id for model in client.models.list()] == [NAME]

@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -81,11 +82,20 @@ def split(block: FFBlock, density: float) -> Split:
     """
     if activation_of(block) is None:
         raise ValueError(f"{block.path} has an activation that the token tier does not know; use one without tier")
-    d, width, neuron = shape_of(block.output)[0], block.width, block.nbytes / block.width
-    first = neuron / (3 if block.gated else 2)
-    sizes: dict[str | None, float] = {None: first}
-    if library.available() is None:
-        sizes |= {"int8": d + 4, "int4": packing.row_bytes("int4", d)}
+    noise = _NOISE if library.available() is None else {None: 0.0}
+    sizes = shape_of(block.output)[0], block.width, block.nbytes
+    return _split(*sizes, block.gated, density, tuple(noise.items()))
+
+
+@cache
+def _split(
+    d: int, width: int, nbytes: int, gated: bool, density: float, noises: tuple[tuple[str | None, float], ...]
+) -> Split:
+    noise = dict(noises)
+    neuron = nbytes / width
+    first = neuron / (3 if gated else 2)
+    known = {None: first, "int8": d + 4, "int4": packing.row_bytes("int4", d)}
+    sizes = {gate: known[gate] for gate in noise}
 
     def spent(gate: str | None, share: float) -> Split:
         experts = max(1, math.floor(share * width))
@@ -98,7 +108,7 @@ def split(block: FFBlock, density: float) -> Split:
         scale, power, of_chosen = _NOT_EXPERTS
         for_all: float = scale * not_experts**power * chosen**of_chosen
         for_token: float = _LEFT_OUT[0] * left_out ** _LEFT_OUT[1]
-        return for_all + for_token + _NOISE[own.gate]
+        return for_all + for_token + noise[own.gate]
 
     found = [spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first]
     possible = [own for own in found if own.chosen >= 1]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from griffin.integrations.server.engine import Piece, Summary, TokenInfo
 
@@ -19,7 +23,7 @@ class Chunks:
     Args:
         chat: whether it is the chat endpoint's.
         model: the model's name.
-        text_of: the text of a token id.
+        bytes_of: the bytes of a token id.
         usage_apart: whether usage comes in a chunk of its own, without choices; else with the last choice.
         answers: how many choices there are.
     """
@@ -29,12 +33,12 @@ class Chunks:
         *,
         chat: bool,
         model: str,
-        text_of: Callable[[int], str],
+        bytes_of: Callable[[int], bytes],
         usage_apart: bool,
         answers: int,
         about: Mapping[str, Any],
     ) -> None:
-        self._chat, self._text_of, self._usage_apart = chat, text_of, usage_apart
+        self._chat, self._bytes_of, self._usage_apart = chat, bytes_of, usage_apart
         self._about = about
         self._offsets = [0] * answers
         self._last: Chunk | None = None
@@ -89,19 +93,49 @@ class Chunks:
         if self._chat:
             top = [self._scored(token, logprob) for token, logprob in info.top]
             return {"content": [{**self._scored(info.token, info.logprob), "top_logprobs": top}], "refusal": None}
-        text = self._text_of(info.token)
+        text = shown(self._bytes_of(info.token))
         offset = self._offsets[index]
         self._offsets[index] += len(text)
         return {
             "tokens": [text],
             "token_logprobs": [info.logprob],
-            "top_logprobs": [{self._text_of(token): logprob for token, logprob in info.top}] if info.top else None,
+            "top_logprobs": [{shown(self._bytes_of(token)): logprob for token, logprob in info.top}]
+            if info.top
+            else None,
             "text_offset": [offset],
         }
 
     def _scored(self, token: int, logprob: float) -> Chunk:
-        text = self._text_of(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        own = self._bytes_of(token)
+        return {"token": shown(own), "logprob": max(logprob, -9999.0), "bytes": list(own)}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """What a token stands for, which may be a part of a character."""
+    text = str(tokenizer.decode([token]))
+    if "\ufffd" not in text:
+        return text.encode()
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # SentencePiece's byte tokens
+        return bytes([int(found[1], 16)])
+    alphabet = _alphabet()
+    return bytes(map(alphabet.__getitem__, piece)) if all(own in alphabet for own in piece) else text.encode()
+
+
+@cache
+def _alphabet() -> dict[str, int]:
+    """The letters by which byte-level BPE writes bytes: printable ones as they are, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+def shown(own: bytes) -> str:
+    """A token's bytes as text, or in the OpenAI API's form for what is no text by itself."""
+    try:
+        return own.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
 
 
 def usage(summary: Summary) -> Chunk:

@@ -22,7 +22,7 @@ from griffin.generation.step import Sampling
 from griffin.generation.text import encode
 from griffin.integrations.server import engine as engines
 from griffin.integrations.server import schema
-from griffin.integrations.server.answers import Chunks, fold
+from griffin.integrations.server.answers import Chunks, fold, token_bytes
 from griffin.integrations.server.engine import Engine, Event, LateError, StoppedError, Summary
 from griffin.integrations.server.errors import ApiError, answer
 from griffin.integrations.server.flocking import picture
@@ -295,7 +295,7 @@ class _Server:
         chunks = Chunks(
             chat=chat,
             model=self._settings.model,
-            text_of=lambda token: str(engine.tokenizer.decode([token])),
+            bytes_of=lambda token: token_bytes(engine.tokenizer, token),
             usage_apart=usage_apart,
             answers=len(prompts) * request.n,
             about=self._about,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,8 @@ def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfi
     rows = torch.cat([first, others[places]]).sort().values
     experts = set(order[: config.experts_of(width)].tolist())
     shown = values[rows]
-    scale = float(shown.max()) or 1.0
-    image = (shown / scale).sqrt().mul(255).round().to(torch.uint8)  # the root shows what is small
+    scale = float(shown.flatten().kthvalue(math.ceil(0.99 * shown.numel())).values) or 1.0  # few are far brighter
+    image = (shown / scale).clamp_max(1).sqrt().mul(255).round().to(torch.uint8)  # the root shows what is small
     return {
         "layer": layer,
         "layers": len(engine.handle.blocks),
