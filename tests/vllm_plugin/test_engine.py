@@ -112,7 +112,10 @@ def test_one_rank(library: Library, tmp_path: Path) -> None:
 def test_copies_as_on_an_accelerator(library: Library, tmp_path: Path) -> None:
     """One request is computed from copies of its experts, three at once by masking, with the same tokens."""
     rounds = [[[library.prompts[0], None, LENGTH]], [[prompt, None, LENGTH] for prompt in library.prompts[:3]]]
-    found = run(library.name, tmp_path, rounds, additional_config={"griffin": {"density": 0.5, "backend": "gather"}})
+    found = run(
+        library.name, tmp_path, rounds, enable_prefix_caching=False,
+        additional_config={"griffin": {"density": 0.5, "backend": "gather"}},
+    )  # fmt: skip
     expected = [library.tokens(prompt, 0.5)[0] for prompt in library.prompts[:3]]
     assert [own["tokens"] for own in found["rounds"][0]] == expected[:1]
     assert [own["tokens"] for own in found["rounds"][1]] == expected
@@ -151,3 +154,33 @@ def of_halves(library: Library, prompt: list[int]) -> list[dict[int, list[int]]]
         for half, part in zip(halves, own.chunk(2), strict=True):
             half[layer] = topk(part[None], len(part) // 2)[0].tolist()
     return halves
+
+
+def test_opt(library: Library, tmp_path: Path) -> None:
+    """Ungated, with biases, and with one activation module for all layers."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(1)
+    config = OPTConfig(
+        vocab_size=49152, hidden_size=128, num_hidden_layers=3, ffn_dim=256, num_attention_heads=4, init_std=0.2,
+        max_position_embeddings=1024, word_embed_proj_dim=128, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path / "opt"
+    model.save_pretrained(folder)
+    library.tokenizer.save_pretrained(folder)
+    prompts, expected = [[5, 9, 11, 200, 4000, 77, 8], [31, 45, 66, 1000]], []
+    for prompt in prompts:
+        with griffin.attach(model, density=0.5, backend="reference"):
+            settings = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
+            expected.append(model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist())
+    found = run(
+        library.name, tmp_path, [[[prompt, None, LENGTH] for prompt in prompts]], model=str(folder),
+        additional_config={"griffin": {"density": 0.5}},
+    )  # fmt: skip
+    assert [own["tokens"] for own in found["rounds"][0]] == expected
+    assert found["report"][0]["masked_rows"] == 0 < found["report"][0]["native_rows"]

@@ -129,11 +129,11 @@ class FF:
 
     def __init__(self, block: FFBlock, weights: Weights, backend: str, compiled: bool, counts: Counts) -> None:
         self.block, self._counts = block, counts
-        self._act = next(
-            own for _, names in _LAYOUTS for name in names if (own := getattr(block.module, name, None)) is not None
-        )
+        names = (name for _, own in _LAYOUTS for name in own)
+        self._act_name = next(name for name in names if isinstance(getattr(block.module, name, None), nn.Module))
         self._input, self._output = cast(Any, block.inputs[0]), cast(Any, block.output)
-        self._read, self._activate, self._write = self._input.forward, self._act.forward, self._output.forward
+        self._read, self._write = self._input.forward, self._output.forward
+        self._activate = getattr(block.module, self._act_name).forward
         self._ranks, self._rank = int(self._output.tp_size), int(self._output.tp_rank)
         self._own: Callable[[Tensor], Tensor] = block.module.forward if block.gated else self._whole
         self.native: operands.Block | None = None
@@ -299,5 +299,5 @@ class FF:
             return
         # The FF of OPT has no module of its own: its last projection does all the work, on the block's input.
         self._input.forward = lambda x: (x, None)
-        self._act.forward = lambda x: x
+        setattr(self.block.module, self._act_name, nn.Identity())  # its own one is the same object in all layers
         self._output.forward = lambda x: (forward(x), None)
