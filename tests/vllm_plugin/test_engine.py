@@ -57,7 +57,11 @@ def run(
     model: str, folder: Path, rounds: list[list[list[Any]]], threads: str = "auto", **arguments: Any
 ) -> dict[str, Any]:
     job, answer = folder / "job.json", folder / "found.json"
-    settings = {"model": str(builtin_folder(BUILTIN[model])), "enforce_eager": True, **arguments}
+    settings = {
+        "model": str(builtin_folder(BUILTIN[model])) if model in BUILTIN else model,
+        "enforce_eager": True,
+        **arguments,
+    }
     job.write_text(json.dumps({"arguments": settings, "rounds": rounds}))
     environment = {
         **os.environ,
@@ -179,7 +183,7 @@ def test_opt(library: Library, tmp_path: Path) -> None:
             settings = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
             expected.append(model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist())
     found = run(
-        library.name, tmp_path, [[[prompt, None, LENGTH] for prompt in prompts]], model=str(folder),
+        str(folder), tmp_path, [[[prompt, None, LENGTH] for prompt in prompts]],
         additional_config={"griffin": {"density": 0.5}},
     )  # fmt: skip
     assert [own["tokens"] for own in found["rounds"][0]] == expected
