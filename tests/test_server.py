@@ -31,8 +31,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import griffin
 from conftest import tiny_llama
 from griffin.config import GriffinConfig
-from griffin.integrations.server.app import Settings, make_app
-from griffin.integrations.server.engine import Engine, Limits
+from griffin.integrations.server.app import make_app
+from griffin.integrations.server.engine import Engine
+from griffin.integrations.server.reading import Settings
+from griffin.integrations.server.requests import Limits
 
 NAME = "smollm2-135m"
 SIZES = {"vocab_size": 49152, "max_position_embeddings": 8192}  # the real model's
@@ -536,16 +538,11 @@ def test_flocking_picture(quick: Server) -> None:
 
 
 @pytest.mark.model
-def test_the_page_against_this_server(quick: Server) -> None:
-    import test_page
+def test_the_page_against_this_server(browser: Any, quick: Server) -> None:
+    from test_page import check_answers, opened
 
-    browsers = test_page.browser.__wrapped__()
-    browser = next(browsers)
-    try:
-        with test_page.opened(browser, quick.url) as page:
-            test_page.check_answers(page, timeout_s=60)
-    finally:
-        browsers.close()
+    with opened(browser, quick.url) as page:
+        check_answers(page, timeout_s=60)
 
 
 @pytest.mark.model

@@ -10,7 +10,8 @@ from torch import nn
 
 from griffin.attachment.conversation import Conversation
 from griffin.attachment.generating import attach_generate
-from griffin.attachment.handle import Griffin, Phase, Selected, refuse_training
+from griffin.attachment.handle import Griffin, Phase, refuse_training
+from griffin.attachment.selected import Selected
 from griffin.config import GriffinConfig
 from griffin.layouts import Layout
 

@@ -17,6 +17,19 @@ from griffin.layouts import FFBlock
 Experts = dict[int, tuple[Tensor, ...]]
 
 
+def chosen_blocks(blocks: Sequence[FFBlock], config: GriffinConfig) -> tuple[FFBlock, ...]:
+    """The blocks that the config prunes.
+
+    Raises:
+        ValueError: it names a layer that the model does not have.
+    """
+    if config.layers is None:
+        return tuple(blocks)
+    if config.layers[-1] >= len(blocks):
+        raise ValueError(f"layers names layer {config.layers[-1]}; this model has layers 0 to {len(blocks) - 1}")
+    return tuple(blocks[layer] for layer in config.layers)
+
+
 def scores(conversation: Conversation, layers: Sequence[int], batch: str) -> Tensor:
     """The statistic of some layers of one width, of n sets of experts a layer.
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 
 import torch
@@ -19,11 +19,12 @@ from griffin.attachment.conversation import Conversation
 from griffin.attachment.gathering import Gathering
 from griffin.attachment.masking import mask_weights
 from griffin.attachment.patching import patch
+from griffin.attachment.selected import Selected, select_one
 from griffin.backends import native
 from griffin.backends.masked import MaskedFF
 from griffin.backends.tier import Split, Tier, make_sketches, split
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, Layout, find_ff_blocks, rows
+from griffin.layouts import FFBlock, Layout, find_ff_blocks
 
 logger = logging.getLogger("griffin")
 
@@ -36,26 +37,6 @@ class Phase(enum.Enum):
     FULL = "full"  # outside of any phase: the untouched model
     PROMPT = "prompt"  # the full model, and the statistic is gathered
     GENERATION = "generation"  # the experts only
-
-
-@dataclass(frozen=True, eq=False)
-class Selected:
-    """What one sequence is computed with in the generation phase.
-
-    Args:
-        config: the config it was selected by, with `auto` and `loss` resolved.
-        experts: by layer, ascending.
-        tiers: by layer, for a config with a token tier.
-        ff_bytes: bytes of FF weights that a token reads.
-
-    Shapes:
-        experts: each (k,), int64.
-    """
-
-    config: GriffinConfig
-    experts: Mapping[int, Tensor]
-    tiers: Mapping[int, Tier]
-    ff_bytes: int
 
 
 class Griffin:
@@ -81,7 +62,7 @@ class Griffin:
         found = find_ff_blocks(model, layout)
         config, self._profile = profile.resolved(model, found, config)
         self.config = config
-        self.blocks: tuple[FFBlock, ...] = _chosen(found, config)
+        self.blocks: tuple[FFBlock, ...] = choice.chosen_blocks(found, config)
         self._masked = config.selection == "wanda"  # single weights, not neurons
         self.backend = backends.MASKED if self._masked else backends.resolve(config.backend, found, tier=config.tier)
         self._splits = {b.layer: split(b, config.density) for b in self.blocks if config.tier and config.density < 1.0}
@@ -227,7 +208,6 @@ class Griffin:
         finally:
             self._phase = Phase.FULL
 
-    @torch.no_grad()
     def select(self, conversation: Conversation, config: GriffinConfig) -> Selected:
         """Select one sequence's experts, of a handle that is `mixed`; they are computed once `use` names them.
 
@@ -238,28 +218,8 @@ class Griffin:
         Raises:
             ValueError: as `attach`, or the prompt phase has not gathered what the config needs.
         """
-        config, known = profile.resolved(
-            self.model, list(self._all_blocks), replace(config, backend=self.config.backend)
-        )
-        if config.selection == "wanda":
-            raise ValueError("selection wanda masks the model's weights, so sequences of one batch cannot differ in it")
-        blocks = _chosen(list(self._all_blocks), config)
-        splits = {b.layer: split(b, config.density) for b in blocks if config.tier and config.density < 1.0}
-        if splits and self.backend.name == "gather":
-            raise ValueError("the gather backend has no token tier; use a selection without tier+")
-        make_sketches(blocks, splits)
-        if config.density == 1.0:
-            blocks = ()
-        counts = {b.layer: splits[b.layer].experts if splits else config.experts_of(b.width) for b in blocks}
-        if known is not None:
-            conversation = known.added_to(conversation)
-        found = choice.experts(blocks, conversation, config, counts)
-        experts = {b.layer: torch.arange(b.width, device=rows(b.output)[0].device) for b in self._all_blocks}
-        experts |= {layer: own[0] for layer, own in found.items()}
-        whole = sum(b.nbytes for b in self._all_blocks) - sum(b.nbytes for b in blocks)
-        read = [splits[b.layer].nbytes if splits else b.nbytes * counts[b.layer] // b.width for b in blocks]
-        tiers = choice.tiers(blocks, conversation, config, splits)
-        return Selected(config, MappingProxyType(experts), MappingProxyType(tiers), whole + sum(read))
+        config = replace(config, backend=self.config.backend)
+        return select_one(self.model, self._all_blocks, self.backend.name, conversation, config)
 
     def use(self, batch: Sequence[Selected]) -> None:
         """Take these sequences, in this order, as the batch of the next generation phases.
@@ -405,14 +365,6 @@ def refuse_training(model: nn.Module) -> None:
     """Raise `ValueError` for a model in training mode: dropout would spoil the statistic."""
     if model.training:
         raise ValueError("the model is in training mode; GRIFFIN is for generation: call model.eval() first")
-
-
-def _chosen(blocks: list[FFBlock], config: GriffinConfig) -> tuple[FFBlock, ...]:
-    if config.layers is None:
-        return tuple(blocks)
-    if config.layers[-1] >= len(blocks):
-        raise ValueError(f"layers names layer {config.layers[-1]}; this model has layers 0 to {len(blocks) - 1}")
-    return tuple(blocks[layer] for layer in config.layers)
 
 
 def _refuse_attached(blocks: tuple[FFBlock, ...]) -> None:

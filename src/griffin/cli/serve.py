@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"griffin serve needs {missing[0]}; install the extra: pip install 'griffin-llm[serve]'")
 
-    from griffin.integrations.server.app import Settings
-    from griffin.integrations.server.engine import Limits
+    from griffin.integrations.server.reading import Settings
+    from griffin.integrations.server.requests import Limits
     from griffin.integrations.server.running import bound, serve
 
     listening = bound(args.host, args.port)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from griffin.integrations.server.engine import Piece, Summary, TokenInfo
+from griffin.integrations.server.requests import Piece, Summary, TokenInfo
 
 Chunk = dict[str, Any]
 

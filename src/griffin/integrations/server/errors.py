@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
+
+from griffin.integrations.server import schema
+from griffin.integrations.server.requests import LateError, StoppedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -51,3 +57,63 @@ class ApiError(Exception):
 def answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     """An error as an answer."""
     return ApiError(status, message, param, code).response()
+
+
+def refusal(error: Exception) -> ApiError:
+    """What an exception of the engine is to the client."""
+    if isinstance(error, LateError):
+        return ApiError(504, str(error), code="deadline_exceeded")
+    if isinstance(error, StoppedError):
+        return ApiError(503, str(error))
+    if isinstance(error, ValueError):  # a config that this model refuses
+        return ApiError(422, str(error), "griffin")
+    return ApiError(500, f"the answer has failed: {type(error).__name__}: {error}")
+
+
+def invalid(_: Request, error: Exception) -> JSONResponse:
+    """Handler: a body that the schema refuses; names the field."""
+    assert isinstance(error, RequestValidationError)
+    errors = error.errors()
+    # Of a field's alternatives the one that went furthest is the one that was meant.
+    first = max((own for own in errors if own["loc"][:2] == errors[0]["loc"][:2]), key=lambda own: len(own["loc"]))
+    if first["type"] == "json_invalid":
+        return answer(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or not _is_branch(part)]
+    name = ".".join(place)
+    if not name:
+        return answer(422, f"the body is not what is expected: {first['msg']}")
+    neutral = name.split(".")[0] in schema.UNSUPPORTED
+    unsupported = neutral or first["type"] == "extra_forbidden"
+    text = f"{name} is not supported" if unsupported else f"{name}: {first['msg']}"
+    if neutral:
+        text += "; leave it out"
+    elif not unsupported and isinstance(first.get("input"), str | int | float | bool):
+        text += f" (found {_short(first['input'])})"
+    return answer(422, text, name, "unsupported_parameter" if unsupported else None)
+
+
+def _is_branch(part: str) -> bool:
+    """Whether a part of an error's place names an alternative of a type, not a field."""
+    return not part.isidentifier() or part in ("str", "int", "float", "bool", "list")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def of_http(request: Request, error: Exception) -> JSONResponse:
+    """Handler: a path or a method that there is not."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return answer(404, f"there is nothing at {request.url.path[:80]}; the API is at /v1, the page at /")
+    if error.status_code == 405:
+        response = answer(405, f"{request.method} is not allowed here")
+        response.headers.update(error.headers or {})
+        return response
+    return answer(error.status_code, str(error.detail))
+
+
+def failed(_: Request, error: Exception) -> JSONResponse:
+    """Handler: a defect of this program."""
+    return answer(500, f"this server has failed: {type(error).__name__}")

@@ -10,8 +10,10 @@ import uvicorn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.config import GriffinConfig
-from griffin.integrations.server.app import Settings, make_app
-from griffin.integrations.server.engine import Engine, Limits
+from griffin.integrations.server.app import make_app
+from griffin.integrations.server.engine import Engine
+from griffin.integrations.server.reading import Settings
+from griffin.integrations.server.requests import Limits
 
 
 def serve(
