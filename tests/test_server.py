@@ -642,6 +642,7 @@ def test_wrong_usage_is_one_line() -> None:
         (["--selection", "wanda"], "cannot be served"),
         (["--density", "7"], "density is 7.0"),
         (["--api-key", "ä"], "characters that a header cannot carry"),
+        (["--api-key", ""], "--api-key is empty"),
     ):
         done = subprocess.run([sys.executable, "-m", "griffin", "serve", *words], capture_output=True, text=True)
         assert done.returncode == 2

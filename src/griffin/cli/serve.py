@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--port is {args.port}; expected 0 to 65535")
     if config.selection == "wanda":
         raise ValueError("selection wanda masks the weights of all requests, so it cannot be served")
-    key = args.api_key or os.environ.get("GRIFFIN_API_KEY")
+    if args.api_key == "":
+        raise ValueError("--api-key is empty; give a key, or leave it out to serve without one")
+    key = args.api_key or os.environ.get("GRIFFIN_API_KEY") or None
     if key is not None and not (key.isascii() and key.isprintable()):
         raise ValueError("the API key has characters that a header cannot carry; use ASCII letters, digits and signs")
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
