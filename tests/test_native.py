@@ -247,6 +247,21 @@ def test_a_native_step_equals_the_models_own_forward(
     torch.testing.assert_close(found["native"], found["reference"], **CLOSE)
 
 
+@pytest.mark.parametrize("selection", ["topk", "tier+topk"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_step_shared_by_threads_is_that_of_one(selection: str, threads: int) -> None:
+    model, before = build(STEPPED["gemma3"]), torch.get_num_threads()
+    found = {}
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            with griffin.attach(model, density=0.5, selection=selection, backend="native") as handle:
+                found[count] = torch.stack(steps(model, PROMPT, 8, handle=handle))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[threads], found[1], **CLOSE)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 @pytest.mark.parametrize("batch", ["shared", "per_sequence"])
 @pytest.mark.parametrize("chunk", [None, 4])

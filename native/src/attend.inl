@@ -2,6 +2,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "attend.h"
 
 namespace griffin {
@@ -9,7 +11,6 @@ namespace {
 
 constexpr int kMaxSize = 512, kTokens = 4;
 
-inline float widened(float value) { return value; }
 inline float widened(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
   float out;
@@ -35,13 +36,19 @@ inline float exponential(float x) {
   return p * scale;
 }
 
-// Tokens t .. t + kTokens of k or v as float32; beyond the last one the first again. Returns how many there are.
+// Tokens t .. t + kTokens of k or v as float32, where they are or, of another type, in `room`; beyond the last one the first
+// again. Returns how many there are.
 template <class T>
-int widen_rows(const T* data, int t, int count, int size, float (*rows)[kMaxSize]) {
+int widen_rows(const T* data, int t, int count, int size, float (*room)[kMaxSize], const float** rows) {
   const int n = count - t < kTokens ? count - t : kTokens;
   for (int j = 0; j < kTokens; j++) {
     const T* const from = data + static_cast<int64_t>(t + (j < n ? j : 0)) * size;
-    for (int i = 0; i < size; i++) rows[j][i] = widened(from[i]);
+    if constexpr (std::is_same_v<T, float>) {
+      rows[j] = from;
+    } else {
+      for (int i = 0; i < size; i++) room[j][i] = widened(from[i]);
+      rows[j] = room[j];
+    }
   }
   return n;
 }
@@ -51,18 +58,19 @@ void attend(const Attend& a) {
   const T* const k = static_cast<const T*>(a.k);
   const T* const v = static_cast<const T*>(a.v);
   const int size = a.size, count = a.count;
-  float rows[kTokens][kMaxSize];  // several tokens at a time: their sums do not wait for each other
+  float room[kTokens][kMaxSize];  // several tokens at a time: their sums do not wait for each other
+  const float* rows[kTokens];
   for (int t = 0; t < count; t += kTokens) {
-    const int n = widen_rows(k, t, count, size, rows);
+    const int n = widen_rows(k, t, count, size, room, rows);
     for (int h = 0; h < a.heads; h++) {
-      const float* const q = a.q + h * size;
+      const float *const q = a.q + h * size, *const r0 = rows[0], *const r1 = rows[1], *const r2 = rows[2], *const r3 = rows[3];
       float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
       for (int i = 0; i < size; i++) {
-        s0 += q[i] * rows[0][i];
-        s1 += q[i] * rows[1][i];
-        s2 += q[i] * rows[2][i];
-        s3 += q[i] * rows[3][i];
+        s0 += q[i] * r0[i];
+        s1 += q[i] * r1[i];
+        s2 += q[i] * r2[i];
+        s3 += q[i] * r3[i];
       }
       const float sums[kTokens] = {s0, s1, s2, s3};
       memcpy(a.scores + static_cast<int64_t>(h) * count + t, sums, sizeof(float) * n);
@@ -85,14 +93,15 @@ void attend(const Attend& a) {
   }
   memset(a.out, 0, sizeof(float) * a.heads * size);
   for (int t = 0; t < count; t += kTokens) {  // and a visit of `out` serves them all
-    const int n = widen_rows(v, t, count, size, rows);
+    const int n = widen_rows(v, t, count, size, room, rows);
     for (int h = 0; h < a.heads; h++) {
       const float* const s = a.scores + static_cast<int64_t>(h) * count + t;
       const float p0 = s[0], p1 = n > 1 ? s[1] : 0.f, p2 = n > 2 ? s[2] : 0.f, p3 = n > 3 ? s[3] : 0.f;
+      const float *const r0 = rows[0], *const r1 = rows[1], *const r2 = rows[2], *const r3 = rows[3];
       float* const out = a.out + h * size;
 #pragma omp simd
       for (int i = 0; i < size; i++)
-        out[i] += (p0 * rows[0][i] + p1 * rows[1][i]) + (p2 * rows[2][i] + p3 * rows[3][i]);
+        out[i] += (p0 * r0[i] + p1 * r1[i]) + (p2 * r2[i] + p3 * r3[i]);
     }
   }
 }
