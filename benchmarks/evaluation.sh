@@ -2,11 +2,14 @@
 # The evaluation of a model that results/evaluation holds: everything that griffin sweep measures, and the report.
 # Can be stopped and started again at any time.
 #
-#     benchmarks/evaluation.sh MODEL DATA FOLDER
+#     benchmarks/evaluation.sh MODEL DATA FOLDER [FLAGS of the model ...]
+#
+# results/evaluation is of `--dtype f32`.
 set -euo pipefail
 model=$1 data=$2 folder=$3
+flags=("${@:4}")
 
-sweep() { griffin sweep -m "$model" --dtype f32 --densities 1.0,0.75,0.5 -o "$folder" "$@"; }
+sweep() { griffin sweep -m "$model" "${flags[@]}" --densities 1.0,0.75,0.5 -o "$folder" "$@"; }
 tasks() { sweep --data "$data" --limit 200 --batch-size 8 --batch per_sequence "$@"; }
 
 sweep --methods topk,tier+topk,prior+tier+topk,magnitude --speed --examples --flocking \
@@ -18,6 +21,7 @@ tasks --methods magnitude,tier+topk --densities 0.5 --tasks copa,piqa,arc_easy
 tasks --methods topk,tier+topk --tasks coqa
 tasks --methods topk --tasks xsum,cnn_dailymail
 tasks --methods topk --tasks qasper --max-length 2048
+tasks --methods topk --tasks gsm8k
 # What benchmarks/ablation.py and benchmarks/loss.py have measured of the model, if they have, goes onto the page, too.
 mkdir -p "$folder/equal_bytes"
 find results/ablation results/loss -name "$model-*.csv" -exec sh -c 'cp "$1" "$2/$(basename "$(dirname "$1")")-$(basename "$1")"' _ {} "$folder/equal_bytes" \;

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from griffin.analysis.bootstrap import mean_interval, paired_interval
+from griffin.analysis.bootstrap import geometric_interval, mean_interval, paired_interval
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
@@ -57,6 +57,16 @@ def test_weights_count_examples_as_often_as_they_say():
     assert paired_interval([1.0, 4.0], [0.0, 0.0], weights=[3.0, 1.0]).value == 1.75
     ignored = mean_interval([1.0, 1.0, 50.0], weights=[1.0, 1.0, 0.0])
     assert (ignored.value, ignored.low, ignored.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_geometric_mean_is_the_exponential_of_the_logarithms_mean():
+    values, weights = [2.0, 8.0, 32.0], [1.0, 2.0, 1.0]
+    found = geometric_interval(values, weights=weights)
+    logarithms = mean_interval(list(map(math.log, values)), weights=weights)
+    assert found.value == pytest.approx(8.0)
+    assert (found.low, found.high) == pytest.approx((math.exp(logarithms.low), math.exp(logarithms.high)))
+    with pytest.raises(ValueError, match="inf or nan"):
+        geometric_interval([1.0, 0.0])
 
 
 def test_the_seed_decides():

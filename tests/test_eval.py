@@ -38,7 +38,7 @@ from griffin.config import GriffinConfig
 from griffin.integrations.lm_eval import SUITES, TASKS, GriffinLM, evaluate, generating
 from griffin.integrations.lm_eval import data as data_files
 from griffin.integrations.lm_eval.generating import Shared
-from griffin.integrations.lm_eval.jobs import task_jobs
+from griffin.integrations.lm_eval.jobs import measured, task_jobs
 from griffin.integrations.lm_eval.metrics import coqa_results, f1, normalised, qasper_results, rouge_results
 from griffin.integrations.lm_eval.tasks import manager
 
@@ -641,6 +641,20 @@ def test_figures_by_hand_from_the_logged_samples(
     responses = [[float(one[0]) for one in sample["response"]] for sample in again.samples]
     logged = [[float(one[0]) for one in sample["filtered_resps"]] for sample in samples]
     assert responses == logged
+
+
+def test_the_perplexity_of_documents_has_an_interval(
+    data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    result = evaluate(model, tokenizer, GriffinConfig(), tasks=["wikitext2"], data=data)["wikitext2"]
+    words, own = result.weights["word_perplexity"], result.per_sample["word_perplexity"]
+    total = sum(count * math.log(value) for count, value in zip(words, own, strict=True))
+    assert result.metrics["word_perplexity"] == pytest.approx(math.exp(total / sum(words)))
+    assert len(own) > 1
+    for name, metric in measured(result, seed=0).metrics.items():
+        assert metric.low is not None, name
+        assert metric.high is not None
+        assert metric.low < metric.value < metric.high
 
 
 def test_a_task_with_one_example(

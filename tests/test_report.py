@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 
 from griffin.analysis import machine
-from griffin.analysis.bootstrap import paired_interval
-from griffin.analysis.cells import FULL, Key, Measured, Metric
+from griffin.analysis.bootstrap import geometric_interval, paired_interval
+from griffin.analysis.cells import FULL, Key, Measured, Metric, Model
 from griffin.analysis.folder import read, writing
 from griffin.analysis.report import report
 from griffin.analysis.report.comparisons import Comparisons
@@ -72,6 +73,26 @@ def test_differences_are_the_paired_ones(results: Path) -> None:
             assert score.difference is not None
             expected = score.metric.value / full.metrics["perplexity"].value - 1
             assert score.difference.value == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
+
+
+def test_the_difference_of_two_perplexities_of_documents(tmp_path: Path) -> None:
+    values = {1.0: [10.0, 20.0, 30.0], 0.5: [11.0, 24.0, 30.0]}
+    words = [100.0, 300.0, 50.0]
+    model = Model("m", "0", "float32", "float32")
+    with writing(tmp_path, model) as opened:
+        for density, own in values.items():
+            key = Key("task", FULL if density == 1.0 else "topk", density, task="wikitext2", source="files")
+            found = geometric_interval(own, weights=words)
+            metrics = {"word_perplexity": Metric(found.value, found.low, found.high, higher_is_better=False)}
+            samples = {"values": {"word_perplexity": own}, "weights": {"word_perplexity": words}}
+            opened.append(key, model, Measured(metrics, 3, 0, samples=samples), 1.0, machine.versions(), {})
+    comparisons = Comparisons(read(tmp_path))
+    score = comparisons.score(comparisons.cells("task")[1], "word_perplexity")
+    assert score is not None
+    assert score.difference is not None
+    share = math.exp((100 * math.log(1.1) + 300 * math.log(1.2)) / 450) - 1
+    assert score.difference.value == pytest.approx(share)
+    assert 0.0 <= score.difference.low < share < score.difference.high <= 0.2 + 1e-9
 
 
 def test_the_first_token_that_differs() -> None:

@@ -30,6 +30,11 @@ class Interval:
     low: float
     high: float
 
+    def exp(self) -> Interval:
+        """The same of the exponentials, where this is one of logarithms; infinite where they are too large."""
+        logarithms = torch.tensor([self.value, self.low, self.high], dtype=torch.float64)
+        return Interval(*logarithms.exp().tolist())
+
 
 def mean_interval(
     values: Values, *, weights: Values | None = None, resamples: int = 2000, level: float = 0.95, seed: int = 0
@@ -51,6 +56,25 @@ def mean_interval(
     """
     rows, weight = _checked(values, weights, resamples, level)
     return _interval(rows, weight, resamples, level, seed)
+
+
+def geometric_interval(
+    values: Values, *, weights: Values | None = None, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Geometric mean of the examples' values, with its interval: of perplexities the perplexity of all their tokens.
+
+    Args:
+        values: one number an example, above 0.
+        weights, resamples, level, seed: as in `mean_interval`.
+
+    Shapes:
+        values, weights: (N,).
+
+    Raises:
+        ValueError: as `mean_interval`, also for values that are not above 0.
+    """
+    logarithms = torch.as_tensor(values, dtype=torch.float64).log()
+    return mean_interval(logarithms, weights=weights, resamples=resamples, level=level, seed=seed).exp()
 
 
 def paired_interval(

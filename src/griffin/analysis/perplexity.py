@@ -236,8 +236,8 @@ def summary(measured: Measured, prompt: int, generate: int, seed: int = 0) -> Ro
         prompt_tokens=prompt,
         generated_tokens=generate,
         sequences=n,
-        perplexity=_exp(mean_interval(nll, seed=seed)),
-        full_perplexity=_exp(mean_interval(full, seed=seed)),
+        perplexity=mean_interval(nll, seed=seed).exp(),
+        full_perplexity=mean_interval(full, seed=seed).exp(),
         log_ratio=paired_interval(nll, full, seed=seed),
         kl=mean_interval(kl, seed=seed),
         agreement=mean_interval(agreement, seed=seed),
@@ -261,8 +261,3 @@ def _scores(logits: Tensor, full: Tensor, tokens: Tensor) -> _Scores:
         kl.append(F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1).cpu())
         agreement.append((own.argmax(dim=-1) == right.argmax(dim=-1)).cpu())
     return _Scores(torch.cat(nll), torch.cat(kl), torch.cat(agreement))
-
-
-def _exp(interval: Interval) -> Interval:
-    value, low, high = torch.tensor([interval.value, interval.low, interval.high], dtype=torch.float64).exp().tolist()
-    return Interval(value, low, high)

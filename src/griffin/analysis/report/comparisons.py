@@ -140,12 +140,14 @@ class Comparisons:
         return [score for score in found if score is not None]
 
     def _values(self, cell: Cell, name: str) -> list[float] | None:
-        """One value an example, whose mean is the figure (of `perplexity` its logarithm); `None` without them."""
+        """One value an example, whose mean is the figure (of perplexities its logarithm); `None` without them."""
         values = self.samples(cell).get("values", {}).get(NATS if name == PERPLEXITY else name)
         if not values or not all(isinstance(value, int | float) for value in values):
             return None
+        if PERPLEXITY in name and name != PERPLEXITY:  # a task's: each document's own
+            values = [math.log(value) for value in values]
         found = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
-        found = math.exp(found) if name == PERPLEXITY else found
+        found = math.exp(found) if PERPLEXITY in name else found
         return values if math.isclose(found, cell.metrics[name].value, rel_tol=1e-6, abs_tol=1e-6) else None
 
     def _weights(self, cell: Cell, name: str) -> list[float] | None:

@@ -27,8 +27,9 @@ class TaskResult:
     Args:
         task: its name.
         metrics: value by name; a metric of one of several filters of answers has the filter's name in brackets.
-        per_sample: by metric, one value an example, in the order of `samples`. Their mean is the metric, but for the
-            perplexities, where they are each document's own.
+        per_sample: by metric, one value an example, in the order of `samples`. Their mean is the metric; of
+            perplexities, which are each document's own, the geometric mean.
+        weights: what an example counts in those means, such as its number of words; missing where all count alike.
         higher_is_better: by metric.
         n: number of examples.
         truncated: contexts that were longer than the model's window.
@@ -39,6 +40,7 @@ class TaskResult:
     task: str
     metrics: dict[str, float]
     per_sample: dict[str, list[float]]
+    weights: dict[str, list[float]]
     higher_is_better: dict[str, bool]
     n: int
     truncated: int
@@ -125,6 +127,7 @@ def _one(lm: GriffinLM, task: str, known: Any, limit: int | None, seed: int) -> 
     higher = found["higher_is_better"][task]
     metrics: dict[str, float] = {}
     per_sample: dict[str, list[float]] = {}
+    weights: dict[str, list[float]] = {}
     better: dict[str, bool] = {}
     for key, value in found["results"][task].items():
         metric, _, own_filter = key.partition(",")
@@ -134,12 +137,15 @@ def _one(lm: GriffinLM, task: str, known: Any, limit: int | None, seed: int) -> 
         metrics[name] = float(value)
         own = [sample[metric] for sample in samples if sample["filter"] == own_filter]
         per_sample[name] = [_value(metric, item) for item in own]
+        if isinstance(own[0], tuple | list):
+            weights[name] = [float(weight) for _, weight in own]
         better[name] = bool(higher[metric])
     first = [sample for sample in samples if sample["filter"] == filters[0]]
     return TaskResult(
         task=task,
         metrics=metrics,
         per_sample=per_sample,
+        weights=weights,
         higher_is_better=better,
         n=len(first),
         truncated=lm.truncated - before,

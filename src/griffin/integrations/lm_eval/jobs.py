@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from griffin.analysis.bootstrap import mean_interval
+from griffin.analysis.bootstrap import Interval, geometric_interval, mean_interval
 from griffin.analysis.cells import Key, Measured, Metric
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
 from griffin.config import GriffinConfig
@@ -91,8 +91,7 @@ def measured(result: TaskResult, seed: int) -> Measured:
     metrics = {}
     for name, value in result.metrics.items():
         better = result.higher_is_better[name]
-        values = result.per_sample.get(name, [])
-        found = mean_interval(values, seed=seed) if values and all(map(math.isfinite, values)) else None
+        found = _interval(name, result, seed)
         if found is not None and math.isclose(found.value, value, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             metrics[name] = Metric(value, found.low, found.high, better)
         else:
@@ -103,7 +102,16 @@ def measured(result: TaskResult, seed: int) -> Measured:
         truncated=result.truncated,
         samples={
             "values": result.per_sample,
+            "weights": result.weights,
             "doc_ids": [sample["doc_id"] for sample in result.samples],
         },
         texts={"samples": result.samples},
     )
+
+
+def _interval(name: str, result: TaskResult, seed: int) -> Interval | None:
+    values = result.per_sample.get(name, [])
+    if not values or not all(map(math.isfinite, values)):
+        return None
+    mean = geometric_interval if "perplexity" in name else mean_interval
+    return mean(values, weights=result.weights.get(name), seed=seed)
