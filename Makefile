@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/griffin demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The native library's own tests, under the address and undefined-behaviour sanitisers.
 test-native:

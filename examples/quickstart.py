@@ -2,5 +2,5 @@ import griffin
 
 model, tokenizer = griffin.load("smollm2-135m")  # or a Hub id, a folder, a .gguf file
 inputs = tokenizer("The history of the lighthouse begins", return_tensors="pt")
-with griffin.attach(model, density=0.75):
+with griffin.attach(model, density=0.5, selection="auto"):
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))

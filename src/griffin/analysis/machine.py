@@ -59,8 +59,16 @@ def load_average() -> float | None:
         return None
 
 
-def available_bytes() -> int | None:
-    """Bytes of memory to be had without swapping, also in a container; `None` where the system does not tell."""
+def available_bytes(device: torch.device | None = None) -> int | None:
+    """Bytes of memory to be had without swapping, also in a container; `None` where the system does not tell.
+
+    Args:
+        device: whose memory; `None` is the CPU.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device is not None and device.type != "cpu":
+        return None
     limits = [_meminfo_bytes(), _cgroup_bytes()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None

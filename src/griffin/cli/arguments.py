@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from griffin.generation.step import Sampling
 
 BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m")
-REFINED = "before a selection may stand " + " ".join(f"{name}+" for name in REFINEMENTS)
+REFINED = " and ".join(f"{name}+" for name in REFINEMENTS) + f" may stand before it, as in {'+'.join(REFINEMENTS)}+topk"
 _MOST_LAYERS = 10_000
 
 
@@ -60,7 +60,12 @@ def parse_lengths(text: str) -> list[int]:
 
 # By field: what reads the value, the metavar, the help.
 _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "density": (float, "D", "share of the FF neurons kept in the generation phase, 0 < D <= 1; 1 is the full model"),
+    "density": (
+        float,
+        "D",
+        "share of the FF neurons kept in the generation phase (with tier+, and with auto where it takes the tier, of the FF "
+        "bytes read), 0 < D <= 1; 1 is the full model",
+    ),
     "selection": (
         str,
         "NAME",
@@ -71,7 +76,11 @@ _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "backend": (str, "NAME", f"what computes the experts: {', '.join(BACKENDS)}"),
     "seed": (int, "N", "seed of random selections (default: 0) and of sampling (default: a new one each time)"),
     "profile": (str, "FILE", "the model's profile (default: one that is known)"),
-    "loss": (float, "KL", "instead of a density: the least bytes at which the profile says that KL is at most this"),
+    "loss": (
+        float,
+        "KL",
+        "instead of a density: the smallest whose KL to the full model, by the profile, is at most this",
+    ),
 }
 _SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "max_tokens": (int, "N", "most tokens to generate for an answer (default: 256)"),

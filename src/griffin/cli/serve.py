@@ -6,9 +6,13 @@ import argparse
 import os
 import sys
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from griffin.cli.arguments import add_config_arguments, add_model_arguments, config_from, load_model
 from griffin.config import AUTO
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--places", type=int, default=16, metavar="N", help="most answers at a time (default: 16)")
     group.add_argument("--queue", type=int, default=64, metavar="N", help="most prompts that wait (default: 64)")
     group.add_argument(
-        "--cache-gb", type=float, metavar="GB", help="most key/value memory (default: half of what is free, or 4)"
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help="most key/value memory (default: half of what is free on the model's device, or 4)",
     )
     group.add_argument(
         "--prompt-chunk",
@@ -40,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-prompt", type=int, metavar="N", help="most tokens of a prompt (default: the context)")
     group.add_argument(
-        "--max-tokens", type=int, default=1024, metavar="N", help="of a chat's answer that says none (default: 1024)"
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="most tokens of a chat's answer if its request says none (default: 1024)",
     )
     group.add_argument(
         "--deadline", type=float, default=600.0, metavar="S", help="most seconds for a request (default: 600)"
@@ -49,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-body", type=float, default=4.0, metavar="MB", help="most megabytes of a request (default: 4)"
     )
     group.add_argument(
-        "--drain", type=int, default=30, metavar="S", help="seconds for running answers after SIGTERM (default: 30)"
+        "--drain",
+        type=int,
+        default=30,
+        metavar="S",
+        help="seconds that running answers may take after SIGTERM (default: 30)",
     )
 
 
@@ -85,16 +100,18 @@ def run(args: argparse.Namespace) -> int:
 
     listening = bound(args.host, args.port)
     model, tokenizer = load_model(args)
-    limits = Limits(args.places, args.queue, _cache_bytes(args.cache_gb), args.prompt_chunk, args.deadline)
+    limits = Limits(
+        args.places, args.queue, _cache_bytes(args.cache_gb, model.device), args.prompt_chunk, args.deadline
+    )
     settings = Settings(args.name or args.model, args.max_tokens, args.max_prompt, int(args.max_body * 1e6), key)
     print("loaded; trying a short prompt", file=sys.stderr)
     return serve(model, tokenizer, config, limits, settings, listening, args.drain)
 
 
-def _cache_bytes(gb: float | None) -> int:
+def _cache_bytes(gb: float | None, device: torch.device) -> int:
     if gb is not None:
         return int(gb * 1e9)
     from griffin.analysis.machine import available_bytes
 
-    free = available_bytes()
+    free = available_bytes(device)
     return 2**32 if free is None else free // 2
