@@ -59,6 +59,18 @@ def test_weights_count_examples_as_often_as_they_say():
     assert (ignored.value, ignored.low, ignored.high) == (1.0, 1.0, 1.0)
 
 
+def test_groups_are_drawn_whole():
+    values, groups = [1.0, 1.0, 4.0, 6.0], [7, 7, 3, 3]
+    alone, together = mean_interval(values), mean_interval(values, groups=groups)
+    assert together.value == alone.value == 3.0
+    assert (together.low, together.high) == (1.0, 5.0)  # two groups: all of one, all of the other, or both
+    pairs = paired_interval([2.0, 2.0, 9.0], [1.0, 1.0, 1.0], groups=[0, 0, 1], weights=[1.0, 3.0, 2.0])
+    assert pairs.value == pytest.approx((1.0 + 3.0 + 16.0) / 6)
+    assert math.isnan(mean_interval(values, groups=[1, 1, 1, 1]).low)
+    with pytest.raises(ValueError, match="2 groups for 4 values"):
+        mean_interval(values, groups=[1, 2])
+
+
 def test_a_geometric_mean_is_the_exponential_of_the_logarithms_mean():
     values, weights = [2.0, 8.0, 32.0], [1.0, 2.0, 1.0]
     found = geometric_interval(values, weights=weights)

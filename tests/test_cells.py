@@ -19,6 +19,7 @@ from griffin.analysis.folder import Folder, read, writing
 from griffin.errors import GriffinError
 
 MODEL = Model("tiny", "0123456789abcdef", "float32", "float32")
+VERSIONS = {"griffin": "0.1.0", "torch": "2.13.0", "profile": "01234567", "python": "3.11.7"}
 KEYS = [Key("task", "topk", density, task="boolq", phase="continuation") for density in (0.75, 0.5, 0.25)]
 FOUND = Measured(
     {"acc": Metric(0.5, 0.25, 0.75), "odd": Metric(math.inf)}, 4, samples={"values": {"acc": [0, 1, 1, 0]}}
@@ -26,11 +27,11 @@ FOUND = Measured(
 
 
 def keep(folder: Folder, key: Key, measured: Measured = FOUND) -> None:
-    folder.append(key, MODEL, measured, 1.5, {"griffin": folders.__version__}, {"cpu": "some"})
+    folder.append(key, MODEL, measured, 1.5, VERSIONS, {"cpu": "some"})
 
 
 def filled(path: Path, keys: list[Key] = KEYS) -> bytes:
-    with writing(path, MODEL) as folder:
+    with writing(path, MODEL, VERSIONS) as folder:
         for key in keys:
             keep(folder, key)
     return (path / "cells.jsonl").read_bytes()
@@ -52,7 +53,7 @@ def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
 def test_a_half_written_last_line_is_not_believed_and_the_next_one_is_whole(tmp_path: Path, left: int) -> None:
     lines = filled(tmp_path).splitlines(keepends=True)
     (tmp_path / "cells.jsonl").write_bytes(b"".join(lines[:2]) + lines[2].rstrip(b"\n")[:left])
-    with writing(tmp_path, MODEL) as folder:
+    with writing(tmp_path, MODEL, VERSIONS) as folder:
         assert [cell.key for cell in folder.cells.values()] == KEYS[:2]
         assert len(folder.complaints) == 1
         assert "line 3 (cut off in the middle)" in folder.complaints[0]
@@ -64,7 +65,7 @@ def test_a_half_written_last_line_is_not_believed_and_the_next_one_is_whole(tmp_
 
 def test_a_whole_line_that_lacks_its_newline_counts(tmp_path: Path) -> None:
     (tmp_path / "cells.jsonl").write_bytes(filled(tmp_path, KEYS[:2]).rstrip(b"\n"))
-    with writing(tmp_path, MODEL) as folder:
+    with writing(tmp_path, MODEL, VERSIONS) as folder:
         assert len(folder.cells) == 2
         keep(folder, KEYS[2])
     assert len(read(tmp_path).cells) == 3
@@ -101,32 +102,33 @@ def test_a_cell_without_its_samples_is_not_believed(tmp_path: Path) -> None:
     assert len(folder.complaints) == 2
 
 
-def test_a_folder_of_another_model_or_version_is_refused_and_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_another_model_or_version_is_refused_and_stays(tmp_path: Path) -> None:
     lines = filled(tmp_path)
     with (
         pytest.raises(ValueError, match=r"holds results of tiny .*, not of other"),
-        writing(tmp_path, replace(MODEL, name="other", fingerprint="fedcba9876543210")),
+        writing(tmp_path, replace(MODEL, name="other", fingerprint="fedcba9876543210"), VERSIONS),
     ):
         pass
-    monkeypatch.setattr(folders, "__version__", "9.9")
-    with pytest.raises(ValueError, match=r"results of griffin .*, this is 9\.9"), writing(tmp_path, MODEL):
-        pass
+    for name in ("griffin", "torch", "profile"):
+        other = {**VERSIONS, name: "9.9"}
+        with pytest.raises(ValueError, match=rf"results of {name} .*, this is 9\.9"), writing(tmp_path, MODEL, other):
+            pass
+    with writing(tmp_path, MODEL, {**VERSIONS, "python": "3.99", "lm_eval": "1.0"}) as folder:  # of which it holds none
+        assert len(folder.cells) == len(KEYS)
     assert (tmp_path / "cells.jsonl").read_bytes() == lines
 
 
 def test_two_sweeps_do_not_write_one_folder(tmp_path: Path) -> None:
     raised = pytest.raises(GriffinError, match="another griffin sweep is writing")
-    with writing(tmp_path, MODEL), raised, writing(tmp_path, MODEL):
+    with writing(tmp_path, MODEL, VERSIONS), raised, writing(tmp_path, MODEL, VERSIONS):
         pass
-    with writing(tmp_path, MODEL):
+    with writing(tmp_path, MODEL, VERSIONS):
         pass
 
 
 def test_a_full_disk_leaves_the_lines_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = filled(tmp_path, KEYS[:1])
-    with writing(tmp_path, MODEL) as folder:
+    with writing(tmp_path, MODEL, VERSIONS) as folder:
         real = folders.os.fsync
 
         def full(descriptor: int) -> None:

@@ -311,8 +311,8 @@ def test_contexts_beyond_the_window_are_cut_and_counted(
     texts = [("This context is longer than twenty tokens.", [" yes", " no!"]), ("This is not.", [" yes"])]
     lm = griffin_lm(model, tokenizer, max_length=20)
     found = lm.loglikelihood(requests(texts))
-    assert (lm.truncated, lm.contexts) == (2, 3)
-    assert "2 of 3 contexts are longer than the window of 20 tokens" in caplog.text
+    assert (lm.truncated, lm.contexts) == (1, 2)  # contexts, not choices
+    assert "1 of 2 contexts are longer than the window of 20 tokens" in caplog.text
     for request, (loglikelihood, _) in zip(requests(texts), found, strict=True):
         context, continuation = encoded(lm, *request.args)
         kept = context[-(21 - len(continuation)) :]
@@ -322,7 +322,7 @@ def test_contexts_beyond_the_window_are_cut_and_counted(
     assert full.loglikelihood(requests(texts)) == HFLM(model, tokenizer=tokenizer, max_length=20).loglikelihood(
         requests(texts)
     )
-    assert full.truncated == 2
+    assert full.truncated == 1
 
 
 # -- generation -----------------------------------------------------------------------------------------------------
@@ -376,6 +376,35 @@ def test_configs_that_share_a_prompt_phase_answer_as_if_each_were_alone(
     hook.remove()
     assert together == alone
     assert sum(whole_prompts) == 2  # a batch of two and one of one
+
+
+@pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1.7), ("no_repeat_ngram_size", 2)])
+def test_a_models_own_rules_hold_at_every_density(
+    name: str, value: float, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = [context for context, _ in TEXTS if context]
+    setattr(model.generation_config, name, value)
+    hf = generated(HFLM(model, tokenizer=tokenizer), texts)
+    configs = [GriffinConfig(density=1.0), GriffinConfig(density=0.5, batch="per_sequence")]
+    shared = Shared(configs)
+    together = [
+        generated(griffin_lm(model, tokenizer, density=own.density, batch=own.batch, shared=shared), texts)
+        for own in configs
+    ]
+    alone = generated(griffin_lm(model, tokenizer, density=0.5, batch="per_sequence"), texts)
+    assert together == [hf, alone]
+    assert alone != hf
+    setattr(model.generation_config, name, None)
+    assert generated(griffin_lm(model, tokenizer, density=0.5, batch="per_sequence"), texts) != alone
+
+
+def test_answers_of_another_model_are_not_taken(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "texts" / "xsum.partial.jsonl"
+    texts = [context for context, _ in TEXTS if context]
+    for number, own in enumerate((bytes_model(torch.float32), bytes_model(torch.float64)), 1):
+        shared = Shared([GriffinConfig(density=0.5)], path, model=str(own.dtype))
+        generated(griffin_lm(own, tokenizer, density=0.5, shared=shared), texts)
+        assert len(path.read_text().splitlines()) == number * len(texts)
 
 
 def test_answers_of_a_killed_run_are_not_generated_again(
@@ -539,6 +568,17 @@ def test_prompts_are_the_harnesss(data: Path) -> None:
     assert all("the river, " not in doc["article"] for doc in loaded["cnn_dailymail"].task_docs)
 
 
+@pytest.mark.parametrize("task", ["copa", "piqa", "boolq", "hellaswag", "coqa"])
+def test_a_row_is_not_among_its_own_shots(task: str, data: Path) -> None:
+    (loaded,) = manager({"data": str(data)}).load([task])["tasks"].values()
+    loaded.set_fewshot_seed(0)
+    count = len(loaded.task_docs) - 1
+    for doc in loaded.task_docs:
+        text = loaded.fewshot_context(doc, count)
+        assert text.count(loaded.doc_to_text(doc)) == 1
+        assert text.endswith(loaded.doc_to_text(doc))
+
+
 # -- bad data -------------------------------------------------------------------------------------------------------
 
 
@@ -560,12 +600,22 @@ def test_prompts_are_the_harnesss(data: Path) -> None:
             "line 3",
         ),
         ("cnn_dailymail", "cnn_dailymail/cnn_dailymail_test.csv", "only one", "line 11: expected 3 columns"),
+        ("cnn_dailymail", "cnn_dailymail/cnn_dailymail_test.csv", "a\udc80,b,c", "line 11: not UTF-8"),
+        (
+            "arc_easy",
+            "arc/ARC-Easy_validation.jsonl.gz",
+            '{"question": "q", "choices": {"text": ["a"], "label": null}, "answerKey": "A"}',
+            "line 1: label is a NoneType",
+        ),
     ],
 )
 def test_malformed_rows_are_named(task: str, file: str, line: str, message: str, tmp_path: Path) -> None:
     folder = write_data(tmp_path)
-    with (folder / file).open("a") as opened:
-        opened.write(f"{line}\n")
+    if file.endswith(".gz"):
+        (folder / file).write_bytes(gzip.compress(f"{line}\n".encode()))
+    else:
+        with (folder / file).open("a", errors="surrogateescape") as opened:
+            opened.write(f"{line}\n")
     with pytest.raises(ValueError, match=message):
         data_files.load(task, folder)
 
@@ -573,7 +623,12 @@ def test_malformed_rows_are_named(task: str, file: str, line: str, message: str,
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     folder = write_data(tmp_path)
     path = folder / "coqa" / "requests.jsonl.gz"
-    path.write_bytes(path.read_bytes()[:-20])
+    whole = path.read_bytes()
+    for at in range(10, 60):  # one byte of the packed text: not every one is noticed by the unpacking itself
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"requests\.jsonl\.gz"):
+            data_files.load("coqa", folder)
+    path.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match="cannot be read"):
         data_files.load("coqa", folder)
     path.write_bytes(
@@ -647,6 +702,7 @@ def test_the_perplexity_of_documents_has_an_interval(
     data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     result = evaluate(model, tokenizer, GriffinConfig(), tasks=["wikitext2"], data=data)["wikitext2"]
+    assert result.groups is None
     words, own = result.weights["word_perplexity"], result.per_sample["word_perplexity"]
     total = sum(count * math.log(value) for count, value in zip(words, own, strict=True))
     assert result.metrics["word_perplexity"] == pytest.approx(math.exp(total / sum(words)))
@@ -683,6 +739,8 @@ def test_a_task_with_one_example(
         (["--tasks", "hellswag", "--data", "."], "did you mean 'hellaswag'"),
         (["--tasks", "copa", "--data", "nowhere"], "nowhere is no folder"),
         (["--tasks", "copa", "--data", "."], "superglue_copa_val.jsonl is missing"),
+        (["--tasks", "copa", "--model_args", "density=0.25"], "--model_args has density, which is a flag here"),
+        (["--tasks", "copa", "--model_args", "pretrained=a/b"], "give -m instead"),
         (["--tasks", "copa", "--no-such-flag", "3"], "unrecognized arguments: --no_such_flag 3"),
         (["--tasks", "copa", "--limit", "many"], "invalid float value: 'many'"),
     ],

@@ -15,7 +15,7 @@ from griffin.analysis import machine
 from griffin.analysis.bootstrap import geometric_interval, paired_interval
 from griffin.analysis.cells import FULL, Key, Measured, Metric, Model
 from griffin.analysis.folder import read, writing
-from griffin.analysis.report import report
+from griffin.analysis.report import report, tables
 from griffin.analysis.report.comparisons import Comparisons
 from griffin.analysis.report.tables import first_difference
 from griffin.cli import main
@@ -37,7 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["sweep", "-m", model, *wanted, "--sequences", "4", "--methods", "topk,random", "-o", str(folder)]
     assert main(arguments) == 0
     own = next(iter(read(folder).cells.values())).model
-    with writing(folder, own) as opened:
+    with writing(folder, own, machine.versions()) as opened:
         for density, values in {1.0: FULL_VALUES, **VALUES}.items():
             method, phase = (FULL, None) if density == 1.0 else ("topk", "continuation")
             key = Key("task", method, density, task="boolq", source="files", phase=phase, limit=10)
@@ -79,7 +79,7 @@ def test_the_difference_of_two_perplexities_of_documents(tmp_path: Path) -> None
     values = {1.0: [10.0, 20.0, 30.0], 0.5: [11.0, 24.0, 30.0]}
     words = [100.0, 300.0, 50.0]
     model = Model("m", "0", "float32", "float32")
-    with writing(tmp_path, model) as opened:
+    with writing(tmp_path, model, machine.versions()) as opened:
         for density, own in values.items():
             key = Key("task", FULL if density == 1.0 else "topk", density, task="wikitext2", source="files")
             found = geometric_interval(own, weights=words)
@@ -93,6 +93,48 @@ def test_the_difference_of_two_perplexities_of_documents(tmp_path: Path) -> None
     share = math.exp((100 * math.log(1.1) + 300 * math.log(1.2)) / 450) - 1
     assert score.difference.value == pytest.approx(share)
     assert 0.0 <= score.difference.low < share < score.difference.high <= 0.2 + 1e-9
+    assert score.verdict == "unclear"  # of three documents
+
+
+def test_figures_of_other_examples_stand_apart(tmp_path: Path) -> None:
+    model = Model("m", "0", "float32", "float32")
+    with writing(tmp_path, model, machine.versions()) as opened:
+        for limit, density in ((50, 1.0), (50, 0.75), (200, 1.0), (200, 0.5)):
+            method = FULL if density == 1.0 else "topk"
+            key = Key("task", method, density, task="boolq", source="files", limit=limit)
+            values = [float(limit == 50 or number % 3 > 0) for number in range(limit)]
+            samples = {"values": {"acc": values}, "doc_ids": list(range(limit))}
+            metrics = {"acc": Metric(sum(values) / limit, 0.0, 1.0)}
+            opened.append(key, model, Measured(metrics, limit, 0, samples=samples), 1.0, machine.versions(), {})
+    comparisons = Comparisons(read(tmp_path))
+    assert {name: [cell.key.density for cell in own] for name, own in comparisons.sets("task").items()} == {
+        "boolq (50 examples)": [1.0, 0.75],
+        "boolq (200 examples)": [1.0, 0.5],
+    }
+    table = tables.summary(comparisons)
+    entries = {(row.density, name): entry.value for row in table.rows for name, entry in row.entries.items()}
+    assert entries == {
+        ("1", "boolq (50 examples)"): "1.000",
+        ("0.75", "boolq (50 examples)"): "1.000",
+        ("1", "boolq (200 examples)"): "0.665",
+        ("0.5", "boolq (200 examples)"): "0.665",
+    }
+
+
+def test_other_examples_are_not_paired(tmp_path: Path) -> None:
+    model = Model("m", "0", "float32", "float32")
+    with writing(tmp_path, model, machine.versions()) as opened:
+        for density, ids in ((1.0, range(20)), (0.5, range(1, 21))):
+            key = Key("task", FULL if density == 1.0 else "topk", density, task="boolq", source="files")
+            samples = {"values": {"acc": [density, 0.0] * 10}, "doc_ids": list(ids)}
+            found = Measured({"acc": Metric(density / 2, 0.0, 1.0)}, 20, 0, samples=samples)
+            opened.append(key, model, found, 1.0, machine.versions(), {})
+    comparisons = Comparisons(read(tmp_path))
+    score = comparisons.score(comparisons.cells("task")[1], "acc")
+    assert score is not None
+    assert score.difference is not None
+    assert score.difference.value == -0.25
+    assert math.isnan(score.difference.low)
 
 
 def test_the_first_token_that_differs() -> None:

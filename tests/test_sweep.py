@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from griffin.analysis import jobs
-from griffin.analysis.cells import FULL, Key
-from griffin.analysis.folder import read
-from griffin.analysis.sweep import config_of, key_of, settings
+from griffin.analysis.cells import FULL, Key, Measured, Metric, Model
+from griffin.analysis.folder import read, writing
+from griffin.analysis.sweep import Job, Watcher, carry_out, config_of, key_of, settings
 from griffin.cli import main
 from griffin.config import GriffinConfig
 from test_cli import CONTEXT, TEMPLATE, save_tiny
@@ -109,6 +110,44 @@ def test_one_failing_cell_does_not_stop_the_others(
     monkeypatch.undo()
     assert main(command(tiny, text, tmp_path, "--densities", "0.5")) == 0
     assert len(ids(tmp_path)) == len(set(ids(tmp_path))) == 16
+
+
+def test_a_method_that_the_model_cannot_run_is_said_first(
+    tiny: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tiny, text, tmp_path / "out", "--methods", "topk,prior+topk")) == 2
+    assert "method prior+topk cannot be measured: selection prior+topk needs a profile" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_failing_job_has_found_is_kept(tmp_path: Path) -> None:
+    keys = tuple(key_of(own, "task", task="boolq") for own in settings(["topk"], [1.0, 0.5, 0.25]))
+
+    def measure(todo: Sequence[Key], tick: object) -> Iterator[Measured]:
+        yield Measured({"acc": Metric(0.5)}, 1)
+        yield Measured({"acc": Metric(0.25)}, 1)
+        raise RuntimeError("no more")
+
+    class Told(Watcher):
+        def failed(self, keys: Sequence[Key], error: Exception) -> None:
+            failed.extend(keys)
+
+    failed: list[Key] = []
+    model = Model("tiny", "0", "float32", "float32")
+    with writing(tmp_path, model, {}) as folder:
+        assert carry_out(folder, model, [(Job(keys, measure), keys)], {}, {}, Told()) == 1
+    assert failed == [keys[2]]
+    assert [(cell.key, cell.metrics["acc"].value) for cell in read(tmp_path).cells.values()] == [
+        (keys[0], 0.5),
+        (keys[1], 0.25),
+    ]
+
+
+def test_a_window_beyond_the_models_is_refused(
+    tiny: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tiny, text, tmp_path / "out", "--max-length", str(CONTEXT + 1))) == 2
+    assert f"--max-length is {CONTEXT + 1}, the model's window is {CONTEXT} tokens" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_folder_to_go_on_with(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,44 +38,49 @@ class Interval:
 
 
 def mean_interval(
-    values: Values, *, weights: Values | None = None, resamples: int = 2000, level: float = 0.95, seed: int = 0
+    values: Values,
+    *,
+    weights: Values | None = None,
+    groups: Sequence[int] | None = None,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Mean of the examples' values, with its interval.
 
     Args:
         values: one number an example.
         weights: what each example counts, such as its number of tokens: `sum(w v) / sum(w)`. `None`: all alike.
+        groups: which examples belong together, such as questions on one paper: groups are then drawn, not examples, as
+            those of a group tell less than as many others would. `None`: each is for itself.
         resamples: number of resamples.
         level: share of the resampled means inside the interval.
         seed: the same seed draws the same resamples.
 
     Shapes:
-        values, weights: (N,).
+        values, weights, groups: (N,).
 
     Raises:
-        ValueError: no example, a value that is not finite, weights that do not fit, or a level outside 0..1.
+        ValueError: no example, a value that is not finite, weights or groups that do not fit, or a level outside 0..1.
     """
     rows, weight = _checked(values, weights, resamples, level)
-    return _interval(rows, weight, resamples, level, seed)
+    return _interval(*_grouped(rows, weight, groups), resamples, level, seed)
 
 
-def geometric_interval(
-    values: Values, *, weights: Values | None = None, resamples: int = 2000, level: float = 0.95, seed: int = 0
-) -> Interval:
+def geometric_interval(values: Values, **settings: Any) -> Interval:
     """Geometric mean of the examples' values, with its interval: of perplexities the perplexity of all their tokens.
 
     Args:
         values: one number an example, above 0.
-        weights, resamples, level, seed: as in `mean_interval`.
+        settings: those of `mean_interval`.
 
     Shapes:
-        values, weights: (N,).
+        values: (N,).
 
     Raises:
         ValueError: as `mean_interval`, also for values that are not above 0.
     """
-    logarithms = torch.as_tensor(values, dtype=torch.float64).log()
-    return mean_interval(logarithms, weights=weights, resamples=resamples, level=level, seed=seed).exp()
+    return mean_interval(torch.as_tensor(values, dtype=torch.float64).log(), **settings).exp()
 
 
 def paired_interval(
@@ -82,6 +88,7 @@ def paired_interval(
     others: Values,
     *,
     weights: Values | None = None,
+    groups: Sequence[int] | None = None,
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
@@ -93,10 +100,10 @@ def paired_interval(
 
     Args:
         values, others: one number an example, in the same order.
-        weights, resamples, level, seed: as in `mean_interval`.
+        weights, groups, resamples, level, seed: as in `mean_interval`.
 
     Shapes:
-        values, others, weights: (N,).
+        values, others, weights, groups: (N,).
 
     Raises:
         ValueError: as `mean_interval`, or the two are not of the same length.
@@ -105,7 +112,19 @@ def paired_interval(
     against, _ = _checked(others, weights, resamples, level)
     if rows.shape != against.shape:
         raise ValueError(f"cannot pair {rows.shape[0]} values with {against.shape[0]}; give both for the same examples")
-    return _interval(rows - against, weight, resamples, level, seed)
+    return _interval(*_grouped(rows - against, weight, groups), resamples, level, seed)
+
+
+def _grouped(rows: Tensor, weight: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """The means of groups and what they count, so that the mean of all stays what it is."""
+    if groups is None:
+        return rows, weight
+    if len(groups) != rows.shape[0]:
+        raise ValueError(f"there are {len(groups)} groups for {rows.shape[0]} values; expected one for each")
+    _, at = torch.unique(torch.tensor(groups), return_inverse=True)
+    counts = torch.zeros(int(at.max()) + 1, dtype=torch.float64).index_add(0, at, weight)
+    sums = torch.zeros_like(counts).index_add(0, at, weight * rows)
+    return sums / counts.clamp_min(torch.finfo(torch.float64).tiny), counts
 
 
 def _interval(rows: Tensor, weight: Tensor, resamples: int, level: float, seed: int) -> Interval:

@@ -22,7 +22,6 @@ from filelock import FileLock, Timeout
 from griffin.analysis.cells import SAMPLES, TEXTS, Cell, Key, Measured, Model, cell_from, cell_id, json_text
 from griffin.analysis.files import write_text
 from griffin.errors import GriffinError
-from griffin.version import __version__
 
 LINES = "cells.jsonl"
 
@@ -118,11 +117,16 @@ def read(path: Path) -> Folder:
 
 
 @contextmanager
-def writing(path: Path, model: Model) -> Iterator[Folder]:
+def writing(path: Path, model: Model, versions: Mapping[str, str]) -> Iterator[Folder]:
     """A results folder to add cells of a model to, made if it is not there, and locked as long as the block runs.
 
+    Args:
+        path: where it is.
+        model: whose cells will be added.
+        versions: of what computes them.
+
     Raises:
-        ValueError: it holds results of another model or of another version of griffin; nothing is written then.
+        ValueError: it holds results of another model or of other versions (Python's aside); nothing is written then.
         GriffinError: it cannot be written, or another sweep is writing to it.
     """
     _make(path)
@@ -138,20 +142,20 @@ def writing(path: Path, model: Model) -> Iterator[Folder]:
     try:
         folder = _read(path)
         for cell in folder.cells.values():
-            _check(path, cell, model)
+            _check(path, cell, model, versions)
         yield folder
     finally:
         lock.release()
 
 
-def _check(path: Path, cell: Cell, model: Model) -> None:
+def _check(path: Path, cell: Cell, model: Model, versions: Mapping[str, str]) -> None:
     if cell.model.fingerprint != model.fingerprint:
         ours, theirs = (f"{own.name} ({own.weights}, {own.fingerprint})" for own in (model, cell.model))
         raise ValueError(f"{path} holds results of {theirs}, not of {ours}; choose another folder with -o")
-    if (other := cell.versions.get("griffin")) != __version__:
-        raise ValueError(
-            f"{path} holds results of griffin {other}, this is {__version__}; choose another folder with -o"
-        )
+    for name in (versions.keys() & cell.versions.keys()) - {"python"}:
+        ours, theirs = versions[name], cell.versions[name]
+        if ours != theirs:
+            raise ValueError(f"{path} holds results of {name} {theirs}, this is {ours}; choose another folder with -o")
 
 
 def _read(path: Path) -> Folder:

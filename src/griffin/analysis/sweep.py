@@ -95,7 +95,7 @@ def carry_out(
     machine: Mapping[str, Any],
     watcher: Watcher,
 ) -> int:
-    """Measure what is pending; a job that fails is told, and the others go on.
+    """Measure what is pending; a job that fails is told, what it has found is kept, and the others go on.
 
     Returns:
         The number of cells that failed.
@@ -107,15 +107,18 @@ def carry_out(
     for job, keys in todo:
         watcher.begun(keys)
         start = time.perf_counter()
+        found: list[Measured] = []
+        problem = None
         try:
-            found = list(job.measure(keys, partial(_tick, watcher, len(keys))))
+            found.extend(job.measure(keys, partial(_tick, watcher, len(keys))))
         except Exception as error:  # whatever went wrong with one cell, the others are worth having
-            failed += len(keys)
-            watcher.failed(keys, error)
-            continue
-        seconds = (time.perf_counter() - start) / len(keys)  # they were measured together
-        for key, measured in zip(keys, found, strict=True):
+            problem = error
+        seconds = (time.perf_counter() - start) / max(1, len(found))  # they were measured together
+        for key, measured in zip(keys, found, strict=problem is None):
             watcher.finished(folder.append(key, model, measured, seconds, versions, machine))
+        if problem is not None:
+            failed += len(keys) - len(found)
+            watcher.failed(keys[len(found) :], problem)
     return failed
 
 

@@ -83,6 +83,11 @@ class Griffin:
         self._static = config.selection == "magnitude"  # experts that do not depend on the prompt
         _refuse_attached(self.blocks)
 
+    @property
+    def profile(self) -> profile.Profile | None:
+        """The model's profile, where it is used."""
+        return self._profile
+
     # -- what was measured ------------------------------------------------------------------------------------------
 
     @property

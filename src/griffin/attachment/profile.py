@@ -6,6 +6,7 @@ It is made by `griffin profile`. As a *prior* it counts as some tokens of every 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,14 @@ class Profile:
     embeddings: Tensor
     about: Mapping[str, str] = field(default_factory=dict)
     losses: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits that tell it from other profiles of its model."""
+        found = hashlib.sha256(json.dumps([dict(self.losses), list(self.energies)], sort_keys=True).encode())
+        for own in (*self.energies.values(), *self.ups.values()):
+            found.update(own.contiguous().numpy().tobytes())
+        return found.hexdigest()[:8]
 
     def fits(self, model: nn.Module, blocks: Sequence[FFBlock]) -> bool:
         """Whether it is this model's, in whatever format its weights are stored."""

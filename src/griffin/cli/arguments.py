@@ -63,8 +63,8 @@ _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "density": (
         float,
         "D",
-        "share of the FF neurons kept in the generation phase (with tier+, and with auto where it takes the tier, of the FF "
-        "bytes read), 0 < D <= 1; 1 is the full model",
+        "share of the FF neurons kept in the generation phase (with tier+, and with auto where it takes the tier, of "
+        "the FF bytes read), 0 < D <= 1; 1 is the full model",
     ),
     "selection": (
         str,

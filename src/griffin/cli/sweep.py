@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,11 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     dtype = str(model.dtype).removeprefix("torch.")
     about = cells.Model(args.model, fingerprint(model), args.weights or dtype, dtype)
+    _check_window(args.max_length, model)
+    versions = machine.versions() | _used(model, configs) | ({"lm_eval": version("lm_eval")} if tasks else {})
     jobs = _jobs(args, model, tokenizer, about, configs, tasks, text)
     total = sum(len(job.keys) for job in jobs)
-    with writing(args.output, about) as folder:
+    with writing(args.output, about, versions) as folder:
         for complaint in folder.complaints:
             print(f"warning: {complaint}", file=sys.stderr)
         todo = sweep.pending(folder, about, jobs)
@@ -129,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{total} cells, {total - missing} of them finished earlier", file=sys.stderr)
         try:
             with watcher(missing) as watching:
-                failed = sweep.carry_out(folder, about, todo, machine.versions(), machine.machine(), watching)
+                failed = sweep.carry_out(folder, about, todo, versions, machine.machine(), watching)
         except KeyboardInterrupt:
             left = sum(len(keys) for _, keys in sweep.pending(folder, about, jobs))
             print(
@@ -141,6 +144,33 @@ def run(args: argparse.Namespace) -> int:
         print(f"griffin: error: {failed} of {total} cells failed; the same command tries them again", file=sys.stderr)
     print(f"{args.output}: see it with griffin report {args.output}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _check_window(length: int | None, model: PreTrainedModel) -> None:
+    from griffin.generation.text import context_length
+
+    window = context_length(model)
+    if length is not None and window is not None and length > window:
+        raise ValueError(f"--max-length is {length}, the model's window is {window} tokens; expected no more than that")
+
+
+def _used(model: PreTrainedModel, configs: Sequence[GriffinConfig]) -> dict[str, str]:
+    """Try every method once, so that one that this model cannot run is said before others have run for hours.
+
+    Returns:
+        The profile that methods use, as something that has a version.
+    """
+    from griffin.attachment import attach
+
+    found = {}
+    for config in {config.selection: config for config in configs if config.density < 1.0}.values():
+        try:
+            with attach(model, config) as handle:
+                if handle.profile is not None:
+                    found["profile"] = handle.profile.digest
+        except ValueError as error:
+            raise ValueError(f"method {config.selection} cannot be measured: {error}") from error
+    return found
 
 
 def _matrix(args: argparse.Namespace) -> list[GriffinConfig]:

@@ -103,7 +103,8 @@ class _Bar(_Lines):
 def described(cell: Cell) -> str:
     """A cell in a line: what it is, its first figures, how long it took."""
     figures = ", ".join(f"{name} {metric.value:.4g}" for name, metric in list(cell.metrics.items())[:3])
-    return f"{cell.key}: {figures} ({_duration(cell.seconds)})"
+    cut = f"; {cell.truncated} of {cell.n} were cut to fit the model's context" if cell.truncated else ""
+    return f"{cell.key}: {figures} ({_duration(cell.seconds)}){cut}"
 
 
 def _duration(seconds: float) -> str:

@@ -46,7 +46,7 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
         about=_about(cells),
         complaints=folder.complaints,
         summary=tables.summary(comparisons),
-        tasks=[_task(comparisons, task, plot) for task in comparisons.tasks],
+        tasks=[_task(comparisons, name, cells, plot) for name, cells in comparisons.sets("task").items()],
         texts=_texts(comparisons, plot),
         equal_bytes=tables.at_equal_bytes(folder.path),
         speed=_speed(comparisons, plot),
@@ -56,24 +56,21 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
     )
 
 
-def _task(comparisons: Comparisons, task: str, plot: Any) -> dict[str, Any]:
-    cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
+def _task(comparisons: Comparisons, name: str, cells: Sequence[Cell], plot: Any) -> dict[str, Any]:
     metric = tables.main_metric(cells)
     return {
-        "name": task,
+        "name": name,
         "metric": metric,
         "n": max(cell.n for cell in cells),
         "truncated": max(cell.truncated for cell in cells),
-        "plot": plot(figures.quality(comparisons, task, metric), 300),
-        "table": tables.every_metric(comparisons, task),
+        "plot": plot(figures.quality(comparisons, cells, metric), 300),
+        "table": tables.every_metric(comparisons, cells),
     }
 
 
 def _texts(comparisons: Comparisons, plot: Any) -> list[dict[str, Any]]:
     found = []
-    cells = comparisons.cells("perplexity")
-    for text in dict.fromkeys(cell.key.task or "text" for cell in cells):
-        own = [cell for cell in cells if (cell.key.task or "text") == text]
+    for text, own in comparisons.sets("perplexity").items():
         longest_prompt = max(cell.key.prompt or 0 for cell in own)
         longest = max(cell.key.generate or 0 for cell in own)
         against_prompt = [cell for cell in own if cell.key.generate == longest]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from griffin.analysis.bootstrap import Interval, mean_interval, paired_interval
@@ -15,6 +14,7 @@ from griffin.config import BEST
 
 NATS = "nll"  # values of an example whose mean's exponential is the perplexity
 PERPLEXITY = "perplexity"
+_FEWEST = 10  # examples from which on an interval is believed
 # The order in tables and legends.
 _METHODS = (FULL, BEST, "tier+topk", "prior+topk", "topk", "topk_sample", "sample", "magnitude", "wanda", "random")
 
@@ -73,10 +73,13 @@ class Score:
 
     @property
     def verdict(self) -> str:
-        """`worse` or `better` where the interval of the difference leaves 0 out, else `unclear`; empty without one."""
+        """`worse` or `better` where the interval of the difference leaves 0 out, else `unclear`; empty without one.
+
+        Few examples are always unclear: resampled, some that happen to have one sign never lose it.
+        """
         if self.difference is None or math.isnan(self.difference.low):
             return ""
-        if self.difference.low <= 0.0 <= self.difference.high:
+        if self.difference.low <= 0.0 <= self.difference.high or self.cell.n < _FEWEST:
             return "unclear"
         return "better" if (self.difference.value > 0) == self.metric.higher_is_better else "worse"
 
@@ -96,12 +99,15 @@ class Comparisons:
             found, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0)
         )
 
-    @cached_property
-    def tasks(self) -> list[str]:
-        """Names of the tasks that were run."""
-        return list(
-            dict.fromkeys(c.key.task for c in self._folder.cells.values() if c.key.kind == "task" and c.key.task)
-        )
+    def sets(self, kind: str) -> dict[str, list[Cell]]:
+        """The cells of tasks or texts by what they were measured on: figures of other examples are not compared.
+
+        The names are those of the tasks and texts, with what tells sets of one name apart.
+        """
+        found: dict[Key, list[Cell]] = {}
+        for cell in self.cells(kind):
+            found.setdefault(_examples(cell.key), []).append(cell)
+        return {_told_apart(own, found): cells for own, cells in found.items()}
 
     def samples(self, cell: Cell) -> dict[str, Any]:
         """The samples of a cell, read once."""
@@ -127,9 +133,11 @@ class Comparisons:
         if full is None or full is cell or name not in full.metrics:
             return Score(cell, name, metric, None, relative)
         ours, theirs = (self._values(own, name) for own in (cell, full))
-        if ours is None or theirs is None or len(ours) != len(theirs):
+        about = [self.samples(own).get("doc_ids") for own in (cell, full)]
+        if ours is None or theirs is None or len(ours) != len(theirs) or about[0] != about[1]:
             return Score(cell, name, metric, _without_interval(metric, full.metrics[name], relative), relative)
-        found = paired_interval(ours, theirs, weights=self._weights(full, name), seed=cell.key.seed)
+        groups = self.samples(full).get("groups")
+        found = paired_interval(ours, theirs, weights=self._weights(full, name), groups=groups, seed=cell.key.seed)
         if relative:
             found = Interval(*(math.expm1(end) for end in (found.value, found.low, found.high)))
         return Score(cell, name, metric, found, relative)
@@ -161,6 +169,27 @@ def _alike(key: Key) -> Key:
     The seed counts too: it draws the examples where a task has examples to draw.
     """
     return replace(key, method=FULL, density=1.0, batch="shared", phase=None)
+
+
+def _examples(key: Key) -> Key:
+    """What a task's or text's cells have in common if they were measured on the same examples."""
+    prompt = None if key.kind == "perplexity" else key.prompt  # a text's windows are in its source
+    return replace(_alike(key), batch_size=1, prompt=prompt, generate=None)
+
+
+def _told_apart(own: Key, others: Iterable[Key]) -> str:
+    def words(key: Key) -> list[str]:
+        return [
+            "all examples" if key.limit is None else f"{key.limit} examples",
+            "the model's window" if key.prompt is None else f"at most {key.prompt} tokens",
+            f"data {key.source}",
+            f"seed {key.seed}",
+        ]
+
+    alike = [words(key) for key in others if key.task == own.task]
+    differing = [word for word, *rest in zip(words(own), *alike, strict=True) if len(set(rest)) > 1]
+    name = own.task or "text"
+    return f"{name} ({', '.join(differing)})" if differing else name
 
 
 def _without_interval(metric: Metric, full: Metric, relative: bool) -> Interval:

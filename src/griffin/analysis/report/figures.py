@@ -30,9 +30,8 @@ _MAGMA = ("#000004", "#1d1147", "#51127c", "#832681", "#b73779", "#e75263", "#fc
 PICTURE_SCALE = [[at / (len(_MAGMA) - 1), colour] for at, colour in enumerate(_MAGMA)]
 
 
-def quality(comparisons: Comparisons, task: str, metric: str) -> Plot:
+def quality(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> Plot:
     """A task's figure against density, a line for each method, and the full model's as a level."""
-    cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
     scores = [score for cell in cells if (score := comparisons.score(cell, metric)) is not None]
     full = [score for score in scores if score.cell.key.method == FULL]
     lines = [

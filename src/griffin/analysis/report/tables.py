@@ -95,8 +95,7 @@ def summary(comparisons: Comparisons) -> Table:
     """A row for each setting; columns: each task's main metric, perplexity after the longest prompt, speed-up."""
     columns: dict[str, str] = {}
     rows: dict[Setting, Row] = {}
-    for task in comparisons.tasks:
-        cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
+    for task, cells in comparisons.sets("task").items():
         metric = main_metric(cells)
         _add(
             columns,
@@ -105,7 +104,8 @@ def summary(comparisons: Comparisons) -> Table:
             f"{metric}, n = {_numbers(cell.n for cell in cells)}",
             _scores(comparisons, cells, metric),
         )
-    for text, cells in _longest(comparisons.cells("perplexity")).items():
+    for text, measured in comparisons.sets("perplexity").items():
+        cells = _longest(measured)
         key = cells[0].key
         what = f"perplexity, {key.prompt} + {key.generate} tokens, n = {_numbers(cell.n for cell in cells)}"
         _add(columns, rows, text, what, _scores(comparisons, cells, PERPLEXITY))
@@ -115,11 +115,10 @@ def summary(comparisons: Comparisons) -> Table:
     return Table(columns, [rows[setting] for setting in sorted(rows, key=lambda own: own.order)])
 
 
-def every_metric(comparisons: Comparisons, task: str) -> Table:
+def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     """All figures of a task."""
     columns: dict[str, str] = {}
     rows: dict[Setting, Row] = {}
-    cells = [cell for cell in comparisons.cells("task") if cell.key.task == task]
     for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
         better = next(cell.metrics[metric].higher_is_better for cell in cells if metric in cell.metrics)
         _add(
@@ -139,7 +138,7 @@ def perplexities(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     for prompt, generate in sorted({(cell.key.prompt or 0, cell.key.generate or 0) for cell in cells}):
         own = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
         _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, own, PERPLEXITY))
-    longest = next(iter(_longest(cells).values()))
+    longest = _longest(cells)
     for metric, what in (("kl", "KL divergence from the full model, nats"), ("agreement", "same likeliest token")):
         found = _scores(comparisons, [cell for cell in longest if cell.key.method != FULL], metric)
         _add(columns, rows, metric, what, found)
@@ -223,14 +222,10 @@ def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequ
     )
 
 
-def _longest(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Of each text the cells of the longest prompt and generation."""
-    found = {}
-    for text in dict.fromkeys(cell.key.task or "text" for cell in cells):
-        own = [cell for cell in cells if (cell.key.task or "text") == text]
-        most = max((cell.key.prompt or 0, cell.key.generate or 0) for cell in own)
-        found[text] = [cell for cell in own if (cell.key.prompt or 0, cell.key.generate or 0) == most]
-    return found
+def _longest(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of the longest prompt and generation."""
+    most = max((cell.key.prompt or 0, cell.key.generate or 0) for cell in cells)
+    return [cell for cell in cells if (cell.key.prompt or 0, cell.key.generate or 0) == most]
 
 
 def _scores(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> list[Score]:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import datasets
 from lm_eval._cli.run import Run
 from lm_eval.utils import setup_logging
 
+from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.integrations.lm_eval import TASK_FILES
 from griffin.integrations.lm_eval.data import load
@@ -38,7 +40,7 @@ def run(
         flags: the harness's own.
         tasks: names of tasks; with `data` of those of this room.
         data: the folder of local files, or `None` for the Hub.
-        model_args: arguments of `GriffinLM`; over those of the flags' `--model_args`.
+        model_args: arguments of `GriffinLM`, beside those of the flags' `--model_args`.
         batch_size: a number, or `auto`.
 
     Returns:
@@ -51,7 +53,7 @@ def run(
     args = _parsed(parser, flags)
     args.tasks = list(tasks)
     args.model, args.batch_size = "griffin", batch_size
-    args.model_args = {**(args.model_args or {}), **model_args}
+    args.model_args = {**_others(args.model_args or {}), **model_args}
     if data is not None:
         check_names(tasks)
         for task in tasks:
@@ -82,6 +84,16 @@ def _parsed(parser: argparse.ArgumentParser, flags: Sequence[str]) -> argparse.N
         name, equals, value = flag.partition("=")
         words.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag)
     return parser.parse_args(["run", *words])
+
+
+def _others(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Model arguments that no flag of this command gives: of two values one would be dropped."""
+    flags = {"pretrained": "-m", **{own.name: f"--{own.name}" for own in fields(GriffinConfig)}}
+    flags |= {name: f"--{name}" for name in ("phase", "dtype", "weights", "device", "revision")}
+    for name in model_args:
+        if name in flags:
+            raise ValueError(f"--model_args has {name}, which is a flag here; give {flags[name]} instead")
+    return model_args
 
 
 def _check_folder(path: Path) -> None:

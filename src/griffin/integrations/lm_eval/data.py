@@ -11,6 +11,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def _arc(name: str) -> Callable[[Path], Splits]:
             return {"test": rows}
         shots = []
         for where, row in _json_rows(validation, question=str, choices=dict, answerKey=str):
-            if row["answerKey"] not in row["choices"].get("label", ()):
+            _check(where, row["choices"], text=list, label=list)
+            _texts(where, "the choices' text", row["choices"]["text"])
+            if row["answerKey"] not in _texts(where, "the choices' label", row["choices"]["label"]):
                 raise ValueError(f"{where}: answerKey {row['answerKey']!r} is none of the choices' labels")
             shots.append({column: row[column] for column in ("question", "choices", "answerKey")})
         return {"test": rows, "shots": shots}
@@ -120,8 +123,8 @@ def _cnn_dailymail(folder: Path) -> Splits:
     path = folder / "cnn_dailymail" / "cnn_dailymail_test.csv"
     rows = []
     csv.field_size_limit(sys.maxsize)
-    with _open(path) as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(line for _, line in _lines(path))
+    try:
         missing = {"article", "highlights"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"{path}, line 1: no column {min(missing)}; expected article and highlights")
@@ -129,6 +132,8 @@ def _cnn_dailymail(folder: Path) -> Splits:
             if None in row.values() or None in row:
                 raise ValueError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns")
             rows.append({"article": row["article"], "highlights": row["highlights"]})
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: no CSV: {error}") from error
     if len(rows) < 2:
         raise ValueError(f"{path} has {len(rows)} rows; expected at least 2, one of which is the shot")
     shot = min(range(len(rows)), key=lambda number: len(rows[number]["article"]))
@@ -228,23 +233,22 @@ _READERS: dict[str, Callable[[Path], Splits]] = {
 }
 
 
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; see docs/evaluation.md for the files that each task reads")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
-
-
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines, each after its place."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; see docs/evaluation.md for the files that each task reads")
     number = 0
     try:
-        with _open(path) as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for line in file:
                 number += 1
-                yield f"{path}, line {number}", line
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+                where = f"{path}, line {number}"
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where}: not UTF-8: {error}") from error
+                yield where, text
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}, after line {number}: cannot be read: {error}") from error
 
 

@@ -31,6 +31,7 @@ class TaskResult:
             perplexities, which are each document's own, the geometric mean.
         weights: what an example counts in those means, such as its number of words; missing where all count alike.
         higher_is_better: by metric.
+        groups: of every example, which share a long context (the questions on one paper); `None` where none do.
         n: number of examples.
         truncated: contexts that were longer than the model's window.
         samples: for every example `doc_id`, `target`, and `response`: the generated text after the task's filter, or
@@ -42,6 +43,7 @@ class TaskResult:
     per_sample: dict[str, list[float]]
     weights: dict[str, list[float]]
     higher_is_better: dict[str, bool]
+    groups: list[int] | None
     n: int
     truncated: int
     samples: list[dict[str, Any]]
@@ -147,6 +149,7 @@ def _one(lm: GriffinLM, task: str, known: Any, limit: int | None, seed: int) -> 
         per_sample=per_sample,
         weights=weights,
         higher_is_better=better,
+        groups=_groups([sample["doc"] for sample in first]),
         n=len(first),
         truncated=lm.truncated - before,
         samples=[
@@ -164,6 +167,14 @@ def _value(metric: str, item: Any) -> float:
     if metric == "bits_per_byte":
         return float(-loglikelihood / weight / math.log(2))
     return math.exp(-loglikelihood / weight)
+
+
+def _groups(docs: Sequence[Any]) -> list[int] | None:
+    if not docs or not all(isinstance(doc, dict) and "context" in doc for doc in docs):
+        return None
+    known: dict[str, int] = {}
+    found = [known.setdefault(str(doc["context"]), len(known)) for doc in docs]
+    return found if len(known) < len(docs) else None
 
 
 def _response(responses: list[Any]) -> Any:

@@ -48,9 +48,9 @@ class Batch:
 
     def name(self, config: GriffinConfig) -> str:
         """A digest of everything that an answer depends on but the model."""
-        about = json.dumps([__version__, asdict(config), self.new_tokens, self.stop, asdict(self.sampling)])
+        settings = json.dumps([__version__, asdict(config), self.new_tokens, self.stop, asdict(self.sampling)])
         rows = self.prompts.tolist(), None if self.mask is None else self.mask.tolist()
-        return hashlib.sha256(f"{about}{rows}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{settings}{rows}".encode()).hexdigest()[:32]
 
 
 def answer(
@@ -131,6 +131,7 @@ class Shared:
         configs: the configs; not `wanda`, whose statistic is gathered by its own prompt phase.
         path: where answers are kept as they come, so that a killed run loses one batch; `None` keeps them nowhere.
         progress: called with the share of the prompts that were answered since.
+        model: what tells the model, and what it runs on, from others whose answers the file may hold; as JSON.
 
     Raises:
         GriffinError: the file cannot be read or written.
@@ -141,8 +142,10 @@ class Shared:
         configs: Sequence[GriffinConfig],
         path: Path | None = None,
         progress: Callable[[float], None] | None = None,
+        model: Any = None,
     ) -> None:
         self.configs, self.progress, self._path = tuple(configs), progress, path
+        self._model = json.dumps(model)
         self.prompts = 1  # of the task: what a share is of
         self._known: dict[str, list[list[int]]] = {}
         if path is not None and path.exists():
@@ -156,13 +159,16 @@ class Shared:
         Shapes:
             Returns what `answer` returns.
         """
-        if batch.name(config) not in self._known:
-            missing = [own for own in self.configs if batch.name(own) not in self._known]
+        if self._name(batch, config) not in self._known:
+            missing = [own for own in self.configs if self._name(batch, own) not in self._known]
             for own, tokens in answers(model, tokenizer, batch, missing):
-                self._keep(batch.name(own), tokens.tolist())
+                self._keep(self._name(batch, own), tokens.tolist())
             if self.progress is not None:
                 self.progress(len(batch.prompts) / self.prompts)
-        return torch.tensor(self._known[batch.name(config)], device=batch.prompts.device)
+        return torch.tensor(self._known[self._name(batch, config)], device=batch.prompts.device)
+
+    def _name(self, batch: Batch, config: GriffinConfig) -> str:
+        return hashlib.sha256(f"{self._model}{batch.name(config)}".encode()).hexdigest()[:32]
 
     def _keep(self, name: str, tokens: list[list[int]]) -> None:
         self._known[name] = tokens

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.analysis.bootstrap import Interval, geometric_interval, mean_interval
 from griffin.analysis.cells import Key, Measured, Metric
+from griffin.analysis.fingerprint import fingerprint
+from griffin.analysis.machine import versions
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
 from griffin.config import GriffinConfig
 from griffin.integrations.lm_eval import GENERATED
+from griffin.integrations.lm_eval.data import load
 from griffin.integrations.lm_eval.evaluate import TaskResult, evaluate
 from griffin.integrations.lm_eval.generating import Shared
 
@@ -46,7 +52,7 @@ def task_jobs(
         assert task is not None
         if task in GENERATED and keys[0].method != "wanda":
             path = None if answers is None else answers / f"{task}.partial.jsonl"
-            shared = Shared([config_of(key) for key in keys], path, tick)
+            shared = Shared([config_of(key) for key in keys], path, tick, [fingerprint(model), versions()])
         for key in keys:
             found = evaluate(
                 model,
@@ -65,7 +71,7 @@ def task_jobs(
 
     def key(task: str, config: GriffinConfig) -> Key:
         own_phase = None if config.density == 1.0 or task in GENERATED else phase
-        source = "hub" if data is None else "files"
+        source = "hub" if data is None else f"files {_digest(task, data)}"
         return key_of(
             config,
             "task",
@@ -86,6 +92,13 @@ def task_jobs(
     return jobs
 
 
+@cache
+def _digest(task: str, data: Path) -> str:
+    """8 hex digits of the rows: other files are other examples."""
+    rows = json.dumps(load(task, data), sort_keys=True)
+    return hashlib.sha256(rows.encode()).hexdigest()[:8]
+
+
 def measured(result: TaskResult, seed: int) -> Measured:
     """The cell of a task: every metric with its interval over the examples, where it is a mean of theirs."""
     metrics = {}
@@ -103,6 +116,7 @@ def measured(result: TaskResult, seed: int) -> Measured:
         samples={
             "values": result.per_sample,
             "weights": result.weights,
+            "groups": result.groups,
             "doc_ids": [sample["doc_id"] for sample in result.samples],
         },
         texts={"samples": result.samples},
@@ -114,4 +128,4 @@ def _interval(name: str, result: TaskResult, seed: int) -> Interval | None:
     if not values or not all(map(math.isfinite, values)):
         return None
     mean = geometric_interval if "perplexity" in name else mean_interval
-    return mean(values, weights=result.weights.get(name), seed=seed)
+    return mean(values, weights=result.weights.get(name), groups=result.groups, seed=seed)

@@ -29,6 +29,25 @@ logger = logging.getLogger("griffin")
 
 _CONFIG = tuple(field.name for field in fields(GriffinConfig))
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")
+# Settings of a model's generation config that change what is generated, and their values that change nothing.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "num_beams": (1,),
+}
 # What HFLM passes on to from_pretrained, of which it takes anything.
 _PASSED_ON = ("attn_implementation", "device_map")
 
@@ -153,8 +172,10 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        self.contexts += len(requests)
-        self.truncated += sum(len(own) + len(scored) > self.max_length + 1 for _, own, scored in requests)
+        self.contexts += len({tuple(own) for _, own, _ in requests})  # the choices of one context count once
+        self.truncated += len(
+            {tuple(own) for _, own, scored in requests if len(own) + len(scored) > self.max_length + 1}
+        )
         if self._full or self._handle is None:
             full: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 requests, disable_tqdm=disable_tqdm or self._quiet, override_bs=override_bs
@@ -207,11 +228,13 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         """
         mask = settings.get("attention_mask")
         drawn = {name: value for name, value in settings.items() if name not in ("attention_mask", "do_sample")}
+        drawn = _rules(self.model.generation_config) | drawn
         temperature = float(drawn.pop("temperature", 0.0) or 0.0)
         sampled = bool(settings.get("do_sample", temperature > 0))
         ours = set(drawn) <= set(_SAMPLING)
         if not ours or (self._handle is None and self._shared is None):
-            generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
+            with self._attached(self._shared is not None):  # where answers are shared, nothing is attached yet
+                generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
             return generated
         batch = Batch(
             prompts=context,
@@ -231,6 +254,12 @@ class GriffinLM(HFLM):  # type: ignore[misc]
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def _rules(config: Any) -> dict[str, Any]:
+    """What a model's own generation config asks for beside sampling, which the harness's settings decide."""
+    found = {name: getattr(config, name, None) for name in _OFF}
+    return {name: value for name, value in found.items() if value is not None and value not in _OFF[name]}
 
 
 def _griffin_load(name: str, weights: str | None, arguments: dict[str, Any]) -> tuple[Any, Any]:

@@ -41,7 +41,8 @@ class GriffinTask(ConfigurableTask):  # type: ignore[misc]
         self._rows = None if folder is None else data.load(settings["task"], Path(folder).expanduser())
         if self._rows is not None:
             settings |= {"training_split": None, "validation_split": None, "test_split": "test", **local}
-            settings["fewshot_split"] = "shots" if "shots" in self._rows else None
+            # Of one split the harness leaves the row that is asked out of the examples it shows.
+            settings["fewshot_split"] = "shots" if "shots" in self._rows else "test"
         super().__init__(config=settings)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
