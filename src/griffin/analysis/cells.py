@@ -28,7 +28,7 @@ class Key:
         batch_size: sequences run at once.
         phase: which tokens a task scores with experts (`continuation`, `last_token`); `None` where it does not matter.
         task: name of the task or of the text.
-        source: where the task's data come from (`files` or `hub`), or a hash of the text.
+        source: where the task's data come from (`hub`, or `files` and a hash of the rows), or a hash of the text.
         prompt: tokens of the prompt; of a task the most that a context may have, `None` for the model's window.
         generate: tokens generated, or scored as if generated.
         limit: most examples; `None`: all.
@@ -80,8 +80,8 @@ class Measured:
         n: number of examples or sequences.
         truncated: how many of them did not fit the model's context.
         data: the kind's own series, small.
-        samples: values of every example by metric under `values` (and what each counts under `weights`), pictures;
-            kept in a file of their own.
+        samples: values of every example by metric under `values` (what each counts under `weights`, what belongs
+            together under `groups`, which examples they are under `doc_ids`), pictures; kept in a file of their own.
         texts: what was asked and answered; kept in another.
     """
 
