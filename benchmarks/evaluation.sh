@@ -12,8 +12,8 @@ flags=("${@:4}")
 sweep() { griffin sweep -m "$model" "${flags[@]}" --densities 1.0,0.75,0.5 -o "$folder" "$@"; }
 tasks() { sweep --data "$data" --limit 200 --batch-size 8 --batch per_sequence "$@"; }
 
-sweep --methods topk,tier+topk,magnitude --speed --examples --flocking
-sweep --methods topk,tier+topk,topk_sample,sample,magnitude,random,wanda \
+sweep --methods topk,tier+topk,magnitude --speed --examples
+sweep --methods topk,tier+topk,topk_sample,sample,magnitude,random,wanda --flocking \
   --perplexity "$data/wikitext2/wiki.valid.raw" --prompt 64,256,1024 --generate 128 --sequences 16
 tasks --methods topk --tasks copa,piqa,arc_easy,arc_challenge,boolq,hellaswag
 tasks --methods magnitude,tier+topk --densities 0.5 --tasks copa,piqa,arc_easy
