@@ -567,7 +567,7 @@ def test_requests_of_the_served_schema_are_answered_as_it_says(quick: Server) ->
     assert len(operations) == 7
     for operation in operations:
 
-        @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @schemathesis_given(operation)
         def check(case: Any) -> None:
             if isinstance(case.body, dict):

@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     layer = len(find_ff_blocks(model)) // 2
     relative = relative_activations(model, ids, [layer])[layer]
     flocking_heat_map(relative, f"Flocking in layer {layer} of {args.model}", args.picture)
-    console.print(f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}")
+    told = f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}"
+    console.print(told, soft_wrap=True)  # a path that is broken in two cannot be copied
     return 0
 
 
