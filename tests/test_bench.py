@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import griffin
 from griffin.analysis import benchmark, files, machine, shapes, verification, workload
 from griffin.analysis.benchmark import Row, Run, cases, ff_bytes_per_step
 from griffin.analysis.ceiling import bytes_read_per_token, ceiling
@@ -173,6 +174,20 @@ def test_backends_agree_with_the_reference(backend: str, shape: shapes.Shape, dt
         for selection in ("topk", "magnitude"):
             config = GriffinConfig(density=density, selection=selection, batch=batch, backend=backend)
             assert 0 <= verification.verify(model, config, prompts) <= verification.TOLERANCES[dtype]
+
+
+@pytest.mark.skipif(library.available() is not None, reason="the native library is not built")
+def test_gates_of_a_copy_are_held_to_what_quantised_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shapes.build(TINY, torch.float32)
+    prompts = torch.randint(VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
+    config = GriffinConfig(density=0.75, selection="tier+topk", backend="native")
+    with griffin.attach(model, config) as handle:
+        assert {split.gate for split in handle.splits.values()} <= {"int4", "int8"}
+    assert verification.verify(model, config, prompts) <= verification.QUANTISED_TOLERANCE
+    monkeypatch.setattr(verification, "QUANTISED_TOLERANCE", -1.0)
+    monkeypatch.setattr(verification, "TOLERANCES", {torch.float32: -1.0})
+    with pytest.raises(GriffinError, match=r"is wrong at density 0\.75"):
+        verification.verify(model, config, prompts)
 
 
 @pytest.mark.skipif(library.available() is not None, reason="the native library is not built")
