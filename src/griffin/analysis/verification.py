@@ -26,9 +26,10 @@ TOLERANCES = {
     torch.float16: 2e-2,  # the reference rounds z and every output to 11 bits, a fused kernel sums in float32
     torch.bfloat16: 6e-2,  # the same with 8 bits, in every layer: 0.02 was found over 30
 }
-# Integer kernels round their inputs to 8 bits as well: 0.033 was found over 30 layers. So do a token tier's gates if they
-# come from a quantised copy, where a rounded gate also moves neurons across the edge of the choice: 0.006 to 0.009 was
-# found at density 0.75 and 0.018 to 0.071 at 0.5 (SmolLM2, float32), with kernels that equal rounded inputs to 3e-7.
+# Integer kernels round their inputs to 8 bits as well: 0.033 was found over 30 layers. So do a token tier's gates if
+# they are of a quantised copy, where a rounded gate also moves neurons across the edge of the choice: 0.006 to 0.009
+# was found at density 0.75 and 0.018 to 0.071 at 0.5 (SmolLM2, float32), with kernels that equal rounded inputs to
+# 3e-7.
 QUANTISED_TOLERANCE = 8e-2
 
 
