@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub
 from transformers import (
     AutoConfig,
@@ -36,6 +36,7 @@ from griffin.generation.progress import progress
 
 logger = logging.getLogger("griffin")
 
+_TIMEOUT = 10.0  # seconds for the Hub's first answer
 _DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -255,12 +256,30 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
 def _from_hub(
     name: str, dtype: torch.dtype | None, revision: str | None, token: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    problem: Exception | None = None
+    try:  # whether the Hub answers: where it does not, every file would be asked for again and again, for minutes
+        HfApi().model_info(name, revision=revision, token=token, timeout=_TIMEOUT)
+    except Exception as error:
+        if _is_answer(error):
+            raise _hub_error(name, revision, error) from error
+        problem = error
     try:
-        return _from_pretrained(name, dtype, revision=revision, token=token)
+        loaded = _from_pretrained(name, dtype, revision=revision, token=token, local_files_only=problem is not None)
     except (GriffinError, _NotCausalError):
         raise
     except Exception as error:
-        raise _hub_error(name, revision, error) from error
+        told = problem if isinstance(problem, hub.HfHubHTTPError) else error
+        raise _hub_error(name, revision, told) from error
+    if problem is not None and not constants.HF_HUB_OFFLINE:
+        logger.warning("the Hub does not answer; %s is loaded from its local cache, which may be older", name)
+    return loaded
+
+
+def _is_answer(error: Exception) -> bool:
+    """The Hub knows better than its local cache: there is no such model or revision, or a token is wanted."""
+    if isinstance(error, hub.HfHubHTTPError):
+        return error.response is not None and error.response.status_code < 500
+    return isinstance(error, hub.HFValidationError)
 
 
 class _NotCausalError(ValueError):
@@ -268,14 +287,14 @@ class _NotCausalError(ValueError):
 
 
 def _from_pretrained(
-    source: str, dtype: torch.dtype | None, **where: Any
+    source: str, dtype: torch.dtype | None, *, local_files_only: bool, **where: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    where["trust_remote_code"] = False
-    # the config alone first: without a network it costs one round of retries and not one per file
+    where |= {"trust_remote_code": False, "local_files_only": local_files_only}
+    adapter = {"local_files_only": local_files_only}  # transformers looks for one, and on the Hub if this is not said
     config = AutoConfig.from_pretrained(source, **where)
     _check_causal(source, config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype or "auto", output_loading_info=True, **where
+        source, config=config, dtype=dtype or "auto", output_loading_info=True, adapter_kwargs=adapter, **where
     )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -325,6 +344,8 @@ def _hub_error(name: str, revision: str | None, error: Exception) -> Exception:
         return ValueError(f"{name} has no revision {revision!r} on the Hub; expected a branch, tag or commit")
     if among(hub.RepositoryNotFoundError):
         return ValueError(f"{name} is not on the Hub, or private without a token; {_meant(name)}")
+    if among(hub.HfHubHTTPError) and not among(hub.EntryNotFoundError):
+        return GriffinError(f"{name}: the Hub answered with an error: {one_line(error)}; try again later")
     if among(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError):
         why, todo = "the Hub cannot be reached", "check the network"
         if constants.HF_HUB_OFFLINE:
@@ -332,8 +353,6 @@ def _hub_error(name: str, revision: str | None, error: Exception) -> Exception:
         return GriffinError(f"{name} is not in the Hub's local cache and {why}; {todo}; {_meant(name)}")
     if among(hub.EntryNotFoundError):
         return ValueError(f"{name} on the Hub lacks a file that a transformers model has: {one_line(error)}")
-    if among(hub.HfHubHTTPError):
-        return GriffinError(f"{name}: the Hub answered with an error: {one_line(error)}; try again later")
     if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
         return GriffinError(f"{name}: the disk of {constants.HF_HUB_CACHE} is full; free some space or set HF_HOME")
     return GriffinError(f"{name} cannot be loaded from the Hub: {one_line(error)}; {_meant(name)}")
