@@ -121,6 +121,35 @@ def test_figures_of_other_examples_stand_apart(tmp_path: Path) -> None:
     }
 
 
+def test_rows_of_the_summary(tmp_path: Path) -> None:
+    """Experts of each sequence are a method's usual ones, shared ones are not; a task is shown by its usual metric."""
+    model = Model("m", "0", "float32", "float32")
+    full = {"method": FULL, "density": 1.0}
+    half = {"method": "topk", "density": 0.5}
+    with writing(tmp_path, model, machine.versions()) as opened:
+        for key in (
+            Key("task", **full, task="piqa", batch_size=8),
+            Key("task", **half, task="piqa", batch_size=8, batch="per_sequence", phase="continuation"),
+            Key("task", **half, task="piqa", batch_size=8, batch="shared", phase="continuation"),
+            Key("task", **half, task="piqa", batch_size=8, batch="per_sequence", phase="last_token"),
+            *(Key("perplexity", **own, task="text", source=f"ab, windows of {window} + 8", prompt=window, generate=8)
+              for own in (full, half) for window in (16, 64)),
+        ):  # fmt: skip
+            names = ("acc", "acc_norm") if key.kind == "task" else ("perplexity",)
+            found = Measured({name: Metric(0.5) for name in names}, 20, 0)
+            opened.append(key, model, found, 1.0, machine.versions(), {})
+    table = tables.summary(Comparisons(read(tmp_path)))
+    texts = ["text (windows of 16 + 8)", "text (windows of 64 + 8)"]
+    assert list(table.columns) == [*texts, "piqa"]
+    assert table.columns["piqa"].startswith("acc_norm")
+    assert {f"{row.name} {row.density}": list(row.entries) for row in table.rows} == {
+        "full model 1": [*texts, "piqa"],
+        "topk 0.5": [*texts, "piqa"],
+        "topk, last token 0.5": ["piqa"],
+        "topk, shared by a batch of 8 0.5": ["piqa"],
+    }
+
+
 def test_other_examples_are_not_paired(tmp_path: Path) -> None:
     model = Model("m", "0", "float32", "float32")
     with writing(tmp_path, model, machine.versions()) as opened:
@@ -242,6 +271,23 @@ def test_the_page_in_a_browser(browser: Any, page: Path, scheme: str, width: int
     for details in opened.locator("details").all():
         details.evaluate("element => { element.open = true }")
     assert opened.evaluate(overflow) == 0
+    # A wide table is scrolled beside its first column; a telephone shows a card a row.
+    opened.evaluate("""() => {
+        for (const row of document.querySelectorAll('#summary tr'))
+            for (let more = 0; more < 20; more++) row.append(row.lastElementChild.cloneNode(true));
+        document.querySelector('#summary .scroll').scrollLeft = 500;
+    }""")
+    assert opened.evaluate(overflow) == 0
+    left, right = (
+        opened.locator(f"#summary tbody tr:first-child > :{place}-child").bounding_box()["x"]
+        for place in ("first", "last")
+    )
+    if width < 600:
+        assert right - left < width / 2
+        assert not opened.locator("#summary thead").is_visible()
+    else:
+        assert 0 <= left < 100
+        assert right > width
     ground = opened.evaluate("getComputedStyle(document.body).backgroundColor")
     ink = opened.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) > 3 * 128 for colour in (ground, ink)]

@@ -21,11 +21,13 @@ _METHODS = (FULL, BEST, "tier+topk", "prior+topk", "topk", "topk_sample", "sampl
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the tables: how the model was run."""
+    """A row of the tables: how the model was run.
+
+    Experts of each sequence are those it would have alone, so a batch is told only where it shares them.
+    """
 
     method: str
     density: float
-    batch: str
     batch_size: int
     phase: str | None
 
@@ -33,14 +35,14 @@ class Setting:
     def of(cls, key: Key) -> Setting:
         """The setting of a cell."""
         phase = None if key.phase == "continuation" else key.phase  # the default, and the only one of other kinds
-        return cls(key.method, key.density, key.batch, key.batch_size, phase)
+        batch_size = key.batch_size if key.batch == "shared" and key.method != FULL else 1
+        return cls(key.method, key.density, batch_size, phase)
 
     @property
     def name(self) -> str:
         """A few words: the method and what is out of the ordinary."""
         words = ["full model" if self.method == FULL else self.method]
-        words += [f"batch of {self.batch_size}"] if self.batch_size > 1 else []
-        words += [self.batch.replace("_", " ")] if self.batch_size > 1 and self.method != FULL else []
+        words += [f"shared by a batch of {self.batch_size}"] if self.batch_size > 1 else []
         words += [self.phase.replace("_", " ")] if self.phase else []
         return ", ".join(words)
 
@@ -48,7 +50,7 @@ class Setting:
     def order(self) -> tuple[Any, ...]:
         """Where it comes in a table: by method, the denser first."""
         known = _METHODS.index(self.method) if self.method in _METHODS else len(_METHODS)
-        return known, self.method, self.batch_size, self.batch, self.phase or "", -self.density
+        return known, self.method, self.batch_size, self.phase or "", -self.density
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,12 @@ def _examples(key: Key) -> Key:
 
 def _told_apart(own: Key, others: Iterable[Key]) -> str:
     def words(key: Key) -> list[str]:
+        source, _, windows = (key.source or "").partition(", ")
         return [
             "all examples" if key.limit is None else f"{key.limit} examples",
             "the model's window" if key.prompt is None else f"at most {key.prompt} tokens",
-            f"data {key.source}",
+            f"data {source}",
+            windows,
             f"seed {key.seed}",
         ]
 

@@ -35,18 +35,7 @@
     }
   }
 
-  function lay() {
-    for (const table of document.querySelectorAll("table")) {
-      if (!table.offsetParent) continue;  // in a closed <details>
-      table.classList.remove("cards");
-      table.classList.toggle("cards", narrow.matches || table.scrollWidth > table.parentElement.clientWidth + 1);
-    }
-  }
-
   draw();
-  lay();
   dark.addEventListener("change", draw);
   narrow.addEventListener("change", draw);
-  addEventListener("resize", lay);
-  for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", lay);
 })();

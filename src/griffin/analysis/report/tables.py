@@ -12,6 +12,9 @@ from typing import Any
 from griffin.analysis.cells import FULL, Cell
 from griffin.analysis.report.comparisons import PERPLEXITY, Comparisons, Score, Setting
 
+# Metrics that a task is usually reported by, where that is not the first one of the harness.
+_USUAL = {"arc_challenge": "acc_norm", "coqa": "f1", "hellaswag": "acc_norm", "piqa": "acc_norm"}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -87,31 +90,28 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
 
 
 def main_metric(cells: Sequence[Cell]) -> str:
-    """The metric of a task that the summary shows: the first it has."""
-    return next((name for cell in cells for name in cell.metrics), "")
+    """The metric of a task that the summary shows: the usual one, else the first it has."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
+    usual = _USUAL.get(cells[0].key.task or "")
+    return usual if usual in names else next(iter(names), "")
 
 
 def summary(comparisons: Comparisons) -> Table:
-    """A row for each setting; columns: each task's main metric, perplexity after the longest prompt, speed-up."""
+    """A row for each setting; columns: speed-up, perplexity after the longest prompt, each task's main metric."""
     columns: dict[str, str] = {}
     rows: dict[Setting, Row] = {}
-    for task, cells in comparisons.sets("task").items():
-        metric = main_metric(cells)
-        _add(
-            columns,
-            rows,
-            task,
-            f"{metric}, n = {_numbers(cell.n for cell in cells)}",
-            _scores(comparisons, cells, metric),
-        )
+    cells = comparisons.cells("speed")
+    if cells:
+        _add(columns, rows, "speed-up", "of the generation phase", _scores(comparisons, cells, "speedup"))
     for text, measured in comparisons.sets("perplexity").items():
         cells = _longest(measured)
         key = cells[0].key
         what = f"perplexity, {key.prompt} + {key.generate} tokens, n = {_numbers(cell.n for cell in cells)}"
         _add(columns, rows, text, what, _scores(comparisons, cells, PERPLEXITY))
-    cells = comparisons.cells("speed")
-    if cells:
-        _add(columns, rows, "speed-up", "of the generation phase", _scores(comparisons, cells, "speedup"))
+    for task, cells in comparisons.sets("task").items():
+        metric = main_metric(cells)
+        what = f"{metric}, n = {_numbers(cell.n for cell in cells)}"
+        _add(columns, rows, task, what, _scores(comparisons, cells, metric))
     return Table(columns, [rows[setting] for setting in sorted(rows, key=lambda own: own.order)])
 
 
