@@ -14,7 +14,7 @@ from typing import Any
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
 # What the Hub answers for a repository that is none or is out of order: status, X-Error-Code.
-PROBLEMS = {"org/nothing": (401, "RepoNotFound"), "org/broken": (500, "")}
+PROBLEMS = {"org/nothing": (401, "RepoNotFound"), "org/broken": (500, ""), "org/busy": (429, "")}
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -68,6 +68,7 @@ def test_load_from_the_hub(tiny: Path, tmp_path: Path) -> None:
             ["org/gated", {}],
             ["org/nothing", {}],
             ["org/broken", {}],
+            ["org/busy", {}],
         ])  # fmt: skip
     assert any(path.endswith("model.safetensors") for path in hub.asked)
     assert [found[0], found[1], found[3]] == [right] * 3
@@ -80,6 +81,7 @@ def test_load_from_the_hub(tiny: Path, tmp_path: Path) -> None:
             ("ValueError", "org/gated is gated on the Hub"),
             ("ValueError", "org/nothing is not on the Hub"),
             ("GriffinError", "org/broken: the Hub answered with an error: Server error '500"),
+            ("GriffinError", "org/busy: the Hub answered with an error"),
         ],
         strict=True,
     ):

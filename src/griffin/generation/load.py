@@ -278,7 +278,7 @@ def _from_hub(
 def _is_answer(error: Exception) -> bool:
     """The Hub knows better than its local cache: there is no such model or revision, or a token is wanted."""
     if isinstance(error, hub.HfHubHTTPError):
-        return error.response is not None and error.response.status_code < 500
+        return error.response is not None and error.response.status_code in (401, 403, 404)
     return isinstance(error, hub.HFValidationError)
 
 
