@@ -35,8 +35,9 @@ from griffin.analysis import files, machine
 from griffin.analysis.bootstrap import mean_interval
 from griffin.cli.arguments import parse_densities
 from griffin.errors import GriffinError
-from griffin.generation.load import load
-from griffin.layouts import FFBlock, find_ff_blocks, rows
+from griffin.layouts import FFBlock, find_ff_blocks
+from griffin.models.load import load
+from griffin.weights.projection import rows
 
 BITS = {"bf16": 16.0, "int8": 8.0, "int4": 4.5}  # a weight, int4 with the float16 scales of its groups
 GROUP = 32  # weights that share a scale in int4

@@ -48,7 +48,7 @@ from griffin.cli.arguments import parse_densities
 from griffin.cli.tables import print_pairs, print_table
 from griffin.errors import GriffinError
 
-PASSAGE = Path(griffin.__file__).parent / "cli" / "passage.txt"
+PASSAGE = Path(griffin.__file__).parent / "analysis" / "passage.txt"
 BUSY_SHARE = 0.05  # of a core that this process may take while llama.cpp has its turn
 VARIATION = 1.5  # of llama.cpp's rounds, from which on it is told: beside other load it collapses
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin.backends import kernel, library, memory, operands
+from griffin.native import kernel, library, memory, operands
 
 Blocks = list[operands.Block]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

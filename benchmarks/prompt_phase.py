@@ -19,7 +19,7 @@ from torch import Tensor
 
 import griffin
 
-PASSAGE = Path(griffin.__file__).parent / "cli" / "passage.txt"
+PASSAGE = Path(griffin.__file__).parent / "analysis" / "passage.txt"
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ import griffin
 from griffin.analysis import shapes, workload
 from griffin.attachment import attach
 from griffin.config import GriffinConfig
-from griffin.generation.step import generate_step
+from griffin.engine.step import generate_step
 
-PASSAGE = Path(griffin.__file__).parent / "cli" / "passage.txt"
+PASSAGE = Path(griffin.__file__).parent / "analysis" / "passage.txt"
 STEPS = 8
 
 

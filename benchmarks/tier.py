@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from griffin.analysis import files, machine
-from griffin.backends import kernel, library, operands, tier
-from griffin.backends.quantised import convert
 from griffin.layouts import find_ff_blocks
+from griffin.method import dynamic as tier
+from griffin.models.convert import convert
+from griffin.native import kernel, library, operands
 
 SHAPES = {
     "smollm2-135m": (576, 1536, 60, "silu"),

@@ -27,9 +27,9 @@ from griffin.analysis.workload import passage_prompts
 from griffin.attachment import Conversation, attach
 from griffin.backends.reference import ReferenceFF
 from griffin.config import GriffinConfig
-from griffin.generation.step import generate_step
+from griffin.engine.step import generate_step
 
-PASSAGE = Path(griffin.__file__).parent / "cli" / "passage.txt"
+PASSAGE = Path(griffin.__file__).parent / "analysis" / "passage.txt"
 DISTURBED = 0.007
 Run = tuple[Tensor, list[Tensor], Conversation]
 

@@ -113,7 +113,7 @@ def main() -> None:
     from importlib.metadata import version
 
     from griffin.analysis import files, machine
-    from griffin.generation.builtin import BUILTIN, builtin_folder
+    from griffin.models.builtin import BUILTIN, builtin_folder
 
     folder = str(builtin_folder(BUILTIN[args.model])) if args.model in BUILTIN else args.model
     plain = Engine(folder, args.dtype, {})

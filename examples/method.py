@@ -1,7 +1,7 @@
 """A method of one's own beside the paper's: a function, and it is there under its name."""
 
 import griffin
-from griffin.selection import register, topk
+from griffin.method.selection import register, topk
 
 
 @register("inverse", "the neurons of smallest statistic: a control")

@@ -92,7 +92,7 @@ def test_griffin_agrees_more_the_denser_and_always_at_one(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     model, tokenizer = smollm2
-    text = (Path(griffin.__file__).parent / "cli" / "passage.txt").read_text()
+    text = (Path(griffin.__file__).parent / "analysis" / "passage.txt").read_text()
     ids = tokenizer(text, return_tensors="pt").input_ids
     prompt, continuation = ids[:, :400], ids[:, 400:500]
     full = teacher_forced_logits(model, prompt, continuation)

@@ -18,11 +18,12 @@ from griffin.analysis.benchmark import Row, Run, cases, ff_bytes_per_step
 from griffin.analysis.ceiling import bytes_read_per_token, ceiling
 from griffin.analysis.machine import Bandwidth
 from griffin.attachment import attach
-from griffin.backends import gather, library
+from griffin.backends import gather
 from griffin.cli import main
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.layouts import find_ff_blocks
+from griffin.native import library
 
 D, D_FF, LAYERS, VOCABULARY = 32, 64, 3, 100
 FF_BYTES = LAYERS * 3 * D * D_FF * 4

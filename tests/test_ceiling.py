@@ -18,9 +18,9 @@ from transformers.models.gemma3 import Gemma3ForCausalLM
 from griffin.analysis import benchmark, ceiling, flocking, shapes
 from griffin.analysis.ceiling import Machine, Part, Step, bytes_read_per_token, independent_union, step_of
 from griffin.analysis.workload import PACKED_BYTES
-from griffin.backends import library
 from griffin.cli import main
 from griffin.layouts import find_ff_blocks
+from griffin.native import library
 from test_bench import D_FF, LAYERS, TINY, TINY_OPT, D
 from test_cli import CONTEXT, ROOT, TEMPLATE, save_tiny
 

@@ -26,12 +26,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from griffin import cli
 from griffin.analysis.ceiling import bytes_read_per_token
 from griffin.attachment import attach
-from griffin.cli import arguments, info, main, session
+from griffin.cli import arguments, main
+from griffin.cli.commands import info
 from griffin.config import GriffinConfig
-from griffin.generation.builtin import BUILTIN, DEFAULT_MODEL
+from griffin.engine.step import Sampling
+from griffin.generation import chat as session
 from griffin.generation.generate import generate
-from griffin.generation.load import load
-from griffin.generation.step import Sampling
+from griffin.models.builtin import BUILTIN, DEFAULT_MODEL
+from griffin.models.load import load
 
 ROOT = Path(__file__).parent.parent
 SPECIAL = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -247,7 +249,7 @@ def test_what_fails_outside(error: BaseException, code: int, capsys: Any, monkey
         raise error
 
     monkeypatch.setattr(arguments, "read_text", fail)
-    monkeypatch.setattr("griffin.cli.generate.read_text", fail)
+    monkeypatch.setattr("griffin.cli.commands.generate.read_text", fail)
     assert main(["generate", "-f", "x"]) == code
     err = capsys.readouterr().err
     assert "Traceback" not in err
@@ -258,7 +260,7 @@ def test_a_defect_of_the_program_shows_its_traceback(monkeypatch: Any) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("griffin.cli.generate.read_text", fail)
+    monkeypatch.setattr("griffin.cli.commands.generate.read_text", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["generate", "-f", "x"])
 

@@ -5,7 +5,7 @@ import pytest
 from griffin import GriffinConfig
 from griffin.backends import _BACKENDS
 from griffin.config import BACKENDS, SELECTIONS
-from griffin.selection import SELECTIONS as FUNCTIONS
+from griffin.method.selection import SELECTIONS as FUNCTIONS
 
 
 def test_names_of_config_are_those_that_exist() -> None:

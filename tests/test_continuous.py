@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 import griffin
 from conftest import tiny_llama
 from families import random_model
-from griffin.backends import library
 from griffin.config import GriffinConfig
-from griffin.generation.continuous import Batch, Row
-from griffin.generation.step import generate_step
+from griffin.engine.batch import Batch, Row
+from griffin.engine.step import generate_step
+from griffin.native import library
 
 needs_native = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 LENGTHS = (7, 1, 12, 5, 9)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from griffin import config, selection
+from griffin import config
+from griffin.method import selection
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -49,4 +50,8 @@ def test_importing_griffin_is_light() -> None:
     assert not imported_by("import griffin") & {"torch", "transformers", "numpy", "rich"}
     heavy = {"vllm", "lm_eval", "fastapi", "matplotlib", "plotly"}
     assert not imported_by("import griffin; [getattr(griffin, name) for name in griffin.__all__]") & heavy
-    assert not imported_by("import griffin.integrations.lm_eval, griffin.cli.eval") & {*heavy, "torch", "datasets"}
+    assert not imported_by("import griffin.integrations.lm_eval, griffin.cli.commands.eval") & {
+        *heavy,
+        "torch",
+        "datasets",
+    }

@@ -38,8 +38,8 @@ from griffin.config import GriffinConfig
 from griffin.integrations.lm_eval import SUITES, TASKS, GriffinLM, evaluate, generating
 from griffin.integrations.lm_eval import data as data_files
 from griffin.integrations.lm_eval.generating import Shared
-from griffin.integrations.lm_eval.jobs import measured, task_jobs
 from griffin.integrations.lm_eval.metrics import coqa_results, f1, normalised, qasper_results, rouge_results
+from griffin.integrations.lm_eval.sweep import measured, task_jobs
 from griffin.integrations.lm_eval.tasks import manager
 
 # Different batches and shapes of one float64 computation: the last digits differ, and 100 tokens add up.
@@ -276,7 +276,7 @@ def test_long_continuations_run_in_parts(
 
 
 def test_the_native_backend_scores_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
-    from griffin.backends import library
+    from griffin.native import library
 
     if (reason := library.available()) is not None:
         pytest.skip(reason)

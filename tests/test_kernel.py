@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin.backends import kernel, library, operands
+from griffin.native import kernel, library, operands
 
 pytestmark = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 

@@ -23,14 +23,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
-from griffin.backends import library
 from griffin.cache import cache_folder
 from griffin.errors import GriffinError
-from griffin.generation import builtin, packed
-from griffin.generation.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
-from griffin.generation.load import check_gguf, load
-from griffin.generation.made_once import MANIFEST
-from griffin.generation.progress import progress
+from griffin.models import builtin, packed
+from griffin.models.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
+from griffin.models.cache_entry import MANIFEST
+from griffin.models.load import check_gguf, load
+from griffin.models.progress import progress
+from griffin.native import library
 
 
 def message_of(kind: type[Exception], call: Callable[[], Any], *parts: str) -> str:
@@ -606,7 +606,7 @@ def test_a_gguf_file_in_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     builtin_model, tokenizer = load(DEFAULT_MODEL, weights="int8")
     monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
     made, _ = load(source, weights="int8")
-    monkeypatch.setattr("griffin.generation.load.read_gguf", lambda *_: pytest.fail("requantised again"))
+    monkeypatch.setattr("griffin.models.load.read_gguf", lambda *_: pytest.fail("requantised again"))
     again, again_tokenizer = load(source, weights="int8")
     expected = builtin_model.state_dict()
     for model in (made, again):

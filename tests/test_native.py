@@ -28,9 +28,9 @@ from transformers import (
 import griffin
 from conftest import tiny_llama
 from griffin import generate_step
-from griffin.backends import library
-from griffin.decode.cache import BufferedCache
-from griffin.decode.step import NativeStep, new_cache, step_of
+from griffin.engine.cache import BufferedCache
+from griffin.engine.decoders import NativeStep, new_cache, step_of
+from griffin.native import library
 
 if (reason := library.available()) is not None:
     pytest.fail(f"these tests need the native library: {reason}", pytrace=False)

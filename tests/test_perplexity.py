@@ -208,7 +208,7 @@ def test_sequences_that_cannot_be_measured_are_refused() -> None:
 @pytest.mark.model
 def test_one_pass_equals_generating_on_a_real_model(smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     model, tokenizer = smollm2
-    text = (Path(griffin.__file__).parent / "cli" / "passage.txt").read_text()
+    text = (Path(griffin.__file__).parent / "analysis" / "passage.txt").read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"][:300]).view(2, 150)
     for measured in measure(model, ids, 120, CONFIGS[:2]):
         logits = step_by_step(model, ids, 120, measured.config)

@@ -15,11 +15,11 @@ from griffin import GriffinConfig
 from griffin.analysis import perplexity, profiling
 from griffin.attachment import profile as profiles
 from griffin.attachment.profile import PSEUDO_TOKENS, Profile
-from griffin.backends import library
-from griffin.backends.quantised import convert
 from griffin.cli import main
 from griffin.errors import GriffinError
 from griffin.layouts import find_ff_blocks
+from griffin.models.convert import convert
+from griffin.native import library
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2], [7, 7, 12, 90, 4, 33, 18, 2, 61, 50, 11]])
 

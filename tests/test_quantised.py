@@ -12,10 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import griffin
 from conftest import tiny_llama
-from griffin.backends import kernel, library, operands, packing
-from griffin.backends.neuron_major import is_neuron_major
-from griffin.backends.quantised import QuantisedLinear, convert, ff_records, prepare
-from griffin.layouts import find_ff_blocks, rows
+from griffin.backends.native import ff_records
+from griffin.layouts import find_ff_blocks
+from griffin.models.convert import convert, prepare
+from griffin.native import kernel, library, operands, packing
+from griffin.weights.neuron_major import is_neuron_major
+from griffin.weights.projection import rows
+from griffin.weights.quantised import QuantisedLinear
 
 pytestmark = pytest.mark.skipif(library.available() is not None, reason=f"{library.available()}")
 FORMATS = ("int8", "int4")
@@ -74,7 +77,7 @@ def test_linear_against_its_dequantised_weights(format: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_more_blocks_than_one(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("griffin.backends.wide.BLOCK_VALUES", 128 * 130)
+    monkeypatch.setattr("griffin.weights.float32_gemm.BLOCK_VALUES", 128 * 130)
     linear = quantised(torch.randn(700, 130), format, torch.randn(700))
     x = torch.randn(20, 130)
     assert linear.bias is not None

@@ -11,7 +11,7 @@ import griffin
 from conftest import tiny_llama
 from griffin import config
 from griffin.config import GriffinConfig
-from griffin.selection import SELECTIONS, magnitude_scores, register, select, wanda
+from griffin.method.selection import SELECTIONS, magnitude_scores, register, select, wanda
 
 
 def generator(seed: int = 0) -> torch.Generator:

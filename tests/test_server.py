@@ -33,8 +33,8 @@ from conftest import tiny_llama
 from griffin.config import GriffinConfig
 from griffin.integrations.server.app import make_app
 from griffin.integrations.server.engine import Engine
-from griffin.integrations.server.reading import Settings
-from griffin.integrations.server.requests import Limits
+from griffin.integrations.server.types import Limits
+from griffin.integrations.server.validation import Settings
 
 NAME = "smollm2-135m"
 SIZES = {"vocab_size": 49152, "max_position_embeddings": 8192}  # the real model's
@@ -248,7 +248,7 @@ def test_tokens_for_text(smollm2: Loaded, quick: Server) -> None:
 
 @pytest.mark.model
 def test_tokens_that_are_part_of_a_character_are_told_by_their_bytes(smollm2: Loaded) -> None:
-    from griffin.integrations.server.answers import shown, token_bytes
+    from griffin.integrations.server.openai_chunks import shown, token_bytes
 
     for text in ("naïve 東京 🤷🏽‍♀️\t\n ok", "plain text"):
         found = [token_bytes(smollm2[1], token) for token in smollm2[1](text)["input_ids"]]
@@ -352,8 +352,8 @@ def test_a_long_prompt_does_not_hold_up_a_running_answer(quick: Server) -> None:
         ({"griffin": {"density": 7}}, 422, "griffin.density", "less than or equal to 1"),
         ({"griffin": {"density": 0}}, 422, "griffin.density", "greater than 0"),
         ({"griffin": {"densty": 0.5}}, 422, "griffin.densty", "griffin.densty is not supported"),
-        ({"griffin": {"selection": "tpk"}}, 422, "griffin.selection", "did you mean 'topk'"),
-        ({"griffin": {"selection": "wanda"}}, 422, "griffin.selection", "cannot be served"),
+        ({"griffin": {"selection": "tpk"}}, 422, "griffin.method.selection", "did you mean 'topk'"),
+        ({"griffin": {"selection": "wanda"}}, 422, "griffin.method.selection", "cannot be served"),
         ({"griffin": {"layers": [99]}}, 422, "griffin.layers", "this model has layers 0 to 5"),
         ({"griffin": {"loss": 0.1, "density": 0.5}}, 422, None, "griffin.density|there are a loss|loss"),
         ({"suffix": "x"}, 422, "suffix", "suffix is not supported; leave it out"),

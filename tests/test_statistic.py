@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from griffin import statistic
+from griffin.method import statistic
 
 
 def naive_energy(z: torch.Tensor) -> list[float]:

@@ -14,10 +14,11 @@ import griffin
 from conftest import tiny_llama
 from griffin import GriffinConfig, generate_step
 from griffin.analysis import perplexity
-from griffin.backends import kernel, library, operands, tier
-from griffin.backends.quantised import convert
-from griffin.generation.step import Sampling
+from griffin.engine.step import Sampling
 from griffin.layouts import find_ff_blocks
+from griffin.method import dynamic as tier
+from griffin.models.convert import convert
+from griffin.native import kernel, library, operands
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2], [7, 7, 12, 90, 4, 33, 18, 2, 61, 50, 11]])
 LATER = torch.tensor([[8, 30, 77], [19, 5, 64]])

@@ -14,16 +14,16 @@ from griffin.version import __version__
 
 if TYPE_CHECKING:
     from griffin.attachment import Conversation, Griffin, Phase, attach
+    from griffin.engine.step import Sampling, Step, generate_step
     from griffin.generation.generate import Result, generate, stream_generate
-    from griffin.generation.load import load
-    from griffin.generation.step import Sampling, Step, generate_step
     from griffin.layouts import LAYOUTS, FFBlock, Layout, find_ff_blocks
+    from griffin.models.load import load
 
 _HOMES = {
     "griffin.attachment": ("Conversation", "Griffin", "Phase", "attach"),
     "griffin.generation.generate": ("Result", "generate", "stream_generate"),
-    "griffin.generation.load": ("load",),
-    "griffin.generation.step": ("Sampling", "Step", "generate_step"),
+    "griffin.models.load": ("load",),
+    "griffin.engine.step": ("Sampling", "Step", "generate_step"),
     "griffin.layouts": ("LAYOUTS", "FFBlock", "Layout", "find_ff_blocks"),
 }
 

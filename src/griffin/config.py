@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-# The one list of methods, by name: flags, help pages, sweeps and reports read it. `griffin.selection` has a function
-# for each of them, and its `register` adds another.
+# The one list of methods, by name: flags, help pages, sweeps and reports read it. `griffin.method.selection` has a
+# function for each of them, and its `register` adds another.
 SELECTIONS = {
     "topk": "the neurons of largest flocking statistic: the paper's",
     "sample": "drawn with probability proportional to the statistic: the paper's variant",
@@ -41,7 +41,7 @@ class GriffinConfig:
         selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control),
             `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the paper's unstructured
             baseline: single weights, not neurons, so that it saves no time; for evaluation). `tier+` before one of the
-            first four adds the token tier (`griffin.backends.tier`), which loses far less at the same bytes; `prior+`
+            first four adds the token tier (`griffin.method.dynamic`), which loses far less at the same bytes; `prior+`
             the model's profile. `auto` is `topk` with `prior+` for a model that has a profile, and with `tier+` where
             that saves time: where the native backend runs.
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.

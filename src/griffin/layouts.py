@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from griffin.activation import activation_of
+from griffin.weights.projection import bias_of, is_plain, nbytes_of, rows, shape_of
+from griffin.weights.quantised import QuantisedLinear
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -49,15 +53,6 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
-# Projections that do no more than multiply and add. By full name: the adapters of PEFT are called Linear too.
-_PLAIN = (
-    "torch.nn.modules.linear.Linear",
-    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
-    "transformers.pytorch_utils.Conv1D",
-    "transformers.models.falcon.modeling_falcon.FalconLinear",
-    "griffin.backends.wide.WideLinear",
-)
-
 # Families that a row would fit, but whose neurons are not independent of each other: model_type and why.
 _TOP_NEURONS = "its gate is cut at a threshold over all neurons of a token (activation_sparsity_pattern)"
 _NOT_INDEPENDENT = {"gemma3n": _TOP_NEURONS, "gemma3n_text": _TOP_NEURONS}
@@ -91,21 +86,26 @@ class FFBlock:
         return self.layout.fused or len(self.inputs) > 1
 
     @property
+    def activation(self) -> str | None:
+        """Name of the block's activation in `griffin.activation.ACTIVATIONS`; `None` for another one."""
+        return activation_of(self.module)
+
+    @property
     def parameters(self) -> int:
         """Number of weights that belong to neurons: the rows of the input projections, the columns of the output."""
         weights = sum(math.prod(shape_of(projection)) for projection in (*self.inputs, self.output))
-        return weights + sum(_bias_of(projection).numel() for projection in self.inputs)
+        return weights + sum(bias_of(projection).numel() for projection in self.inputs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of those weights as they are stored, scales included."""
-        weights = sum(_weight_bytes(projection) for projection in (*self.inputs, self.output))
-        return weights + sum(_bias_of(projection).nbytes for projection in self.inputs)
+        weights = sum(nbytes_of(projection) for projection in (*self.inputs, self.output))
+        return weights + sum(bias_of(projection).nbytes for projection in self.inputs)
 
     @property
     def quantised(self) -> bool:
         """Whether the weights are packed: a `QuantisedLinear` each, which has no `weight`."""
-        return is_quantised(self.output)
+        return isinstance(self.output, QuantisedLinear)
 
     def input_weights(self) -> list[Tensor]:
         """Weights that read the block's input, one tensor for the gate (if there is one) and one for `W_1`.
@@ -121,7 +121,8 @@ class FFBlock:
         Shapes: each (D_ff,), float32.
         """
         if self.quantised:
-            return [norm for projection in self.inputs for norm in projection.row_norms()]  # type: ignore[operator]
+            packed = [projection for projection in self.inputs if isinstance(projection, QuantisedLinear)]
+            return [norm for projection in packed for norm in projection.row_norms()]
         return [torch.linalg.vector_norm(weight.detach().float(), dim=1) for weight in self.input_weights()]
 
     def output_norms(self) -> Tensor:
@@ -129,43 +130,10 @@ class FFBlock:
 
         Shapes: (D_ff,), float32.
         """
-        if self.quantised:
-            norms: Tensor = self.output.row_norms()[0]  # type: ignore[operator]
-        else:
-            norms = torch.linalg.vector_norm(rows(self.output)[0].detach().float(), dim=0)
+        if isinstance(self.output, QuantisedLinear):
+            return self.output.row_norms()[0]
+        norms: Tensor = torch.linalg.vector_norm(rows(self.output)[0].detach().float(), dim=0)
         return norms
-
-
-def is_quantised(projection: nn.Module) -> bool:
-    """Whether a projection is a `QuantisedLinear`, known by what it has: `backends` is above this room."""
-    return isinstance(getattr(projection, "packed", None), Tensor)
-
-
-def shape_of(projection: nn.Module) -> tuple[int, int]:
-    """out_features, in_features."""
-    if is_quantised(projection):
-        return int(projection.out_features), int(projection.in_features)  # type: ignore[arg-type]
-    height, width = rows(projection)[0].shape
-    return height, width
-
-
-def _bias_of(projection: nn.Module) -> Tensor:
-    return projection.bias if isinstance(projection.bias, Tensor) else torch.empty(0)
-
-
-def _weight_bytes(projection: nn.Module) -> int:
-    return int(projection.nbytes) if is_quantised(projection) else rows(projection)[0].nbytes  # type: ignore[arg-type]
-
-
-def rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a projection, the weight as a view of shape (out_features, in_features).
-
-    `nn.Linear` stores it so; the Conv1D of GPT-2 stores the transpose.
-    """
-    weight, bias = projection.weight, projection.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
-    return (weight if isinstance(projection, nn.Linear) else weight.T), bias
 
 
 def find_ff_blocks(model: nn.Module, layout: Layout | None = None) -> list[FFBlock]:
@@ -264,7 +232,7 @@ def _checked(index: int, path: str, layer: nn.Module, module: nn.Module, layout:
     inputs = tuple(getattr(module, attribute) for attribute in layout.inputs)
     output = getattr(module, layout.output)
     for attribute, projection in zip((*layout.inputs, layout.output), (*inputs, output), strict=True):
-        if not (is_plain(projection) or is_quantised(projection)):
+        if not (is_plain(projection) or isinstance(projection, QuantisedLinear)):
             raise ValueError(
                 f"{name}: {path}.{attribute} is a {type(projection).__module__}.{type(projection).__name__}, not a "
                 "plain Linear or Conv1D of floating-point weights; load the model unquantised and without adapters"
@@ -296,16 +264,3 @@ def _others(layer: nn.Module, module: nn.Module, layout: Layout) -> Iterator[tup
         return iter(())
     named = {*layout.inputs, layout.output}
     return ((child, other) for child, other in module.named_children() if child not in named)
-
-
-def is_plain(projection: nn.Module) -> bool:
-    """Whether a projection is a Linear or Conv1D of floating-point weights and nothing more."""
-    kind = type(projection)
-    weight = getattr(projection, "weight", None)
-    # The exact type of the weight: torchao's quantised tensors are subclasses that call themselves bfloat16.
-    return (
-        f"{kind.__module__}.{kind.__qualname__}" in _PLAIN
-        and isinstance(weight, Tensor)
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    )

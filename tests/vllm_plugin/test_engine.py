@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import griffin
-from griffin.generation.builtin import BUILTIN, builtin_folder
+from griffin.models.builtin import BUILTIN, builtin_folder
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed here: make test-vllm has an environment of its own", allow_module_level=True)
@@ -149,7 +149,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 def of_halves(library: Library, prompt: list[int]) -> list[dict[int, list[int]]]:
     """Experts of the library's statistic, selected within either half of the neurons."""
-    from griffin.selection import topk
+    from griffin.method.selection import topk
 
     with griffin.attach(library.model, density=0.5) as handle, handle.prompt_phase(), torch.no_grad():
         library.model(torch.tensor([prompt]))

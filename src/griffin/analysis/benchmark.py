@@ -21,14 +21,16 @@ from griffin.analysis.ceiling import bytes_read_per_token, ceiling
 from griffin.analysis.machine import Bandwidth
 from griffin.analysis.verification import verify
 from griffin.attachment import Griffin, attach
-from griffin.backends import library, resolve
-from griffin.backends.neuron_major import make_neuron_major
-from griffin.backends.quantised import FLOATS, QUANTISED, convert
+from griffin.backends import resolve
 from griffin.config import GriffinConfig
+from griffin.engine.step import generate_step
 from griffin.errors import GriffinError
-from griffin.generation.step import generate_step
 from griffin.generation.text import context_length
 from griffin.layouts import find_ff_blocks
+from griffin.models.convert import convert
+from griffin.native import library
+from griffin.weights.neuron_major import make_neuron_major
+from griffin.weights.quantised import FLOATS, QUANTISED
 
 # Formats of weights, and the dtype in which a model is built before it is converted: what stays of it is that dtype.
 WEIGHTS = {**FLOATS, **dict.fromkeys(QUANTISED, torch.bfloat16)}
@@ -298,5 +300,5 @@ def laid_out_once(model: PreTrainedModel, *backends: str) -> Iterator[None]:
         if any(resolve(backend, blocks).name == "native" for backend in backends):
             for block in blocks:
                 if not block.quantised:  # records are neuron-major as they are
-                    make_neuron_major(block, undo)
+                    make_neuron_major(block.output, block.path, undo)
         yield

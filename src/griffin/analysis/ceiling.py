@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from griffin.errors import GriffinError
-from griffin.layouts import find_ff_blocks, is_quantised, shape_of
+from griffin.layouts import find_ff_blocks
+from griffin.weights.projection import shape_of
+from griffin.weights.quantised import QuantisedLinear
 
 
 def bytes_read_per_token(model: nn.Module) -> int:
@@ -137,9 +139,9 @@ def _read(model: nn.Module, bytes_per_weight: float | None) -> dict[int, tuple[i
     """Number and bytes of the weights that are read for a token, shared ones once."""
     read: dict[int, tuple[int, int]] = {}
     for module in model.modules():
-        if is_quantised(module):
+        if isinstance(module, QuantisedLinear):
             height, width = shape_of(module)
-            read[id(module)] = height * width, int(module.nbytes)  # type: ignore[arg-type]
+            read[id(module)] = height * width, int(module.nbytes)
         if isinstance(module, nn.Embedding):
             continue
         for name, own in module.named_parameters(recurse=False):

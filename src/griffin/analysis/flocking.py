@@ -1,7 +1,7 @@
 """Look at flocking itself: tokens of one sequence agree on the FF neurons that matter, sequences do not.
 
 Everything starts from |Zbar|, the relative activations of every token, or from the energies `A = s**2` of whole
-sequences (see `griffin.statistic`), and is returned as tensors, by layer.
+sequences (see `griffin.method.statistic`), and is returned as tensors, by layer.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from griffin import selection
 from griffin.attachment import attach
 from griffin.config import GriffinConfig
 from griffin.layouts import find_ff_blocks
-from griffin.statistic import EPS
+from griffin.method import selection
+from griffin.method.statistic import EPS
 
 
 @torch.no_grad()

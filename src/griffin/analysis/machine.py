@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from griffin.backends import library, memory
+from griffin.native import library, memory
 from griffin.version import __version__
 
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "asimd", "sve")

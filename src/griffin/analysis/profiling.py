@@ -15,7 +15,7 @@ from griffin.analysis import perplexity
 from griffin.attachment import attach
 from griffin.attachment.profile import Profile, format_of, sample
 from griffin.config import BEST, GriffinConfig
-from griffin.generation.step import Sampling, generate_step
+from griffin.engine.step import Sampling, generate_step
 from griffin.layouts import find_ff_blocks
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from griffin.attachment import Conversation, attach
 from griffin.config import GriffinConfig
+from griffin.engine.step import generate_step
 from griffin.errors import GriffinError
-from griffin.generation.step import generate_step
 from griffin.layouts import find_ff_blocks
 
 STEPS = 4

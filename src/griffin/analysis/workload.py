@@ -16,11 +16,11 @@ from griffin.analysis import benchmark, machine, shapes
 from griffin.analysis.benchmark import Row
 from griffin.analysis.machine import Bandwidth
 from griffin.analysis.shapes import Shape
-from griffin.backends.quantised import FLOATS
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
-from griffin.generation.load import load
 from griffin.layouts import decoder_layers
+from griffin.models.load import load
+from griffin.weights.quantised import FLOATS
 
 PACKED_BYTES = {"int8": 1.0, "int4": 0.5625}  # of a weight, its share of a scale included
 _VERIFIED_LAYERS = 2  # of a shape: as wide as the whole model, and verified in seconds

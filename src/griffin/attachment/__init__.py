@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from griffin.attachment.conversation import Conversation
-from griffin.attachment.generating import attach_generate
 from griffin.attachment.handle import Griffin, Phase, refuse_training
 from griffin.attachment.selected import Selected
+from griffin.attachment.transformers_generate import attach_generate
 from griffin.config import GriffinConfig
 from griffin.layouts import Layout
+from griffin.method.statistics import Conversation
 
 __all__ = ["Conversation", "Griffin", "Phase", "Selected", "attach"]
 

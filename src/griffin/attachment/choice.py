@@ -8,11 +8,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from griffin import selection, statistic
-from griffin.attachment.conversation import Conversation
-from griffin.backends.tier import Split, Tier, output_norms
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
+from griffin.method import selection, statistic
+from griffin.method.dynamic import Split, Tier, output_norms
+from griffin.method.statistics import Conversation
 
 Experts = dict[int, tuple[Tensor, ...]]
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from griffin import backends
 from griffin.attachment import choice, profile
-from griffin.attachment.conversation import Conversation
-from griffin.attachment.gathering import Gathering
+from griffin.attachment.collector import Gathering
 from griffin.attachment.masking import mask_weights
 from griffin.attachment.patching import patch
 from griffin.attachment.selected import Selected, select_one
 from griffin.backends import native
 from griffin.backends.masked import MaskedFF
-from griffin.backends.tier import Split, Tier, make_sketches, split
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock, Layout, find_ff_blocks
+from griffin.method.dynamic import Split, Tier, make_sketches, split
+from griffin.method.statistics import Conversation
 
 logger = logging.getLogger("griffin")
 

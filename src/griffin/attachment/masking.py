@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from griffin import selection, statistic
-from griffin.attachment.conversation import Conversation
 from griffin.backends import SparseFF
 from griffin.backends.masked import MaskedFF
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, rows
+from griffin.layouts import FFBlock
+from griffin.method import selection, statistic
+from griffin.method.statistics import Conversation
+from griffin.weights.projection import rows
 
 
 def mask_weights(

@@ -20,14 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from griffin.attachment.conversation import Conversation
-from griffin.backends.activation import activation_of
 from griffin.backends.native import unusable
-from griffin.backends.quantised import QuantisedLinear
 from griffin.cache import cache_folder
 from griffin.config import AUTO, BEST, GriffinConfig
 from griffin.errors import GriffinError
-from griffin.layouts import FFBlock, rows
+from griffin.layouts import FFBlock
+from griffin.method.statistics import Conversation
+from griffin.weights.projection import rows
+from griffin.weights.quantised import QuantisedLinear
 
 PSEUDO_TOKENS = 100  # m: from 32 to 400 make little difference (results/ablation)
 FOLDERS = (Path(__file__).parents[1] / "profiles", Path("profiles"))  # the second in the cache
@@ -211,7 +211,7 @@ def resolved(
 def _tier_pays(blocks: Sequence[FFBlock], backend: str) -> bool:
     """Whether `auto` takes a token tier: where the native library computes it. The reference does what native does."""
     if backend == "reference":
-        return all(activation_of(block) is not None for block in blocks)
+        return all(block.activation is not None for block in blocks)
     return backend != "gather" and all(unusable(block) is None for block in blocks)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from griffin.attachment import choice, profile
-from griffin.attachment.conversation import Conversation
-from griffin.backends.tier import Tier, make_sketches, split
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, rows
+from griffin.layouts import FFBlock
+from griffin.method.dynamic import Tier, make_sketches, split
+from griffin.method.statistics import Conversation
+from griffin.weights.projection import rows
 
 
 @dataclass(frozen=True, eq=False)

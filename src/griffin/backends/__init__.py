@@ -14,9 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from griffin.backends import gather, library, masked, native, reference
-from griffin.backends.tier import Tier
+from griffin.backends import gather, masked, native, reference
 from griffin.layouts import FFBlock
+from griffin.method.dynamic import Tier
+from griffin.native import library
 
 
 class SparseFF(Protocol):

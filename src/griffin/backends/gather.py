@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.backends.reference import split_rows
-from griffin.backends.tier import Tier
-from griffin.layouts import FFBlock, rows
+from griffin.layouts import FFBlock
+from griffin.method.dynamic import Tier
+from griffin.weights.projection import rows
 
 
 class GatherFF:

@@ -16,13 +16,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from griffin.backends import kernel, library, operands
-from griffin.backends.activation import activation_of
-from griffin.backends.neuron_major import make_neuron_major
-from griffin.backends.quantised import ff_records
 from griffin.backends.reference import split_rows
-from griffin.backends.tier import Tier, sketch
-from griffin.layouts import FFBlock, rows, shape_of
+from griffin.layouts import FFBlock
+from griffin.method.dynamic import Tier, sketch
+from griffin.native import kernel, library, operands
+from griffin.weights.neuron_major import make_neuron_major
+from griffin.weights.projection import rows, shape_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +61,7 @@ class NativeFF:
         if (reason := unusable(block)) is not None:
             raise ValueError(f"the native backend cannot be used: {reason}")
         if not block.quantised:  # records are neuron-major as they are
-            make_neuron_major(block, undo)
+            make_neuron_major(block.output, block.path, undo)
         self._width = block.width
         self._ff, self._block = block, native_block(block)
         self.number = next(_NUMBERS)
@@ -145,14 +144,14 @@ def unusable(block: FFBlock) -> str | None:
             return f"{block.path} has weights of {weight.dtype}; expected float32, bfloat16 or float16"
     if any(weight.stride(1) != 1 for weight in weights[:-1]):
         return f"{block.path} stores its input projections column by column (Conv1D), so no neuron is contiguous"
-    if activation_of(block) is None:
+    if block.activation is None:
         return f"{block.path} has an activation that the native library does not know"
     return None
 
 
 def native_block(block: FFBlock) -> operands.Block:
     """A block of the native library over the model's own weights, which must be neuron-major or quantised."""
-    activation = activation_of(block)
+    activation = block.activation
     assert activation is not None
     biases: list[Any] = [projection.bias for projection in block.inputs]
     if block.layout.fused:
@@ -183,3 +182,23 @@ def native_block(block: FFBlock) -> operands.Block:
         up_bias=up_bias,
         out_bias=out_bias,
     )
+
+
+def ff_records(block: FFBlock) -> tuple[Tensor, Tensor | None]:
+    """The records that an FF block's projections are views into, and int8's scales, for `operands.ff_records`.
+
+    Shapes: (D_ff, bytes of a record) uint8; (D_ff, 3), or 2 ungated, float32.
+
+    Raises:
+        ValueError: the projections do not lie in one record, as after somebody replaced one of them.
+    """
+    projections = (*block.inputs, block.output)
+    packed = [part for projection in projections for part in projection.packed]  # type: ignore[union-attr]
+    first, (d_ff, row) = packed[0], packed[0].shape
+    record = row * len(packed)
+    addresses = [part.data_ptr() - first.data_ptr() for part in packed]
+    if addresses != [i * row for i in range(len(packed))] or any(part.stride() != (record, 1) for part in packed):
+        raise ValueError(f"{block.path}: gate, up and down do not lie in one record; load or convert the model again")
+    records = first.as_strided((d_ff, record), (record, 1))
+    own = block.inputs[0].scales
+    return records, own[0].as_strided((d_ff, len(packed)), (len(packed), 1)) if isinstance(own, Tensor) else None

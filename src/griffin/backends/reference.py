@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.backends import operands
-from griffin.backends.activation import ACTIVATIONS, activation_of
-from griffin.backends.quantised import QuantisedLinear
-from griffin.backends.tier import Tier, sketch
-from griffin.layouts import FFBlock, rows
+from griffin.activation import ACTIVATIONS
+from griffin.layouts import FFBlock
+from griffin.method.dynamic import Tier, sketch
+from griffin.native import operands
+from griffin.weights.projection import rows
+from griffin.weights.quantised import QuantisedLinear
 
 _Project = Callable[[Tensor, Tensor], Tensor]
 
@@ -96,7 +97,7 @@ class ReferenceFF:
         gate, tier = self._gate, self._tier
         assert gate is not None
         assert tier is not None
-        name = activation_of(self._block)
+        name = self._block.activation
         assert name is not None
         values = ACTIVATIONS[name](gate).abs().float()
         weights = tier.weights.to(gate.device)

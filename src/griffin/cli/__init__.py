@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, prog=f"griffin {name}", usage=f"griffin {name} [options]")
         if name in argv:  # only the module of the command that was asked for is imported
-            module = importlib.import_module(f"griffin.cli.{name}")
+            module = importlib.import_module(f"griffin.cli.commands.{name}")
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)

@@ -21,7 +21,7 @@ from griffin.config import BACKENDS, BATCHES, REFINEMENTS, SELECTIONS, GriffinCo
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from griffin.generation.step import Sampling
+    from griffin.engine.step import Sampling
 
 BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m")
 REFINED = " and ".join(f"{name}+" for name in REFINEMENTS) + f" may stand before it, as in {'+'.join(REFINEMENTS)}+topk"
@@ -164,7 +164,7 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
     Raises:
         ValueError: a value is out of range.
     """
-    from griffin.generation.step import Sampling
+    from griffin.engine.step import Sampling
 
     given = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
     return Sampling(**{name: value for name, value in given.items() if value is not None})
@@ -177,7 +177,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
         ValueError: no such model, dtype or device.
         GriffinError: no network, a damaged file, a full disk.
     """
-    from griffin.generation.load import load
+    from griffin.models.load import load
 
     # On the command line an error is one line, and transformers' advice is for programs.
     logging.getLogger("transformers").setLevel(logging.ERROR)

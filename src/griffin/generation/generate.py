@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
-from griffin.generation.step import Sampling, generate_step
+from griffin.engine.step import Sampling, generate_step
 from griffin.generation.text import Answer, Prompt, context_length, encode, pad
 from griffin.layouts import find_ff_blocks
 

@@ -17,10 +17,10 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
-from griffin.decode.step import new_cache
+from griffin.engine.decoders import new_cache
+from griffin.engine.step import Sampling, generate_step
 from griffin.errors import GriffinError
 from griffin.generation.generate import end_tokens
-from griffin.generation.step import Sampling, generate_step
 from griffin.generation.text import Answer
 from griffin.version import __version__
 

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
-from griffin.generation.builtin import BUILTIN
-from griffin.generation.load import load, loading_error
 from griffin.integrations.lm_eval import PHASES
 from griffin.integrations.lm_eval.generating import Batch, Shared, answer, sampling_of
 from griffin.integrations.lm_eval.scoring import Request, Scorer
+from griffin.models.builtin import BUILTIN
+from griffin.models.load import load, loading_error
 
 logger = logging.getLogger("griffin")
 

@@ -16,15 +16,15 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from griffin.integrations.server import schema
-from griffin.integrations.server.answers import Chunks, fold, token_bytes
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, answer, failed, invalid, of_http, refusal
 from griffin.integrations.server.flocking import picture
-from griffin.integrations.server.limits import Gate
 from griffin.integrations.server.metrics import Counted, Metrics
-from griffin.integrations.server.reading import Settings, config_of, encoded, prompts_of, sampling_of, tokens_of
-from griffin.integrations.server.requests import Event, FullError, StoppedError, Summary
-from griffin.integrations.server.requests import Request as Asked
+from griffin.integrations.server.middleware import Gate
+from griffin.integrations.server.openai_chunks import Chunks, fold, token_bytes
+from griffin.integrations.server.types import Event, FullError, StoppedError, Summary
+from griffin.integrations.server.types import Request as Asked
+from griffin.integrations.server.validation import Settings, config_of, encoded, prompts_of, sampling_of, tokens_of
 from griffin.version import __version__
 
 _T = TypeVar("_T")

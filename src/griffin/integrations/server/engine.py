@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
-from griffin.generation.continuous import Batch, Prompt, Row
+from griffin.engine.batch import Batch, Prompt, Row
+from griffin.engine.step import Draw
 from griffin.generation.generate import end_tokens
-from griffin.generation.step import Draw
 from griffin.generation.text import Answer, context_length
-from griffin.integrations.server.requests import (
+from griffin.integrations.server.types import (
     Event,
     FullError,
     LateError,

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from griffin.integrations.server import schema
-from griffin.integrations.server.requests import LateError, StoppedError
+from griffin.integrations.server.types import LateError, StoppedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -18,10 +18,11 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
-from griffin.backends import activation, kernel, library, operands
+from griffin import activation
 from griffin.integrations.vllm.copied import Copied
 from griffin.integrations.vllm.requests import Request, Step
 from griffin.layouts import FFBlock, Layout
+from griffin.native import kernel, library, operands
 
 STEP = "griffin"
 """The step's plan in vLLM's forward context. Dummy runs have none there, so they run the model's own FF."""

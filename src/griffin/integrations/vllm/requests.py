@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from griffin.attachment import choice
-from griffin.attachment.conversation import Conversation
-from griffin.backends import kernel
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
+from griffin.method.statistics import Conversation
+from griffin.native import kernel
 
 
 class Scheduled(NamedTuple):

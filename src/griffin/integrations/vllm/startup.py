@@ -8,9 +8,9 @@ from typing import Any
 
 import vllm
 
-from griffin.backends import library
 from griffin.config import GriffinConfig
 from griffin.integrations.vllm import settings
+from griffin.native import library
 
 VERSIONS = ((0, 32), (0, 33))
 """First version that was tested, and first that was not."""

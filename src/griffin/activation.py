@@ -1,0 +1,47 @@
+"""Which activation an FF block applies to its gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+@torch.no_grad()
+def activation_of(module: nn.Module) -> str | None:
+    """Which of the library's activations the module of an FF block uses, found by calling it; `None` for another one.
+
+    Names in configs are not unique ("gelu" means three functions), so the block's own callable is asked.
+    """
+    named = {**vars(module), **dict(module.named_children())}
+    for name, function in named.items():
+        if not callable(function) or not any(part in name.lower() for part in ("act", "gelu")):
+            continue
+        if (activation := name_of(function)) is not None:
+            return activation
+    return None
+
+
+def name_of(function: Callable[[Tensor], object]) -> str | None:
+    """Which of the library's activations a function is, found by trying it out; `None` for another one."""
+    probe = torch.linspace(-6.0, 6.0, 97)
+    try:
+        found = function(probe)
+    except Exception:  # not an activation: it wants other arguments
+        return None
+    for activation, expected in ACTIVATIONS.items():
+        if not isinstance(found, Tensor) or found.shape != probe.shape:
+            return None
+        if torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
+            return activation
+    return None

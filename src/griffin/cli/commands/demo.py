@@ -1,0 +1,182 @@
+"""The full model and GRIFFIN side by side on a real passage, everything measured in this run."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from griffin.cli.arguments import add_model_arguments, load_model
+from griffin.config import AUTO, GriffinConfig
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+    from griffin.generation.generate import Result
+
+_FULL = "full model"
+CASES = {
+    _FULL: GriffinConfig(density=1.0),
+    "GRIFFIN, half of the neurons": GriffinConfig(density=0.5),
+    "token tier, half of the bytes": GriffinConfig(density=0.5, selection=AUTO),
+    "token tier, three quarters": GriffinConfig(density=0.75, selection=AUTO),
+}
+_STATISTIC_TOKENS = 1024
+_REPEATS = 5
+_ROUNDS, _ROUND_TOKENS = 3, 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "-f", "--file", type=Path, metavar="FILE", help="the passage to continue, instead of the one shipped"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=80, metavar="N", help="tokens to generate for each text (default: 80)"
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="PNG",
+        default=Path("griffin-flocking.png"),
+        help="where to write the picture of the flocking (default: griffin-flocking.png)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: the passage is missing, empty or too long.
+        GriffinError: the model cannot be fetched, or the picture cannot be written.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    from griffin.analysis.flocking import relative_activations
+    from griffin.analysis.plots import flocking_heat_map
+    from griffin.engine.step import Sampling
+    from griffin.generation.generate import generate
+    from griffin.generation.text import Prompt, encode, pad
+    from griffin.layouts import find_ff_blocks
+
+    passage = _passage(args.file)
+    sampling = Sampling(max_tokens=args.max_tokens)
+    model, tokenizer = load_model(args)
+    prompt: Prompt = passage  # a model without a chat template continues the passage
+    if tokenizer.chat_template is not None:
+        prompt = [{"role": "user", "content": f"Summarize this passage in a few sentences:\n\n{passage}"}]
+    ids, _ = pad(encode(model, tokenizer, [prompt]), 0, model.device)
+    console = Console()
+
+    verb = "continues" if prompt is passage else "summarizes"
+    console.print(f"\n[bold]{args.model}[/bold] {verb} a passage (prompt of {ids.shape[1]} tokens), which begins:")
+    console.print(f"{escape(passage.strip()[:200])} …\n", style="dim")
+    results: dict[str, Result] = {}
+    for name, config in CASES.items():
+        result = generate(model, tokenizer, prompt, griffin=config, sampling=sampling)
+        assert not isinstance(result, list)
+        results[name] = result
+        console.print(Panel(escape(result.text.strip() or "(no text)"), title=name, title_align="left"))
+    speeds: dict[str, list[Result]] = {name: [] for name in CASES}
+    for _ in range(_ROUNDS):  # interleaved, so that what else the machine does falls on all of them
+        for name, config in CASES.items():
+            timed = generate(model, tokenizer, prompt, griffin=config, max_tokens=_ROUND_TOKENS)
+            assert not isinstance(timed, list)
+            speeds[name].append(timed)
+    console.print(_table(speeds, _agreements(model, ids, results[_FULL].tokens)))
+
+    full_s, attached_s, selection_s, tokens, backend = _prompt_cost(model, ids)
+    console.print(
+        f"Cost of the statistic in the prompt phase, {tokens} tokens: {attached_s / full_s - 1:+.1%} "
+        f"({full_s * 1e3:.0f} ms full, {attached_s * 1e3:.0f} ms with it; medians of {_REPEATS}, interleaved). "
+        f"Selecting the experts at density 0.5 ({backend} backend): {selection_s * 1e3:.0f} ms, once a prompt."
+    )
+    layer = len(find_ff_blocks(model)) // 2
+    relative = relative_activations(model, ids, [layer])[layer]
+    flocking_heat_map(relative, f"Flocking in layer {layer} of {args.model}", args.picture)
+    told = f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}"
+    console.print(told, soft_wrap=True)  # a path that is broken in two cannot be copied
+    return 0
+
+
+def _passage(path: Path | None) -> str:
+    if path is None:
+        return (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
+    from griffin.cli.arguments import read_text
+
+    return read_text(path)
+
+
+def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[int, ...]) -> dict[str, float]:
+    """How often GRIFFIN predicts the full model's next token, along the full model's own continuation."""
+    import torch
+
+    from griffin.analysis.agreement import teacher_forced_logits, top1_agreement
+    from griffin.attachment import attach
+
+    if not continuation:
+        return {}
+    given = torch.tensor([continuation], device=ids.device)
+    full = teacher_forced_logits(model, ids, given)
+    agreements = {}
+    for name, config in CASES.items():
+        if name == _FULL:
+            continue
+        with attach(model, config) as handle:
+            agreements[name] = top1_agreement(teacher_forced_logits(model, ids, given, handle), full)
+    return agreements
+
+
+def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float, float, int, str]:
+    """Medians of the prompt phase's seconds without and with the statistic, of the selection's; tokens run; backend."""
+    import torch
+
+    from griffin.attachment import attach
+
+    tokens = ids.repeat(1, -(-_STATISTIC_TOKENS // ids.shape[1]))[:, :_STATISTIC_TOKENS]
+    full, attached, selections = [], [], []
+    with torch.no_grad(), attach(model, density=0.5) as handle:
+        for repeat in range(_REPEATS + 1):
+            start = time.perf_counter()
+            model(tokens, use_cache=True, logits_to_keep=1)
+            middle = time.perf_counter()
+            with handle.prompt_phase():
+                model(tokens, use_cache=True, logits_to_keep=1)
+            end = time.perf_counter()
+            if repeat:  # the first round warms up
+                full.append(middle - start)
+                attached.append(end - middle - handle.selection_s)
+                selections.append(handle.selection_s)
+    medians = statistics.median(full), statistics.median(attached), statistics.median(selections)
+    return *medians, tokens.shape[1], handle.backend.name
+
+
+def _table(speeds: dict[str, list[Result]], agreements: dict[str, float]) -> Table:
+    """The figures of each case: medians over the rounds, and the speed-up as the median of each round's ratio."""
+    from rich.table import Table
+
+    table = Table("", "prompt tok/s", "generation tok/s", "speed-up", "FF read per token", "agrees with full")
+    for name, results in speeds.items():
+        ratios = [
+            own.generation_tokens_per_s / full.generation_tokens_per_s
+            for own, full in zip(results, speeds[_FULL], strict=True)
+            if full.generation_tokens_per_s
+        ]
+        read = results[0].ff_bytes_per_token
+        size = "?" if read is None else f"{read / 1e6:.0f} MB"
+        table.add_row(
+            name,
+            f"{statistics.median(own.prompt_tokens_per_s for own in results):.0f}",
+            f"{statistics.median(own.generation_tokens_per_s for own in results):.1f}",
+            f"{statistics.median(ratios):.2f}x" if ratios else "-",
+            size,
+            f"{agreements[name]:.0%}" if name in agreements else "-",
+        )
+    return table

@@ -1,0 +1,117 @@
+"""Serve a model: an OpenAI-compatible API, and a page at / that shows the full model and GRIFFIN side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from griffin.cli.arguments import add_config_arguments, add_model_arguments, config_from, load_model
+from griffin.config import AUTO
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_model_arguments(parser)
+    add_config_arguments(parser, without=("batch",), selection=AUTO)
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at (default: 127.0.0.1)"
+    )
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one (default: 8000)")
+    group.add_argument("--name", metavar="NAME", help="the model's name in the API (default: the one given by -m)")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what requests must carry (default: GRIFFIN_API_KEY from the environment, which other users cannot see)",
+    )
+    group.add_argument("--places", type=int, default=16, metavar="N", help="most answers at a time (default: 16)")
+    group.add_argument("--queue", type=int, default=64, metavar="N", help="most prompts that wait (default: 64)")
+    group.add_argument(
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help="most key/value memory (default: half of what is free on the model's device, or 4)",
+    )
+    group.add_argument(
+        "--prompt-chunk",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompt tokens between two steps of running answers (default: 64)",
+    )
+    group.add_argument("--max-prompt", type=int, metavar="N", help="most tokens of a prompt (default: the context)")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="most tokens of a chat's answer if its request says none (default: 1024)",
+    )
+    group.add_argument(
+        "--deadline", type=float, default=600.0, metavar="S", help="most seconds for a request (default: 600)"
+    )
+    group.add_argument(
+        "--max-body", type=float, default=4.0, metavar="MB", help="most megabytes of a request (default: 4)"
+    )
+    group.add_argument(
+        "--drain",
+        type=int,
+        default=30,
+        metavar="S",
+        help="seconds that running answers may take after SIGTERM (default: 30)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command until SIGTERM or Ctrl-C.
+
+    Raises:
+        ValueError: wrong arguments, or a model that cannot be served.
+        GriffinError: the model cannot be fetched.
+    """
+    args.batch = "per_sequence"
+    config = config_from(args)
+    for name in ("places", "queue", "prompt_chunk", "max_tokens", "max_prompt", "deadline", "max_body", "cache_gb"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}; expected more than 0")
+    if not 0 <= args.port < 65536:
+        raise ValueError(f"--port is {args.port}; expected 0 to 65535")
+    if config.selection == "wanda":
+        raise ValueError("selection wanda masks the weights of all requests, so it cannot be served")
+    if args.api_key == "":
+        raise ValueError("--api-key is empty; give a key, or leave it out to serve without one")
+    key = args.api_key or os.environ.get("GRIFFIN_API_KEY") or None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ValueError("the API key has characters that a header cannot carry; use ASCII letters, digits and signs")
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"griffin serve needs {missing[0]}; install the extra: pip install 'griffin-llm[serve]'")
+
+    from griffin.integrations.server.run import bound, serve
+    from griffin.integrations.server.types import Limits
+    from griffin.integrations.server.validation import Settings
+
+    listening = bound(args.host, args.port)
+    model, tokenizer = load_model(args)
+    limits = Limits(
+        args.places, args.queue, _cache_bytes(args.cache_gb, model.device), args.prompt_chunk, args.deadline
+    )
+    settings = Settings(args.name or args.model, args.max_tokens, args.max_prompt, int(args.max_body * 1e6), key)
+    print("loaded; trying a short prompt", file=sys.stderr)
+    return serve(model, tokenizer, config, limits, settings, listening, args.drain)
+
+
+def _cache_bytes(gb: float | None, device: torch.device) -> int:
+    if gb is not None:
+        return int(gb * 1e9)
+    from griffin.analysis.machine import available_bytes
+
+    free = available_bytes(device)
+    return 2**32 if free is None else free // 2

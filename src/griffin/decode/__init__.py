@@ -1,1 +1,0 @@
-"""The fast generation step: one native call a token instead of a Python forward pass."""

@@ -1,0 +1,1 @@
+"""The generation step, of one batch or of sequences that come and go."""

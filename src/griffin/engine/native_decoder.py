@@ -1,0 +1,325 @@
+"""A Transformers model as the native library's generation step sees it: everything stays where it is."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from griffin.backends.native import NativeFF
+from griffin.engine.cache import BufferedCache
+from griffin.native import kernel, library, operands
+from griffin.weights.quantised import QuantisedLinear
+
+# The families of the common shape, and what their RMSNorm adds to its weight.
+_FAMILIES = {
+    "llama": 0.0,
+    "mistral": 0.0,
+    "qwen2": 0.0,
+    "qwen3": 0.0,
+    "smollm3": 0.0,
+    "granite": 0.0,
+    "gemma": 1.0,
+    "gemma2": 1.0,
+    "gemma3_text": 1.0,
+}
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # others change with the length
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_pointer, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _pointer), ("eps", _f32), ("reserved", _i32)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *[(name, _Norm) for name in ("attention", "query", "key", "after_attention")],
+        *[(name, _Norm) for name in ("feedforward", "after_feedforward")],
+        *[(name, operands.MatrixStruct) for name in ("q", "k", "v", "o")],
+        ("ff", operands.BlockStruct),
+        ("rope", _i32),
+        ("window", _i32),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        *[(name, _i32) for name in ("n_layers", "d_model", "heads", "kv_heads", "head_size", "vocabulary")],
+        *[(name, _i32) for name in ("rotary", "embedding_format")],
+        *[(name, _f32) for name in ("attention_scale", "embedding_scale", "residual_scale", "logits_scale")],
+        *[(name, _f32) for name in ("attention_softcap", "logits_softcap")],
+        ("layers", _pointer),
+        ("embedding", _pointer),
+        ("embedding_stride", _i64),
+        ("final", _Norm),
+        ("head", operands.MatrixStruct),
+        ("cosines", _pointer * 2),
+        ("sines", _pointer * 2),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        *[(name, _pointer) for name in ("keys", "values", "head_stride", "length", "start")],
+        ("type", _i32),
+        ("reserved", _i32),
+    ]
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = [
+        ("experts", _pointer),
+        ("n_experts", _i64),
+        ("row_mask", _pointer),
+        ("index_bytes", _i32),
+        ("reserved", _i32),
+        ("tier", _pointer),
+    ]
+
+
+def knows(model: Any) -> str | None:
+    """Why the native step cannot run a model, as far as its config tells; `None` if it may."""
+    config = model.config.get_text_config()
+    if (reason := library.available()) is not None:
+        return reason
+    if config.model_type not in _FAMILIES:
+        return f"the native step does not know the family {config.model_type}"
+    if model.dtype not in _TYPES or model.device.type != "cpu":
+        return f"the native step needs float32 or bfloat16 on the CPU, the model is {model.dtype} on {model.device}"
+    return None
+
+
+class UnsupportedError(Exception):
+    """The native step cannot run a model; the message says why."""
+
+
+class Caches:
+    """The keys and values of a batch as the native step sees them.
+
+    Args:
+        caches: one that holds all sequences, or several whose sequences follow each other, each of its own length.
+    """
+
+    def __init__(self, caches: Sequence[BufferedCache]) -> None:
+        self.caches = caches
+        self._replaced: list[int] = []  # of each cache, when the addresses were taken
+
+    def with_room(self) -> Any:
+        """The struct, after room was made for one more token of each sequence.
+
+        Raises:
+            ValueError: a cache is empty, or its layers differ in shape.
+        """
+        for cache in self.caches:
+            cache.reserve(cache.length + 1)
+        if self._replaced != (replaced := [cache.replaced for cache in self.caches]):
+            self._open()
+            self._replaced = replaced
+        lengths = torch.tensor([cache.length for cache in self.caches], dtype=torch.int32)
+        self._lengths.copy_(lengths.repeat_interleave(self._sequences))
+        return self._struct
+
+    def _open(self) -> None:
+        """Note where every sequence's keys and values are."""
+        layers = [[cache.buffers(layer) for cache in self.caches] for layer in range(len(self.caches[0].layers))]
+        first = layers[0]
+        for layer in layers:
+            for (keys, values), (like, _) in zip(layer, first, strict=True):
+                if any((own.stride(), own.dtype) != (like.stride(), first[0][0].dtype) for own in (keys, values)):
+                    raise ValueError("the cache's layers differ in shape; start with a fresh cache")
+        addresses = [
+            [row.data_ptr() for layer in layers for own in layer for row in own[which].unbind()] for which in range(2)
+        ]
+        tables = [(_pointer * len(table))(*table) for table in addresses]
+        self._kept = tables
+        self._sequences = torch.tensor([own[0].shape[0] for own in first])
+        strides = torch.tensor([own[0].stride(1) * own[0].element_size() for own in first])
+        self._strides = strides.repeat_interleave(self._sequences)
+        self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
+        self._struct = _Cache(
+            *map(ctypes.addressof, tables),
+            self._strides.data_ptr(),
+            self._lengths.data_ptr(),
+            None,
+            _TYPES[first[0][0].dtype],
+        )
+
+
+class NativeDecoder:
+    """One generation step as one native call, over the model's own weights.
+
+    Args:
+        model: a Transformers causal language model on the CPU.
+        ff: its FF blocks in the native backend, by layer; all of them.
+
+    Raises:
+        UnsupportedError: a family, a dtype or a part of the model that the step does not know.
+    """
+
+    def __init__(self, model: Any, ff: Mapping[int, NativeFF]) -> None:
+        config = model.config.get_text_config()
+        if (reason := knows(model)) is not None:
+            raise UnsupportedError(reason)
+        self._kept: list[Any] = []
+        self._model, self._config = model, config
+        self._offset = _FAMILIES[config.model_type]
+        decoder = model.get_decoder()
+        self._rotary_module = decoder.rotary_emb
+        self._positions = 0
+        self._layers = (_Layer * len(decoder.layers))()
+        self._rope_types = self._find_rope_types()
+        for index, layer in enumerate(decoder.layers):
+            self._layers[index] = self._layer(layer, ff[index].block)
+        self._struct = self._decoder(decoder)
+
+    def experts_of(self, ff: Mapping[int, NativeFF], pruned: Container[int]) -> tuple[Any, list[Any]]:
+        """The experts of every layer as the step wants them, and what must live as long; made once a selection.
+
+        Args:
+            ff: the FF blocks with their selection.
+            pruned: the layers that are computed for experts only.
+        """
+        table = (_Experts * len(self._layers))()
+        kept: list[Any] = []
+        for layer in range(len(self._layers)):
+            if layer in pruned:
+                indices, mask, tier = ff[layer].sets[0]
+                kept += [indices, mask, tier]
+                table[layer] = _Experts(
+                    indices.data_ptr(),
+                    indices.shape[0],
+                    None if mask is None else mask.data_ptr(),
+                    indices.element_size(),
+                    0,
+                    None if tier is None else ctypes.addressof(tier.struct),
+                )
+        return table, kept
+
+    def step(self, tokens: Tensor, caches: Caches, experts: Any, start: Tensor | None) -> Tensor:
+        """Run one token of each sequence, append its keys and values, and return the logits.
+
+        Args:
+            tokens: the tokens.
+            caches: the sequences' keys and values.
+            experts: what `experts_of` gave.
+            start: first real position of each sequence in its cache; `None` where there is no padding.
+
+        Shapes:
+            tokens: (B,), int64. start: (B,), int32. Returns (B, V), float32.
+        """
+        longest = max(cache.length for cache in caches.caches)
+        if longest >= self._positions:
+            self._make_rope_tables(max(2 * longest, 1024))
+        struct = caches.with_room()
+        struct.start = None if start is None else start.data_ptr()
+        tokens = tokens.contiguous()
+        logits = torch.empty(tokens.shape[0], self._struct.vocabulary)
+        kernel.decode(self._struct, struct, experts, tokens, logits)
+        for cache in caches.caches:
+            cache.advance()
+        return logits
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def _decoder(self, decoder: nn.Module) -> _Decoder:
+        config, model = self._config, self._model
+        attention = decoder.layers[0].self_attn  # type: ignore[union-attr, index]
+        struct = _Decoder()
+        struct.n_layers, struct.d_model = len(self._layers), config.hidden_size
+        struct.heads, struct.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        struct.head_size = attention.head_dim
+        struct.attention_scale = attention.scaling
+        struct.attention_softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
+        struct.logits_softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        struct.residual_scale = getattr(config, "residual_multiplier", 1.0)
+        struct.logits_scale = 1.0 / getattr(config, "logits_scaling", 1.0)
+        table = model.get_input_embeddings()
+        weight = self._keep(table.weight.detach())
+        if weight.dtype not in _TYPES:
+            raise UnsupportedError(f"the native step needs embeddings of float32 or bfloat16, found {weight.dtype}")
+        scale = getattr(table, "embed_scale", None)
+        struct.embedding_scale = (
+            getattr(config, "embedding_multiplier", 1.0) if scale is None else float(scale.to(weight.dtype))
+        )
+        struct.vocabulary, struct.embedding_format = weight.shape[0], _TYPES[weight.dtype]
+        struct.embedding, struct.embedding_stride = weight.data_ptr(), weight.stride(0) * weight.element_size()
+        struct.layers = ctypes.addressof(self._layers)
+        struct.final = self._norm(decoder.norm)
+        struct.head = self._matrix(model.get_output_embeddings())
+        if struct.head.d_out != struct.vocabulary:
+            raise UnsupportedError("the native step needs a head as wide as the embedding")
+        self._struct = struct
+        self._make_rope_tables(2048)
+        return struct
+
+    def _layer(self, layer: Any, ff: operands.Block) -> _Layer:
+        attention = layer.self_attn
+        struct = _Layer()
+        struct.attention = self._norm(layer.input_layernorm)
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            struct.after_attention = self._norm(layer.post_attention_layernorm)
+            struct.feedforward = self._norm(layer.pre_feedforward_layernorm)
+            struct.after_feedforward = self._norm(layer.post_feedforward_layernorm)
+        else:
+            struct.feedforward = self._norm(layer.post_attention_layernorm)
+        if hasattr(attention, "q_norm"):
+            struct.query, struct.key = self._norm(attention.q_norm), self._norm(attention.k_norm)
+        for name in ("q", "k", "v", "o"):
+            setattr(struct, name, self._matrix(getattr(attention, f"{name}_proj")))
+        struct.ff = self._keep(ff).struct
+        window = getattr(attention, "sliding_window", None)
+        if self._config.model_type == "mistral":
+            window = self._config.sliding_window
+        struct.window = window or 0
+        kind = getattr(attention, "layer_type", None)
+        struct.rope = self._rope_types.index(kind) if kind in self._rope_types else 0
+        if not getattr(attention, "use_rope", True):
+            struct.rope = -1
+        return struct
+
+    def _find_rope_types(self) -> list[str | None]:
+        parameters = self._config.rope_parameters
+        kinds: list[str | None] = [None] if "rope_type" in parameters else list(parameters)
+        for kind in kinds:
+            own = parameters if kind is None else parameters[kind]
+            if own["rope_type"] not in _FIXED_ROPES:
+                raise UnsupportedError(f"the native step does not know rotary embeddings of type {own['rope_type']}")
+        if len(kinds) > 2:
+            raise UnsupportedError(f"the native step knows two kinds of rotary embedding, found {kinds}")
+        return kinds
+
+    def _make_rope_tables(self, positions: int) -> None:
+        ids = torch.arange(positions)[None]
+        tables = []
+        for which, kind in enumerate(self._rope_types):
+            arguments = () if kind is None else (kind,)
+            cosines, sines = self._rotary_module(torch.zeros(1), ids, *arguments)
+            half = cosines.shape[-1] // 2
+            pair = [table[0, :, :half].float().contiguous() for table in (cosines, sines)]
+            self._struct.cosines[which], self._struct.sines[which] = (table.data_ptr() for table in pair)
+            self._struct.rotary = 2 * half
+            tables.append(pair)
+        self._tables, self._positions = tables, positions
+
+    def _norm(self, module: Any) -> _Norm:
+        weight = self._keep((module.weight.detach().float() + self._offset).contiguous())
+        eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+        if eps is None:
+            raise UnsupportedError(f"the native step cannot read the epsilon of {type(module).__name__}")
+        return _Norm(weight.data_ptr(), eps, 0)
+
+    def _matrix(self, module: Any) -> Any:
+        if isinstance(module, QuantisedLinear) and len(module.packed) == 1:
+            return self._keep(module.matrices()[0]).struct
+        if not isinstance(module, nn.Linear) or module.weight.dtype not in (*_TYPES, torch.float16):
+            raise UnsupportedError(f"the native step cannot read a {type(module).__name__}")
+        return self._keep(operands.matrix(module.weight.detach(), module.bias)).struct
+
+    def _keep(self, part: Any) -> Any:
+        self._kept.append(part)
+        return part

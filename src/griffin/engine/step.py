@@ -1,0 +1,250 @@
+"""The innermost layer of generation: token ids in, token ids out, one step at a time."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Generator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from griffin.attachment import Conversation, Griffin
+from griffin.engine.decoders import NativeStep, new_cache
+from griffin.method.statistics import keep_with_cache, of_cache
+
+_LEAST_TEMPERATURE = 1e-4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Args:
+        max_tokens: most tokens to generate for a prompt.
+        temperature: 0 is greedy, and so is less than 1e-4; above, logits are divided by it before drawing.
+        top_p: draw from the smallest set of tokens whose probability reaches this; 1 is off.
+        top_k: draw from this many most likely tokens; 0 is off.
+        min_p: drop tokens less likely than this share of the likeliest; 0 is off.
+        repetition_penalty: above 1, tokens that have occurred become less likely.
+        stop: texts that end an answer; they are not part of it.
+        seed: seed of the drawing; `None` draws a new one each time.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed, fits in (
+            ("max_tokens", "a whole number from 1", _whole(self.max_tokens) and self.max_tokens >= 1),
+            ("temperature", "a number from 0 to 100", 0 <= self.temperature <= 100),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("top_k", "a whole number from 0 (off)", _whole(self.top_k) and self.top_k >= 0),
+            ("min_p", "from 0 (off) to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0 (1 is off)", 0 < self.repetition_penalty < float("inf")),
+            ("seed", "a whole number from 0, or None", self.seed is None or (_whole(self.seed) and self.seed >= 0)),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {allowed}")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop is {self.stop!r}; expected texts that are not empty")
+        object.__setattr__(self, "stop", stop)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken; logits divided by less would not be finite."""
+        return self.temperature < _LEAST_TEMPERATURE
+
+    def processors(self) -> LogitsProcessorList:
+        """Transformers' own logits processors for these settings, in the order in which its generate applies them."""
+        chosen = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if not self.greedy and self.temperature != 1.0:
+            chosen.append(TemperatureLogitsWarper(self.temperature))
+        if not self.greedy and self.top_k > 0:
+            chosen.append(TopKLogitsWarper(self.top_k))
+        if not self.greedy and self.top_p < 1.0:
+            chosen.append(TopPLogitsWarper(self.top_p))
+        if not self.greedy and self.min_p > 0.0:
+            chosen.append(MinPLogitsWarper(self.min_p))
+        return chosen
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a batch.
+
+    Args:
+        tokens: the tokens drawn, (B,), int64.
+        logits: what they were drawn from, before any processor, (B, V), float32.
+        seconds: duration of the forward pass and the drawing; of the first step: of the prompt phase.
+        selection_s: seconds the selection of experts took; 0 but for the first step.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    seconds: float
+    selection_s: float
+
+
+def generate_step(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    handle: Griffin | None = None,
+    sampling: Sampling | None = None,
+    cache: Cache | None = None,
+    prompt_chunk: int | None = None,
+) -> Generator[Step, Sequence[int] | None, None]:
+    """Run a prompt and yield one step after another, without an end: the caller stops.
+
+    A caller may `send` the rows of the last step that are to go on, ascending; the others leave batch and cache.
+
+    Args:
+        model: the model, in eval mode.
+        input_ids: the prompts, left-padded. With a cache: the whole conversation, of which the cache holds the start.
+        attention_mask: 1 where a token is real; `None` where there is no padding.
+        handle: GRIFFIN attached to this model; `None` runs the full model.
+        sampling: how tokens are drawn; its `max_tokens` and `stop` are the caller's business.
+        cache: key/value cache of earlier turns; it is extended in place.
+        prompt_chunk: most prompt tokens in one forward pass; `None` runs the prompt whole.
+
+    Shapes:
+        input_ids, attention_mask: (B, S).
+
+    Raises:
+        ValueError: no new token after the cache, or `prompt_chunk` is not positive.
+    """
+    sampling = sampling or Sampling()
+    cache = new_cache(model) if cache is None else cache
+    done = int(cache.get_seq_length())
+    if input_ids.shape[1] <= done:
+        raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and the cache {done}: there is none to run")
+    if prompt_chunk is not None and prompt_chunk < 1:
+        raise ValueError(f"prompt_chunk is {prompt_chunk}; expected a number of tokens from 1")
+    forward = Forward(model, cache, attention_mask)
+    draw = Draw(sampling, input_ids)
+
+    start = time.perf_counter()
+    conversation = of_cache(cache) if handle is not None else Conversation()
+    phase = nullcontext() if handle is None else handle.prompt_phase(conversation=conversation)
+    with torch.no_grad(), phase:
+        for chunk in torch.split(input_ids[:, done:], prompt_chunk or input_ids.shape[1], dim=1):
+            logits = forward(chunk)
+    if handle is not None:
+        keep_with_cache(handle.conversation, cache)
+    selection_s = 0.0 if handle is None else handle.selection_s
+    tokens = draw(logits)
+    kept = yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
+
+    rows = list(range(len(tokens)))  # of the prompts
+    native = None if handle is None else NativeStep.of(model, handle, cache, attention_mask)
+    while True:
+        start = time.perf_counter()
+        if kept is not None:
+            rows, tokens = [rows[row] for row in kept], tokens[list(kept)]
+            cache.batch_select_indices(torch.tensor(kept, device=tokens.device))
+            forward.keep(kept)
+            draw.keep(kept)
+            if handle is not None:
+                with handle.generation_phase(rows=rows):
+                    pass
+                mask = None if attention_mask is None else attention_mask[rows]
+                native = NativeStep.of(model, handle, cache, mask)
+        if native is not None:
+            logits = native(tokens)
+        else:
+            with torch.no_grad(), nullcontext() if handle is None else handle.generation_phase(rows=rows):
+                logits = forward(tokens[:, None])
+        tokens = draw(logits)
+        kept = yield Step(tokens, logits, time.perf_counter() - start, 0.0)
+
+
+class Forward:
+    """The model's forward for new tokens after those in the cache: last position's logits, (B, V), float32."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, attention_mask: Tensor | None) -> None:
+        self._model, self._cache, self._mask = model, cache, attention_mask
+        accepted = inspect.signature(model.forward).parameters
+        self._positions = "position_ids" in accepted
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows."""
+        if self._mask is not None:
+            self._mask = self._mask[list(rows)]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        arguments: dict[str, Any] = dict(self._last_only)
+        if self._mask is not None:
+            total = int(self._cache.get_seq_length()) + tokens.shape[1]
+            if total > self._mask.shape[1]:  # generated tokens are all real
+                ones = self._mask.new_ones((self._mask.shape[0], total - self._mask.shape[1]))
+                self._mask = torch.cat([self._mask, ones], dim=1)
+            mask = self._mask[:, :total]
+            arguments["attention_mask"] = mask
+            if self._positions:
+                positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+                arguments["position_ids"] = positions[:, -tokens.shape[1] :]
+        outputs = self._model(tokens, past_key_values=self._cache, use_cache=True, **arguments)
+        logits: Tensor = outputs.logits[:, -1].float()
+        return logits
+
+
+class Draw:
+    """Draw the next token of every row, and remember it for the repetition penalty."""
+
+    def __init__(self, sampling: Sampling, input_ids: Tensor) -> None:
+        self._greedy = sampling.greedy
+        self._processors = sampling.processors()
+        self._seen = input_ids
+        self._generator = torch.Generator(device=input_ids.device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows."""
+        self._seen = self._seen[list(rows)]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        scores = logits
+        if self._processors:
+            scores = self._processors(self._seen, logits)  # type: ignore[arg-type]
+        if self._greedy:
+            tokens = scores.argmax(dim=-1)
+        else:
+            tokens = torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator).squeeze(1)
+        if self._processors:
+            self._seen = torch.cat([self._seen, tokens[:, None]], dim=1)
+        return tokens
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

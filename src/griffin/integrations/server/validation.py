@@ -1,0 +1,127 @@
+"""From a request's fields to what the engine is asked. What is wrong is an `ApiError` that names the field."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from griffin.config import GriffinConfig
+from griffin.engine.step import Sampling
+from griffin.generation.text import encode
+from griffin.integrations.server import schema
+from griffin.integrations.server.engine import Engine
+from griffin.integrations.server.errors import ApiError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server answers.
+
+    Args:
+        model: the model's name.
+        max_tokens: most tokens of a chat's answer that says no number.
+        prompt_tokens: most tokens of a prompt; `None`: the model's context.
+        body_bytes: most bytes of a request.
+        api_key: what requests must carry; `None`: nothing.
+    """
+
+    model: str
+    max_tokens: int = 1024
+    prompt_tokens: int | None = None
+    body_bytes: int = 4_000_000
+    api_key: str | None = None
+
+
+async def encoded(engine: Engine, settings: Settings, prompts: Sequence[Any], param: str) -> list[list[int]]:
+    """Token ids of texts, lists of messages or lists of token ids.
+
+    Raises:
+        ApiError: one is empty, too long, or not what the model knows.
+    """
+    found: list[list[int]] = []
+    for prompt in prompts:
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            size = engine.vocabulary
+            if max(prompt) >= size:
+                raise ApiError(422, f"there is no token {max(prompt)}; this model has {size}", param)
+            ids = prompt
+        else:
+            try:
+                ids = (await asyncio.to_thread(encode, engine.model, engine.tokenizer, [prompt]))[0]
+            except ValueError as error:
+                code = "context_length_exceeded" if "context" in str(error) else None
+                raise ApiError(400, str(error), param, code) from error
+            except Exception as error:  # a chat template refuses in ways of its own
+                raise ApiError(400, f"the chat template refuses these messages: {error}", param) from error
+        limits = (settings.prompt_tokens, None if engine.context is None else engine.context - 1)
+        limit = min((own for own in limits if own is not None), default=len(ids))
+        if len(ids) > limit:
+            message = f"the prompt has {len(ids)} tokens, this server takes at most {limit}; shorten it"
+            raise ApiError(400, message, param, "context_length_exceeded")
+        found.append(ids)
+    return found
+
+
+def config_of(engine: Engine, given: schema.GriffinSettings | None) -> GriffinConfig:
+    """The server's config with what the request says.
+
+    Raises:
+        ApiError: a field has a value that it refuses, or one that cannot be served.
+    """
+    base = engine.config
+    said = {} if given is None else given.model_dump(exclude_none=True)
+    try:
+        if "loss" in said:
+            base = replace(base, density=GriffinConfig.density, selection=GriffinConfig.selection)
+        elif "density" in said or "selection" in said:
+            base = replace(base, loss=None)
+        layers = len(engine.handle.blocks)
+        if said.get("layers") and max(said["layers"]) >= layers:
+            raise ValueError(f"layers names layer {max(said['layers'])}; this model has layers 0 to {layers - 1}")
+        config = replace(base, **said)
+        if config.selection == "wanda":
+            raise ValueError("selection wanda masks the weights of all requests, so it cannot be served")
+        return config
+    except ValueError as error:
+        named = next((name for name in said if str(error).startswith(name)), None)
+        raise ApiError(422, str(error), "griffin" if named is None else f"griffin.{named}") from error
+
+
+def tokens_of(engine: Engine, settings: Settings, prompts: Sequence[Sequence[int]], tokens: int | None) -> int:
+    """Most tokens of an answer: as many as were asked for, or what the server gives and the context leaves.
+
+    Raises:
+        ApiError: more were asked for than the context leaves.
+    """
+    longest = max(map(len, prompts))
+    left = None if engine.context is None else engine.context - longest
+    if tokens is None:
+        tokens = settings.max_tokens if left is None else min(settings.max_tokens, left)
+    elif left is not None and tokens > left:
+        message = (
+            f"the prompt has {longest} tokens and the answer may have {tokens}, but the model's context is "
+            f"{engine.context}; ask for at most {left} tokens"
+        )
+        raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+    return tokens
+
+
+def sampling_of(body: schema.ChatRequest | schema.CompletionRequest, tokens: int) -> Sampling:
+    """How tokens are drawn."""
+    stop = body.stop or ()
+    given = {name: getattr(body, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed")}
+    return Sampling(
+        max_tokens=tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def prompts_of(given: Any) -> list[Any]:
+    """Texts or lists of token ids, from the four forms that the API allows."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        return [given]
+    return list(given)

