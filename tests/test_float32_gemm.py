@@ -1,4 +1,4 @@
-"""Float32GemmLinear: 16-bit weights, prompts in float32; and `load`, which makes it where the CPU is slow with 16 bits."""
+"""Float32GemmLinear: 16-bit weights, prompts in float32; and `load`, which uses it where 16 bits are slow."""
 
 from __future__ import annotations
 
