@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--densities", default="0.5,0.75")
-    parser.add_argument("--methods", default="topk,prior+topk,tier+topk,prior+tier+topk")
+    parser.add_argument("--methods", default="topk,prior+topk,dynamic+topk,prior+dynamic+topk")
     parser.add_argument("--prompt", type=int, default=384)
     parser.add_argument("--generate", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=4, help="of each kind of text")

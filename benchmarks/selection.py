@@ -52,7 +52,7 @@ def main() -> None:
     for _ in range(args.rounds):
         with attach(model, GriffinConfig(density=args.density)) as handle:
             for _ in range(5):  # the first ones touch memory for the first time
-                with handle.prompt_phase(conversation=gathered):
+                with handle.prompt_phase(statistics=gathered):
                     pass
             times["selection"].append(handle.selection_s)
             scores = torch.stack([handle.statistic[block.layer] for block in handle.blocks])

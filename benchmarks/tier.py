@@ -57,7 +57,7 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
         experts = [torch.randperm(width)[: split.experts].sort().values for _ in ff]
         plain = [torch.randperm(width)[: int(density * width)].sort().values for _ in ff]
         sketches = [None if split.gate is None else tier.sketch(block, split.gate) for block in ff]
-        tiers = [operands.tier(b, weight, split.chosen, gate=s) for b, s in zip(blocks, sketches, strict=True)]
+        tiers = [operands.dynamic(b, weight, split.chosen, gate=s) for b, s in zip(blocks, sketches, strict=True)]
         _check(blocks[0], x, weight, experts[0], tiers[0], sketches[0], split.chosen, activation)
         before = library.ff_bytes()
         kernel.ff(blocks[0], x, experts[0], tier=tiers[0])
@@ -96,7 +96,7 @@ def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
     experts: torch.Tensor,
-    own: operands.Tier,
+    own: operands.Dynamic,
     sketch: operands.Matrix | None,
     k: int,
     activation: str,

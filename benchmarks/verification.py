@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 import griffin
 from griffin.analysis.verification import STEPS, difference
 from griffin.analysis.workload import passage_prompts
-from griffin.attachment import Conversation, attach
+from griffin.attachment import Statistics, attach
 from griffin.backends.reference import ReferenceFF
 from griffin.config import GriffinConfig
 from griffin.engine.step import generate_step
 
 PASSAGE = Path(griffin.__file__).parent / "analysis" / "passage.txt"
 DISTURBED = 0.007
-Run = tuple[Tensor, list[Tensor], Conversation]
+Run = tuple[Tensor, list[Tensor], Statistics]
 
 
 def run(model: PreTrainedModel, config: GriffinConfig, prompt: Tensor, like: Run | None = None) -> Run:
@@ -39,9 +39,9 @@ def run(model: PreTrainedModel, config: GriffinConfig, prompt: Tensor, like: Run
     logits, tokens = [], []
     with attach(model, config) as handle:
         for number, step in enumerate(islice(generate_step(model, prompt, handle=handle), STEPS + 1)):
-            conversation = handle.conversation.copy()
+            conversation = handle.gathered.copy()
             if like is not None and number == 0:
-                with handle.prompt_phase(conversation=like[2]):
+                with handle.prompt_phase(statistics=like[2]):
                     pass
             if like is not None:
                 step.tokens.copy_(like[1][number])

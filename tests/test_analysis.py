@@ -23,7 +23,7 @@ def test_relative_activations_are_those_of_the_statistic() -> None:
     model = tiny_llama()
     found = relative_activations(model, IDS, [0, 2])
     assert sorted(found) == [0, 2]
-    with griffin.attach(model) as handle, handle.prompt_phase():
+    with griffin.attach(model, selection="topk") as handle, handle.prompt_phase():
         model(IDS)
     for layer, zbar in found.items():
         assert zbar.shape == (11, 80)
@@ -36,7 +36,7 @@ def test_relative_activations_are_those_of_the_statistic() -> None:
 
 def test_one_teacher_forced_pass_equals_generating_step_by_step() -> None:
     model, steps = tiny_llama(), 9
-    with griffin.attach(model, density=0.5) as handle:
+    with griffin.attach(model, density=0.5, selection="topk") as handle:
         stepped = [
             step for _, step in zip(range(steps), griffin.generate_step(model, IDS, handle=handle), strict=False)
         ]
@@ -98,6 +98,6 @@ def test_griffin_agrees_more_the_denser_and_always_at_one(
     full = teacher_forced_logits(model, prompt, continuation)
     agreement = {}
     for density in (0.25, 0.75, 1.0):
-        with griffin.attach(model, density=density) as handle:
+        with griffin.attach(model, density=density, selection="topk") as handle:
             agreement[density] = top1_agreement(teacher_forced_logits(model, prompt, continuation, handle), full)
     assert agreement[0.25] < agreement[0.75] < agreement[1.0] == 1.0

@@ -106,7 +106,7 @@ def naive_griffin(
 @pytest.mark.parametrize("backend", ["reference", "gather"])
 def test_equals_a_naive_implementation(llama: LlamaForCausalLM, density: float, backend: str) -> None:
     tokens, experts = naive_griffin(llama, PROMPT[0].tolist(), density, steps=8)
-    with griffin.attach(llama, density=density, backend=backend) as handle:
+    with griffin.attach(llama, density=density, backend=backend, selection="topk") as handle:
         found = llama.generate(PROMPT, **GREEDY)
         assert [handle.experts[layer].tolist() for layer in range(3)] == experts
         assert handle.sparse_calls == (0 if density == 1.0 else 3 * 7)
@@ -120,7 +120,7 @@ def test_equals_a_naive_implementation(llama: LlamaForCausalLM, density: float, 
 def test_undo_leaves_nothing(llama: LlamaForCausalLM, backend: str) -> None:
     before, logits, tokens = snapshot(llama), llama(PROMPT).logits, llama.generate(PROMPT, **GREEDY)
     for _ in range(3):
-        with griffin.attach(llama, density=0.25, backend=backend):
+        with griffin.attach(llama, density=0.25, backend=backend, selection="topk"):
             assert not torch.equal(llama.generate(PROMPT, **GREEDY), tokens)
             assert torch.equal(llama(PROMPT).logits, logits)  # outside of a phase the model is whole
         assert snapshot(llama) == before
@@ -144,7 +144,7 @@ def test_undo_after_an_exception(llama: LlamaForCausalLM, where: str) -> None:
             if not self.left:
                 raise StopHereError
 
-    with pytest.raises(StopHereError), griffin.attach(llama, density=0.25) as handle:
+    with pytest.raises(StopHereError), griffin.attach(llama, density=0.25, selection="topk") as handle:
         with handle.prompt_phase():
             llama(PROMPT)
             if where == "prompt_phase":
@@ -162,7 +162,7 @@ def test_undo_after_an_exception(llama: LlamaForCausalLM, where: str) -> None:
 
 
 def test_an_exception_in_generate_leaves_the_handle_usable(llama: LlamaForCausalLM) -> None:
-    with griffin.attach(llama, density=0.25) as handle:
+    with griffin.attach(llama, density=0.25, selection="topk") as handle:
         expected = llama.generate(PROMPT, **GREEDY)
         with pytest.raises(ValueError, match="max_new_tokens"):
             llama.generate(PROMPT, max_new_tokens=-1)
@@ -174,7 +174,7 @@ def test_a_forward_that_the_instance_held_is_put_back(llama: LlamaForCausalLM) -
     projection = llama.model.layers[0].mlp.down_proj
     own = projection.forward
     projection.forward = own
-    with griffin.attach(llama, density=0.5):
+    with griffin.attach(llama, density=0.5, selection="topk"):
         assert vars(projection)["forward"] is not own
     assert vars(projection)["forward"] is own
 
@@ -197,7 +197,7 @@ def step_by_step(model: LlamaForCausalLM, handle: griffin.Griffin, chunks: list[
 
 @pytest.mark.parametrize("chunks", [[11], [4, 4, 3], [1] * 11, [10, 1]])
 def test_an_own_loop_in_chunks_equals_generate(llama: LlamaForCausalLM, chunks: list[int]) -> None:
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         expected = llama.generate(PROMPT, **GREEDY)[:, PROMPT.shape[1] :]
         experts = {layer: own.clone() for layer, own in handle.experts.items()}
         assert torch.equal(step_by_step(llama, handle, chunks), expected)
@@ -206,7 +206,7 @@ def test_an_own_loop_in_chunks_equals_generate(llama: LlamaForCausalLM, chunks: 
 
 @pytest.mark.parametrize("chunk", [1, 3, 10, 11, 50])
 def test_chunked_prefill_equals_the_whole_prompt(llama: LlamaForCausalLM, chunk: int) -> None:
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         expected = llama.generate(PROMPT, **GREEDY)
         experts = {layer: own.clone() for layer, own in handle.experts.items()}
         found = llama.generate(PROMPT, **GREEDY, prefill_chunk_size=chunk)
@@ -215,9 +215,9 @@ def test_chunked_prefill_equals_the_whole_prompt(llama: LlamaForCausalLM, chunk:
 
 
 def test_a_one_token_prompt_is_a_prompt(llama: LlamaForCausalLM) -> None:
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         llama.generate(PROMPT[:, :1], **GREEDY)
-        assert int(handle.conversation.tokens[0][0]) == 1
+        assert int(handle.gathered.tokens[0][0]) == 1
         assert handle.sparse_calls == 3 * 7
 
 
@@ -251,7 +251,7 @@ def test_a_left_padded_batch_equals_each_prompt_alone(llama: LlamaForCausalLM, b
 def test_shared_experts_are_those_of_the_weighted_sum(llama: LlamaForCausalLM) -> None:
     prompts, batch = padded_batch(llama)
     expected = {layer: torch.zeros(80) for layer in range(3)}
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         for prompt in prompts:
             llama.generate(prompt[None], **GREEDY)
             for layer in range(3):
@@ -267,7 +267,7 @@ def test_shared_experts_are_those_of_the_weighted_sum(llama: LlamaForCausalLM) -
 def test_beams_keep_the_experts_of_their_prompt(llama: LlamaForCausalLM, settings: dict[str, Any], batch: str) -> None:
     def run(backend: str) -> tuple[torch.Tensor, list[Any]]:
         torch.manual_seed(7)
-        with griffin.attach(llama, density=0.5, backend=backend, batch=batch) as handle:
+        with griffin.attach(llama, density=0.5, backend=backend, batch=batch, selection="topk") as handle:
             out = llama.generate(torch.cat([PROMPT, PROMPT.flip(1)]), max_new_tokens=6, **settings)
             assert handle.sparse_calls > 0
             return out, [handle.experts[layer] for layer in range(3)]
@@ -290,7 +290,7 @@ def test_sampling_and_streamers_work(llama: LlamaForCausalLM) -> None:
 
         def end(self) -> None: ...
 
-    with griffin.attach(llama, density=0.5):
+    with griffin.attach(llama, density=0.5, selection="topk"):
         torch.manual_seed(3)
         first = llama.generate(PROMPT, do_sample=True, max_new_tokens=8, streamer=Streamer())
         torch.manual_seed(3)
@@ -302,23 +302,23 @@ def test_sampling_and_streamers_work(llama: LlamaForCausalLM) -> None:
 
 
 def test_a_second_turn_continues_the_statistic(llama: LlamaForCausalLM) -> None:
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         first = llama.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
-        turn_one = {layer: own.clone() for layer, own in handle.conversation.energies.items()}
+        turn_one = {layer: own.clone() for layer, own in handle.gathered.energies.items()}
         longer = torch.cat([first.sequences, PROMPT.flip(1)], dim=1)
         llama.generate(longer, **GREEDY, past_key_values=first.past_key_values)
         # The cache holds all but the last generated token, which is run with the second prompt.
-        assert int(handle.conversation.tokens[0][0]) == 11 + 1 + 11
+        assert int(handle.gathered.tokens[0][0]) == 11 + 1 + 11
         for layer in range(3):
-            assert bool((handle.conversation.energies[layer] >= turn_one[layer]).all())
-            torch.testing.assert_close(handle.conversation.energies[layer].sum(), torch.tensor(23.0))
+            assert bool((handle.gathered.energies[layer] >= turn_one[layer]).all())
+            torch.testing.assert_close(handle.gathered.energies[layer].sum(), torch.tensor(23.0))
 
 
 def test_two_conversations_take_turns_on_one_handle(llama: LlamaForCausalLM) -> None:
     def talk(handle: griffin.Griffin, ids: torch.Tensor, cache: Any = None) -> Any:
         return llama.generate(ids, **GREEDY, past_key_values=cache, return_dict_in_generate=True)
 
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         alone = talk(handle, PROMPT)
         alone = talk(handle, torch.cat([alone.sequences, PROMPT], dim=1), alone.past_key_values)
         a, b = talk(handle, PROMPT), talk(handle, PROMPT.flip(1))
@@ -329,28 +329,28 @@ def test_two_conversations_take_turns_on_one_handle(llama: LlamaForCausalLM) -> 
 
 
 def test_a_copied_prompt_cache_brings_its_statistic(llama: LlamaForCausalLM) -> None:
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         whole = llama.generate(PROMPT, **GREEDY)
         cache = DynamicCache(config=llama.config)
         llama.generate(PROMPT[:, :8], max_new_tokens=1, do_sample=False, past_key_values=cache)
         for _ in range(2):
             found = llama.generate(PROMPT, **GREEDY, past_key_values=copy.deepcopy(cache))
             assert torch.equal(found, whole)
-            assert int(handle.conversation.tokens[0][0]) == 11
+            assert int(handle.gathered.tokens[0][0]) == 11
 
 
 def test_a_cache_that_was_filled_without_griffin_is_said(llama: LlamaForCausalLM) -> None:
     cache = DynamicCache(config=llama.config)
     llama(PROMPT[:, :8], past_key_values=cache)
-    with griffin.attach(llama, density=0.5) as handle:
+    with griffin.attach(llama, density=0.5, selection="topk") as handle:
         with pytest.warns(UserWarning, match="holds 8 tokens"):
             llama.generate(PROMPT, **GREEDY, past_key_values=cache)
-        assert int(handle.conversation.tokens[0][0]) == 3
+        assert int(handle.gathered.tokens[0][0]) == 3
 
 
 def test_a_static_cache_with_padding(llama: LlamaForCausalLM) -> None:
     _, batch = padded_batch(llama)
-    with griffin.attach(llama, density=0.5, batch="per_sequence"):
+    with griffin.attach(llama, density=0.5, batch="per_sequence", selection="topk"):
         expected = llama.generate(**batch, **GREEDY)
         found = llama.generate(**batch, **GREEDY, cache_implementation="static", disable_compile=True)
     assert torch.equal(found, expected)
@@ -362,7 +362,7 @@ def test_a_static_cache_with_padding(llama: LlamaForCausalLM) -> None:
 def test_density_one_is_the_untouched_model_bit_for_bit(llama: LlamaForCausalLM) -> None:
     logits, tokens = llama(PROMPT).logits, llama.generate(PROMPT, **GREEDY)
     for backend in ("reference", "gather"):
-        with griffin.attach(llama, density=1.0, backend=backend) as handle:
+        with griffin.attach(llama, density=1.0, backend=backend, selection="topk") as handle:
             assert torch.equal(llama.generate(PROMPT, **GREEDY), tokens)
             with handle.prompt_phase():
                 assert torch.equal(llama(PROMPT).logits, logits)
@@ -373,13 +373,13 @@ def test_density_one_is_the_untouched_model_bit_for_bit(llama: LlamaForCausalLM)
 
 
 def test_layers_that_are_not_named_stay_whole(llama: LlamaForCausalLM) -> None:
-    with griffin.attach(llama, density=0.5, layers=(1,)) as handle:
+    with griffin.attach(llama, density=0.5, layers=(1,), selection="topk") as handle:
         llama.generate(PROMPT, **GREEDY)
         assert list(handle.experts) == [1]
         assert handle.sparse_calls == 7
         assert handle.ff_bytes_per_token == (2 + 0.5) * 3 * 80 * 48 * 8
     with pytest.raises(ValueError, match="layers 0 to 2"):
-        griffin.attach(llama, layers=(3,))
+        griffin.attach(llama, layers=(3,), selection="topk")
 
 
 def test_magnitude_needs_no_prompt(llama: LlamaForCausalLM) -> None:
@@ -396,7 +396,7 @@ def test_magnitude_needs_no_prompt(llama: LlamaForCausalLM) -> None:
 
 def test_a_pruned_model_equals_a_model_built_smaller(llama: LlamaForCausalLM) -> None:
     small = tiny_llama(intermediate_size=40)
-    with griffin.attach(llama, density=0.5, backend="reference") as handle:
+    with griffin.attach(llama, density=0.5, backend="reference", selection="topk") as handle:
         with handle.prompt_phase():
             llama(PROMPT)
         state = llama.state_dict()
@@ -411,7 +411,7 @@ def test_a_pruned_model_equals_a_model_built_smaller(llama: LlamaForCausalLM) ->
 
 
 def test_a_new_selection_keeps_the_buffers_where_they_are(llama: LlamaForCausalLM) -> None:
-    with griffin.attach(llama, density=0.5, backend="gather") as handle:
+    with griffin.attach(llama, density=0.5, backend="gather", selection="topk") as handle:
         llama.generate(PROMPT, **GREEDY)
         sparse = handle._sparse[1]
         places = [tensor.data_ptr() for tensor in (*sparse._weights, sparse._out)]
@@ -426,7 +426,7 @@ def test_a_compiled_model_survives_a_new_selection(llama: LlamaForCausalLM) -> N
     torch._dynamo.reset()
     compiles = CompileCounter()
     cache = StaticCache(config=llama.config, max_cache_len=32)
-    with griffin.attach(llama, density=0.5, backend="gather") as handle:
+    with griffin.attach(llama, density=0.5, backend="gather", selection="topk") as handle:
 
         def run(prompt: torch.Tensor, forward: Any) -> torch.Tensor:
             cache.reset()
@@ -457,9 +457,9 @@ def test_a_compiled_model_survives_a_new_selection(llama: LlamaForCausalLM) -> N
 
 
 def test_wrong_use_raises_and_says_why(llama: LlamaForCausalLM) -> None:
-    with griffin.attach(llama) as handle:
+    with griffin.attach(llama, selection="topk") as handle:
         with pytest.raises(ValueError, match="attached to this model already"):
-            griffin.attach(llama)
+            griffin.attach(llama, selection="topk")
         with pytest.raises(ValueError, match="assisted_generation"):
             llama.generate(PROMPT, max_new_tokens=4, assistant_model=tiny_llama())
         with pytest.raises(ValueError, match="assisted_generation"):
@@ -491,34 +491,34 @@ def test_wrong_use_raises_and_says_why(llama: LlamaForCausalLM) -> None:
     handle.detach()
     llama.train()
     with pytest.raises(ValueError, match="training mode"):
-        griffin.attach(llama)
+        griffin.attach(llama, selection="topk")
     llama.eval()
     with pytest.raises(ValueError, match="did you mean 'density'"):
-        griffin.attach(llama, densty=0.5)
+        griffin.attach(llama, densty=0.5, selection="topk")
 
 
 def test_a_batch_of_another_size_is_refused(llama: LlamaForCausalLM) -> None:
     for backend in ("reference", "gather"):
-        with griffin.attach(llama, batch="per_sequence", backend=backend) as handle:
+        with griffin.attach(llama, batch="per_sequence", backend=backend, selection="topk") as handle:
             with handle.prompt_phase():
                 llama(torch.cat([PROMPT, PROMPT]))
             with pytest.raises(ValueError, match="batch of 2 sequences"), handle.generation_phase():
                 llama(PROMPT)
             with (
                 pytest.raises(ValueError, match="has 2 sequences, but this prompt has 1"),
-                handle.prompt_phase(conversation=handle.conversation),
+                handle.prompt_phase(statistics=handle.gathered),
             ):
                 llama(PROMPT)
 
 
 def test_overflown_activations_are_said(llama: LlamaForCausalLM) -> None:
     llama.model.layers[1].mlp.up_proj.weight.data[0] = float("inf")
-    with griffin.attach(llama), pytest.raises(ValueError, match="inf or nan"):
+    with griffin.attach(llama, selection="topk"), pytest.raises(ValueError, match="inf or nan"):
         llama.generate(PROMPT, **GREEDY)
 
 
 def test_no_warning_in_ordinary_use(llama: LlamaForCausalLM) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with griffin.attach(llama):
+        with griffin.attach(llama, selection="topk"):
             llama.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY)

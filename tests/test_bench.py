@@ -95,11 +95,11 @@ def test_bytes_of_a_step() -> None:
     torch.manual_seed(0)
     prompts = torch.randint(VOCABULARY, (2, 8))
     for batch, sets in (("shared", 1), ("per_sequence", 2)):
-        with attach(model, GriffinConfig(density=0.25, batch=batch, backend="gather")) as handle:
+        with attach(model, GriffinConfig(density=0.25, batch=batch, backend="gather", selection="topk")) as handle:
             with torch.no_grad(), handle.prompt_phase():
                 model(prompts)
             assert ff_bytes_per_step(handle) == FF_BYTES * sets // 4
-    with attach(model, GriffinConfig(density=1.0, batch="per_sequence", backend="gather")) as handle:
+    with attach(model, GriffinConfig(density=1.0, batch="per_sequence", backend="gather", selection="topk")) as handle:
         with torch.no_grad(), handle.prompt_phase():
             model(prompts)
         assert ff_bytes_per_step(handle) == FF_BYTES
@@ -108,7 +108,7 @@ def test_bytes_of_a_step() -> None:
 @pytest.mark.skipif(library.available() is not None, reason="the native library was not built")
 def test_the_native_backend_counts_the_union_once() -> None:
     model = shapes.build(TINY, torch.float32)
-    with attach(model, GriffinConfig(density=0.25, batch="per_sequence", backend="native")) as handle:
+    with attach(model, GriffinConfig(density=0.25, batch="per_sequence", backend="native", selection="topk")) as handle:
         with torch.no_grad(), handle.prompt_phase():
             model(torch.randint(VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0)))
         union = sum(len({*own[0].tolist(), *own[1].tolist()}) for own in handle.experts.values())
@@ -155,7 +155,9 @@ def test_a_backend_that_does_not_run_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gather.GatherFF, "calls", property(lambda own: 0, lambda own, value: None), raising=False)
     model = shapes.build(TINY, torch.float32)
     with pytest.raises(GriffinError, match="did not run"):
-        benchmark._timed(model, torch.zeros(1, 8, dtype=torch.int64), GriffinConfig(backend="gather"), 4)
+        benchmark._timed(
+            model, torch.zeros(1, 8, dtype=torch.int64), GriffinConfig(backend="gather", selection="topk"), 4
+        )
 
 
 # -- verification -----------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_backends_agree_with_the_reference(backend: str, shape: shapes.Shape, dt
 def test_gates_of_a_copy_are_held_to_what_quantised_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shapes.build(TINY, torch.float32)
     prompts = torch.randint(VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
-    config = GriffinConfig(density=0.75, selection="tier+topk", backend="native")
+    config = GriffinConfig(density=0.75, selection="dynamic+topk", backend="native")
     with griffin.attach(model, config) as handle:
         assert {split.gate for split in handle.splits.values()} <= {"int4", "int8"}
     assert verification.verify(model, config, prompts) <= verification.QUANTISED_TOLERANCE
@@ -207,7 +209,7 @@ def test_a_shape_quantised_by_layers_is_the_whole_model(name: str, weights: str)
     }
     assert made.config.to_dict() == whole.config.to_dict()
     prompts = torch.randint(VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0))
-    verification.verify(made, GriffinConfig(density=0.5, backend="native"), prompts)
+    verification.verify(made, GriffinConfig(density=0.5, backend="native", selection="topk"), prompts)
     stored = sum({value.data_ptr(): value.nbytes for value in found.values()}.values())
     guessed = shapes.packed_bytes(shape, workload.PACKED_BYTES[weights]) - shapes.weight_bytes(shape, torch.bfloat16, 1)
     assert 0.9 * stored < guessed <= stored  # the scales of int8's rows are left out, a thousandth at real widths
@@ -229,7 +231,9 @@ def test_logits_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight[3] = float("nan")
     with pytest.raises(GriffinError, match="inf or nan"):
-        verification.verify(model, GriffinConfig(density=1.0, backend="gather"), torch.zeros(1, 8, dtype=torch.int64))
+        verification.verify(
+            model, GriffinConfig(density=1.0, backend="gather", selection="topk"), torch.zeros(1, 8, dtype=torch.int64)
+        )
 
 
 # -- shapes and prompts -----------------------------------------------------------------------------------------------

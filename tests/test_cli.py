@@ -288,7 +288,7 @@ def test_generate_text_on_stdout_summary_on_stderr(tiny: str, capsys: pytest.Cap
     prompt = [{"role": "user", "content": "w1 w2 w3"}]
     expected = generate(model, tokenizer, prompt, griffin=GriffinConfig(density=0.25, selection="auto"), max_tokens=5)
     assert not isinstance(expected, list)
-    assert expected.selection == "tier+topk"
+    assert expected.selection == "dynamic+topk"
     assert out == expected.text + "\n"
     assert re.fullmatch(
         r"prompt 6 tokens, [\d.]+ tokens/s \| selection [\d.]+ ms \| generated 5 tokens, [\d.]+ tokens/s \| "
@@ -322,7 +322,7 @@ def test_generate_json(source: str, tiny: str, capsys: Any, stdin: Any, tmp_path
         "profile": None,
         "loss": None,
     }
-    assert result["selection"] == "tier+topk"
+    assert result["selection"] == "dynamic+topk"
     assert result["sampling"]["seed"] == 3
     assert (result["prompt_tokens"], result["generated_tokens"], result["density"]) == (2, 4, 0.5)
     assert result["text"] == " ".join((SPECIAL + WORDS)[token] for token in result["tokens"])
@@ -394,7 +394,9 @@ def test_entry_point_reads_stdin_and_ascii_stdout_is_no_failure(tiny: str) -> No
 
 def _open(folder: str, density: float = 1.0, max_tokens: int = 8) -> session.Session:
     model, tokenizer = load(folder, dtype="f32")
-    return session.Session(model, tokenizer, GriffinConfig(density=density), Sampling(max_tokens=max_tokens))
+    return session.Session(
+        model, tokenizer, GriffinConfig(density=density, selection="topk"), Sampling(max_tokens=max_tokens)
+    )
 
 
 def _ask(chat: session.Session, text: str) -> tuple[int, ...]:
@@ -424,12 +426,12 @@ def test_kept_cache_equals_a_fresh_run(tiny: str) -> None:
 def test_the_statistic_goes_on_over_turns_and_densities(tiny: str) -> None:
     with _open(tiny, density=1.0) as chat:
         _ask(chat, "w1 w2")
-        first = chat._handle.conversation.tokens[0].item()
-        chat.configure(GriffinConfig(density=0.25))
+        first = chat._handle.gathered.tokens[0].item()
+        chat.configure(GriffinConfig(density=0.25, selection="topk"))
         _ask(chat, "w3")
         assert first == 5
         # after the 5: the answer's last token, <|end|>, and the new message's 3 with <|assistant|>
-        assert chat._handle.conversation.tokens[0].item() == 5 + 1 + 1 + 4
+        assert chat._handle.gathered.tokens[0].item() == 5 + 1 + 1 + 4
         assert chat._handle.experts[0].shape == (16,)  # type: ignore[union-attr]
         assert chat._handle.sparse_calls > 0
 
@@ -488,7 +490,7 @@ def test_session_detaches(tiny: str) -> None:
     with _open(tiny, density=0.5) as chat:
         _ask(chat, "w1")
         model = chat._model
-    attach(model).detach()  # raises if it were attached still
+    attach(model, selection="topk").detach()  # raises if it were attached still
 
 
 def test_chat_commands(tiny: str, capsys: Any, stdin: Any) -> None:

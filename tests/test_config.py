@@ -4,12 +4,13 @@ import pytest
 
 from griffin import GriffinConfig
 from griffin.backends import _BACKENDS
-from griffin.config import BACKENDS, SELECTIONS
-from griffin.method.selection import SELECTIONS as FUNCTIONS
+from griffin.config import BACKENDS
+from griffin.methods import METHODS
 
 
 def test_names_of_config_are_those_that_exist() -> None:
-    assert set(SELECTIONS) == set(FUNCTIONS)
+    assert all(callable(method.select_function) for method in METHODS.values() if method.select is not None)
+    assert all(callable(method.scores_function) for method in METHODS.values())
     assert set(BACKENDS) == {"auto", *_BACKENDS}
 
 

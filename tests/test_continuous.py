@@ -13,18 +13,18 @@ import griffin
 from conftest import tiny_llama
 from families import random_model
 from griffin.config import GriffinConfig
-from griffin.engine.batch import Batch, Row
+from griffin.engine.batch import Batch, Running
 from griffin.engine.step import generate_step
 from griffin.native import library
 
 needs_native = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 LENGTHS = (7, 1, 12, 5, 9)
 CONFIGS = (
-    GriffinConfig(density=0.5),
-    GriffinConfig(density=1.0),
+    GriffinConfig(density=0.5, selection="topk"),
+    GriffinConfig(density=1.0, selection="topk"),
     GriffinConfig(density=0.3, selection="topk_sample", seed=4),
     GriffinConfig(density=0.75, selection="magnitude"),
-    GriffinConfig(density=0.5, layers=(1,)),
+    GriffinConfig(density=0.5, layers=(1,), selection="topk"),
 )
 TOKENS = 9
 
@@ -45,17 +45,17 @@ def together(
 ) -> list[list[int]]:
     """Prompt i joins before step 2 i, and leaves after its tokens."""
     found: list[list[int]] = [[] for _ in prompts]
-    with griffin.attach(model, density=0.5, backend=backend, mixed=True) as handle:
+    with griffin.attach(model, density=0.5, backend=backend, selection="topk") as handle:
         batch = Batch(model, handle)
-        going: dict[int, Row] = {}
+        going: dict[int, Running] = {}
         for step in range(2 * len(prompts) + TOKENS):
             if step % 2 == 0 and step // 2 < len(prompts):
                 which = step // 2
-                prompt = batch.prompt(prompts[which], configs[which], len(prompts[which]) + TOKENS)
+                prompt = batch.prefill(prompts[which], configs[which], len(prompts[which]) + TOKENS)
                 logits = None
                 while logits is None:
                     logits = prompt.run(chunk)
-                going[which] = prompt.row()
+                going[which] = prompt.running()
                 going[which].token = int(logits.argmax())
                 found[which].append(going[which].token)
             for which, logits_ in zip(list(going), batch.step(list(going.values())), strict=True):
@@ -79,14 +79,14 @@ def test_together_equals_alone(backend: str, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
-def test_sequences_with_and_without_a_token_tier_step_together(backend: str) -> None:
+def test_sequences_with_and_without_dynamic_selection_step_together(backend: str) -> None:
     model = tiny_llama(torch.float32)
     configs = [
-        GriffinConfig(density=0.5, selection="tier+topk"),
-        GriffinConfig(density=0.5),
-        GriffinConfig(density=0.5, selection="tier+topk"),
-        GriffinConfig(density=0.75, selection="tier+topk"),
-        GriffinConfig(density=1.0, selection="tier+topk"),
+        GriffinConfig(density=0.5, selection="dynamic+topk"),
+        GriffinConfig(density=0.5, selection="topk"),
+        GriffinConfig(density=0.5, selection="dynamic+topk"),
+        GriffinConfig(density=0.75, selection="dynamic+topk"),
+        GriffinConfig(density=1.0, selection="dynamic+topk"),
     ]
     prompts = prompts_of(LENGTHS)
     expected = [alone(model, ids, config, backend) for ids, config in zip(prompts, configs, strict=True)]
@@ -114,16 +114,16 @@ def test_families_step_together(family: str) -> None:
 def test_copies_go_on_by_themselves() -> None:
     model = tiny_llama(torch.float32)
     ids = prompts_of([6])[0]
-    with griffin.attach(model, density=0.5, mixed=True) as handle:
+    with griffin.attach(model, density=0.5, selection="topk") as handle:
         batch = Batch(model, handle)
-        prompt = batch.prompt(ids, CONFIGS[0])
+        prompt = batch.prefill(ids, CONFIGS[0])
         prompt.run(6)
-        first, second = prompt.row().copies(2)
+        first, second = prompt.running().copies(2)
         first.token, second.token = 5, 9
         both = batch.step([first, second])
-        again = batch.prompt([*ids], CONFIGS[0])
+        again = batch.prefill([*ids], CONFIGS[0])
         again.run(6)
-        single = again.row()
+        single = again.running()
         single.token = 9
         torch.testing.assert_close(both[1], batch.step([single])[0])
         assert not torch.allclose(both[0], both[1])  # type: ignore[arg-type]
@@ -133,14 +133,14 @@ def test_copies_go_on_by_themselves() -> None:
 def test_what_is_wrong_with_one_sequence_does_not_end_another(backend: str) -> None:
     model = tiny_llama(torch.float32)
     prompts = prompts_of([5, 6, 7])
-    with griffin.attach(model, density=0.5, backend=backend, mixed=True) as handle:
+    with griffin.attach(model, density=0.5, backend=backend, selection="topk") as handle:
         batch = Batch(model, handle)
         rows = []
         for ids in prompts:
-            prompt = batch.prompt(ids, CONFIGS[0])
+            prompt = batch.prefill(ids, CONFIGS[0])
             logits = prompt.run(99)
             assert logits is not None
-            rows.append(prompt.row())
+            rows.append(prompt.running())
             rows[-1].token = int(logits.argmax())
         good = [row.token for row in rows]
         rows[1].token = 10**6  # no such token
@@ -152,21 +152,17 @@ def test_what_is_wrong_with_one_sequence_does_not_end_another(backend: str) -> N
         assert [good[which], int(found[which].argmax())] == expected[:2]  # type: ignore[union-attr]
 
 
-def test_the_handle_says_what_it_is_for() -> None:
+def test_what_cannot_be_is_refused_and_undone() -> None:
     model = tiny_llama(torch.float32)
-    with (
-        griffin.attach(model, density=0.5) as handle,
-        pytest.raises(ValueError, match="continuous batching needs a handle with mixed=True"),
-    ):
-        Batch(model, handle)
-    with griffin.attach(model, density=0.5, mixed=True) as handle:
-        prompt = Batch(model, handle).prompt([1, 2, 3], CONFIGS[0])
+    with griffin.attach(model, density=0.5, selection="topk") as handle:
+        batch = Batch(model, handle)
+        prompt = batch.prefill([1, 2, 3], CONFIGS[0])
         prompt.run(2)
         with pytest.raises(ValueError, match="1 tokens of the prompt have not been run"):
-            prompt.row()
+            prompt.running()
         prompt.run(2)
-        with pytest.raises(ValueError, match="sequences of one batch cannot differ"):
-            handle.select(handle.conversation, GriffinConfig(selection="wanda"))
+        with pytest.raises(ValueError, match="keeps single weights, not neurons"):
+            batch.prefill([1, 2, 3], GriffinConfig(selection="wanda"))
         with pytest.raises(ValueError, match="this model has layers 0 to 2"):
-            handle.select(handle.conversation, GriffinConfig(layers=(9,)))
+            batch.prefill([1, 2, 3], GriffinConfig(layers=(9,), selection="topk"))
     assert not any("forward" in vars(module) for module in model.modules())  # and all is undone

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin import config
-from griffin.method import selection
+from griffin.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -20,10 +19,13 @@ ASKING = "client"  # which needs a server: tests/test_server.py
 
 @pytest.mark.model
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if path.stem != ASKING], ids=lambda path: path.stem)
-def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (config, selection):  # an example adds a method
-        monkeypatch.setattr(module, "SELECTIONS", dict(module.SELECTIONS))
-    runpy.run_path(str(path), run_name="__main__")
+def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = set(METHODS)
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        for name in set(METHODS) - known:  # an example adds a method
+            del METHODS[name]
     assert path.stem == "handle" or capsys.readouterr().out.strip()
 
 

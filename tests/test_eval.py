@@ -101,7 +101,7 @@ def test_a_built_in_model_in_packed_weights_with_the_token_tier(
     texts = [("The capital of France is", [" Paris", " a potato"]), ("Water is", [" wet"])]
     found = {}
     for weights in (None, "int8"):
-        lm = GriffinLM("smollm2-135m", weights=weights, density=0.6, selection="tier+topk", disable_tqdm=True)
+        lm = GriffinLM("smollm2-135m", weights=weights, density=0.6, selection="dynamic+topk", disable_tqdm=True)
         found[weights] = [score for score, _ in lm.loglikelihood(requests(texts))]
     (paris, potato, wet), packed = found[None], found["int8"]
     assert paris > potato
@@ -120,7 +120,9 @@ def test_density_1_equals_hf_on_every_task(
     known = manager({"data": str(data)})
     hf = HFLM(model, tokenizer=tokenizer)
     expected: Any = lm_eval.simple_evaluate(hf, tasks=[task], task_manager=known, limit=2, bootstrap_iters=0, **seeds)
-    found = evaluate(model, tokenizer, GriffinConfig(density=1.0), tasks=[task], data=data, limit=2)[task]
+    found = evaluate(model, tokenizer, GriffinConfig(density=1.0, selection="topk"), tasks=[task], data=data, limit=2)[
+        task
+    ]
     values = {key.split(",")[0]: value for key, value in expected["results"][task].items() if "," in key}
     values = {key: value for key, value in values.items() if not key.endswith("_stderr")}
     assert values
@@ -138,7 +140,14 @@ def test_below_density_1_results_differ(
 ) -> None:
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     both = [
-        evaluate(model, tokenizer, GriffinConfig(density=density), tasks=["hellaswag", "xsum"], data=data, limit=2)
+        evaluate(
+            model,
+            tokenizer,
+            GriffinConfig(density=density, selection="topk"),
+            tasks=["hellaswag", "xsum"],
+            data=data,
+            limit=2,
+        )
         for density in (1.0, 0.25)
     ]
     for task in ("hellaswag", "xsum"):
@@ -208,7 +217,7 @@ def test_continuation_equals_a_loop(
     found = lm.loglikelihood(requests())
     for request, (loglikelihood, greedy) in zip(requests(), found, strict=True):
         context, continuation = encoded(lm, *request.args)
-        expected = continuation_by_hand(model, GriffinConfig(density=0.5), [context], 0, continuation)
+        expected = continuation_by_hand(model, GriffinConfig(density=0.5, selection="topk"), [context], 0, continuation)
         assert loglikelihood == pytest.approx(expected[0], abs=EXACT)
         assert greedy == expected[1]
 
@@ -225,7 +234,7 @@ def test_a_batch_that_shares_its_experts_equals_a_loop(
     rows = [row for row, (_, continuations) in enumerate(texts) for _ in continuations]
     for row, request, (loglikelihood, _) in zip(rows, requests(texts), found, strict=True):
         continuation = encoded(lm, *request.args)[1]
-        config = GriffinConfig(density=0.5, batch="shared")
+        config = GriffinConfig(density=0.5, batch="shared", selection="topk")
         # one set of experts: row 0 is all there is
         expected = shared_by_hand(model, config, prompts, row, continuation)
         assert loglikelihood == pytest.approx(expected, abs=EXACT)
@@ -246,7 +255,9 @@ def test_last_token_equals_a_loop(
     full = griffin_lm(model, tokenizer, density=1.0).loglikelihood(requests())
     for request, (loglikelihood, greedy), (whole, _) in zip(requests(), found, full, strict=True):
         context, continuation = encoded(lm, *request.args)
-        expected = last_token_by_hand(model, GriffinConfig(density=0.5), context + continuation, len(continuation))
+        expected = last_token_by_hand(
+            model, GriffinConfig(density=0.5, selection="topk"), context + continuation, len(continuation)
+        )
         assert loglikelihood == pytest.approx(expected[0], abs=EXACT)
         assert greedy == expected[1]
         assert loglikelihood != pytest.approx(whole, abs=1e-6)  # the experts did compute something
@@ -299,7 +310,11 @@ def test_rolling_windows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         end = min(at + 40, len(ids))
         start = max(0, end - 41)  # the last window has more context
         total += continuation_by_hand(
-            model, GriffinConfig(density=0.5), [ids[start if end == len(ids) else at - 1 : at]], 0, ids[at:end]
+            model,
+            GriffinConfig(density=0.5, selection="topk"),
+            [ids[start if end == len(ids) else at - 1 : at]],
+            0,
+            ids[at:end],
         )[0]
         at = end
     assert found == [pytest.approx(total, abs=EXACT)]
@@ -316,7 +331,7 @@ def test_contexts_beyond_the_window_are_cut_and_counted(
     for request, (loglikelihood, _) in zip(requests(texts), found, strict=True):
         context, continuation = encoded(lm, *request.args)
         kept = context[-(21 - len(continuation)) :]
-        expected = continuation_by_hand(model, GriffinConfig(density=0.5), [kept], 0, continuation)[0]
+        expected = continuation_by_hand(model, GriffinConfig(density=0.5, selection="topk"), [kept], 0, continuation)[0]
         assert loglikelihood == pytest.approx(expected, abs=EXACT)
     full = griffin_lm(model, tokenizer, density=1.0, max_length=20)
     assert full.loglikelihood(requests(texts)) == HFLM(model, tokenizer=tokenizer, max_length=20).loglikelihood(
@@ -385,7 +400,10 @@ def test_a_models_own_rules_hold_at_every_density(
     texts = [context for context, _ in TEXTS if context]
     setattr(model.generation_config, name, value)
     hf = generated(HFLM(model, tokenizer=tokenizer), texts)
-    configs = [GriffinConfig(density=1.0), GriffinConfig(density=0.5, batch="per_sequence")]
+    configs = [
+        GriffinConfig(density=1.0, selection="topk"),
+        GriffinConfig(density=0.5, batch="per_sequence", selection="topk"),
+    ]
     shared = Shared(configs)
     together = [
         generated(griffin_lm(model, tokenizer, density=own.density, batch=own.batch, shared=shared), texts)
@@ -402,7 +420,7 @@ def test_answers_of_another_model_are_not_taken(tokenizer: PreTrainedTokenizerFa
     path = tmp_path / "texts" / "xsum.partial.jsonl"
     texts = [context for context, _ in TEXTS if context]
     for number, own in enumerate((bytes_model(torch.float32), bytes_model(torch.float64)), 1):
-        shared = Shared([GriffinConfig(density=0.5)], path, model=str(own.dtype))
+        shared = Shared([GriffinConfig(density=0.5, selection="topk")], path, model=str(own.dtype))
         generated(griffin_lm(own, tokenizer, density=0.5, shared=shared), texts)
         assert len(path.read_text().splitlines()) == number * len(texts)
 
@@ -412,7 +430,7 @@ def test_answers_of_a_killed_run_are_not_generated_again(
 ) -> None:
     path = tmp_path / "texts" / "xsum.partial.jsonl"
     texts = [context for context, _ in TEXTS if context]
-    configs = [GriffinConfig(density=1.0), GriffinConfig(density=0.5)]
+    configs = [GriffinConfig(density=1.0, selection="topk"), GriffinConfig(density=0.5, selection="topk")]
     shares: list[float] = []
 
     def run() -> list[list[str]]:
@@ -436,7 +454,7 @@ def test_answers_of_a_killed_run_are_not_generated_again(
 def test_a_sweep_runs_the_prompts_of_free_answers_once(
     data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = [GriffinConfig(density=density) for density in (1.0, 0.5, 0.25)]
+    configs = [GriffinConfig(density=density, selection="topk") for density in (1.0, 0.5, 0.25)]
     found = task_jobs(
         model, tokenizer, ["xsum", "boolq"], configs, data=data, limit=2, phase="continuation", batch_size=1
     )
@@ -510,7 +528,7 @@ def test_a_continuation_longer_than_the_window_is_refused(
 def test_rows_name_prompts_that_there_were(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_llama()
     ids = torch.randint(3, 97, (2, 9))
-    with attach(model, density=0.5, batch="per_sequence") as handle, torch.no_grad():
+    with attach(model, density=0.5, batch="per_sequence", selection="topk") as handle, torch.no_grad():
         with handle.prompt_phase():
             model(ids)
         with handle.generation_phase():
@@ -690,7 +708,9 @@ def test_figures_by_hand_from_the_logged_samples(
     assert found["acc_stderr,none"] == pytest.approx(statistics.stdev(right) / math.sqrt(3))
     assert f"{found['acc,none']:.4f}" in out
     (model, tokenizer) = bytes_model(torch.float32), bytes_tokenizer()
-    again = evaluate(model, tokenizer, GriffinConfig(seed=3), tasks=["hellaswag"], data=data, limit=3)["hellaswag"]
+    again = evaluate(
+        model, tokenizer, GriffinConfig(seed=3, selection="topk"), tasks=["hellaswag"], data=data, limit=3
+    )["hellaswag"]
     assert again.metrics["acc"] == found["acc,none"]
     assert again.per_sample["acc"] == right
     responses = [[float(one[0]) for one in sample["response"]] for sample in again.samples]
@@ -701,7 +721,7 @@ def test_figures_by_hand_from_the_logged_samples(
 def test_the_perplexity_of_documents_has_an_interval(
     data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    result = evaluate(model, tokenizer, GriffinConfig(), tasks=["wikitext2"], data=data)["wikitext2"]
+    result = evaluate(model, tokenizer, GriffinConfig(selection="topk"), tasks=["wikitext2"], data=data)["wikitext2"]
     assert result.groups is None
     words, own = result.weights["word_perplexity"], result.per_sample["word_perplexity"]
     total = sum(count * math.log(value) for count, value in zip(words, own, strict=True))
@@ -717,7 +737,7 @@ def test_a_task_with_one_example(
     folder: str, data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     for task in ("copa", "wikitext2"):
-        result = evaluate(model, tokenizer, GriffinConfig(), tasks=[task], data=data, limit=1)[task]
+        result = evaluate(model, tokenizer, GriffinConfig(selection="topk"), tasks=[task], data=data, limit=1)[task]
         assert result.n == 1
         assert all(math.isfinite(value) for value in result.metrics.values())
         assert all(len(values) == 1 for values in result.per_sample.values())
@@ -786,7 +806,8 @@ def test_a_real_model(
     assert "|copa" in run.stdout
     assert "rougeL" in run.stdout
     full, half = (
-        evaluate(*smollm2, GriffinConfig(density=density), tasks=["copa", "coqa"], data=data) for density in (1.0, 0.75)
+        evaluate(*smollm2, GriffinConfig(density=density, selection="topk"), tasks=["copa", "coqa"], data=data)
+        for density in (1.0, 0.75)
     )
     assert full["coqa"].metrics["f1"] > 0.5  # a question that a real model answers
     assert half["coqa"].samples != full["coqa"].samples or half["copa"].samples != full["copa"].samples

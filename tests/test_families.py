@@ -139,7 +139,7 @@ def test_sliced_equals_masked(family: Family, batch: str) -> None:
     model = build(family)
     ids, mask = prompt()
     for backend in ("reference", "gather"):
-        with griffin.attach(model, density=DENSITY, batch=batch, backend=backend) as handle:
+        with griffin.attach(model, density=DENSITY, batch=batch, backend=backend, selection="topk") as handle:
             with handle.prompt_phase():
                 cache = run(model, ids, mask).past_key_values
             experts = as_lists(handle.experts)
@@ -167,7 +167,7 @@ def test_density_one_is_exact(family: Family) -> None:
     before = run(model, ids, mask)
     step = run(model, new, longer(mask, 1), before.past_key_values)
     tokens = model.generate(ids, attention_mask=mask, **GREEDY)
-    with griffin.attach(model, density=1.0, backend="reference") as handle:
+    with griffin.attach(model, density=1.0, backend="reference", selection="topk") as handle:
         with handle.prompt_phase():
             during = run(model, ids, mask)
         with handle.generation_phase():
@@ -189,7 +189,7 @@ def test_undo_is_exact(family: Family) -> None:
         return run(model, new, longer(mask, 1), cache).logits
 
     before, kept = step(), state(model)
-    with griffin.attach(model, density=DENSITY) as handle:
+    with griffin.attach(model, density=DENSITY, selection="topk") as handle:
         with handle.prompt_phase():
             run(model, ids, mask)
         with handle.generation_phase():
@@ -201,7 +201,7 @@ def test_undo_is_exact(family: Family) -> None:
     assert torch.equal(step(), before)
     assert state(model) == kept
 
-    with pytest.raises(RuntimeError, match="stop"), griffin.attach(model, density=DENSITY) as handle:
+    with pytest.raises(RuntimeError, match="stop"), griffin.attach(model, density=DENSITY, selection="topk") as handle:
         with handle.prompt_phase():
             run(model, ids, mask)
         with handle.generation_phase():
@@ -229,7 +229,7 @@ def test_statistic_is_the_papers(family: Family) -> None:
             expected[layer].append(energy.sqrt())
 
     for batch in ("shared", "per_sequence"):
-        with griffin.attach(model, density=DENSITY, batch=batch) as handle:
+        with griffin.attach(model, density=DENSITY, batch=batch, selection="topk") as handle:
             with handle.prompt_phase():
                 run(model, ids, mask)
             assert set(handle.statistic) == set(expected)
@@ -247,7 +247,7 @@ def test_statistic_is_the_papers(family: Family) -> None:
 def test_generate_equals_a_naive_loop(family: Family) -> None:
     model = build(family)
     ids, mask = prompt()
-    with griffin.attach(model, density=0.5) as handle:
+    with griffin.attach(model, density=0.5, selection="topk") as handle:
         found = model.generate(ids, attention_mask=mask, **GREEDY)
         experts = as_lists(handle.experts)
         assert handle.sparse_calls == 4 * len(experts)  # the prompt gives the first of the five tokens
@@ -273,7 +273,7 @@ def test_pruned_equals_a_model_of_the_smaller_width(name: str) -> None:
     model: Any = build(family)
     ids, mask = prompt()
     new = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    with griffin.attach(model, density=DENSITY) as handle:
+    with griffin.attach(model, density=DENSITY, selection="topk") as handle:
         with handle.prompt_phase():
             cache = run(model, ids, mask).past_key_values
         with handle.generation_phase():
@@ -308,7 +308,7 @@ def test_refused_by_name(refused: Refused) -> None:
     model = random_model(refused.name, refused.settings)
     before = state(model)
     with pytest.raises(ValueError, match=f"^{refused.name}") as caught:
-        griffin.attach(model)
+        griffin.attach(model, selection="topk")
     for words in refused.words:
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -341,7 +341,7 @@ def fresh_llama() -> Any:
 
 def test_an_unknown_layout_is_refused_with_the_way_out(renamed: Any) -> None:
     with pytest.raises(ValueError, match=r"^llama: layer 0 has no FF block of a known layout") as caught:
-        griffin.attach(renamed)
+        griffin.attach(renamed, selection="topk")
     for words in (
         "mlp.wi_0 (48, 32), mlp.wi_1 (48, 32), mlp.wo (32, 48)",
         *(str(layout) for layout in griffin.LAYOUTS),
@@ -355,7 +355,7 @@ def test_a_row_of_ones_own(renamed: Any) -> None:
     ids, mask = prompt()
     new = torch.tensor([[5], [6]])
     layout = griffin.Layout(inputs=("wi_0", "wi_1"), output="wo")
-    with griffin.attach(renamed, density=DENSITY, layout=layout) as handle:
+    with griffin.attach(renamed, density=DENSITY, layout=layout, selection="topk") as handle:
         assert [block.gated for block in handle.blocks] == [True, True]
         with handle.prompt_phase():
             cache = run(renamed, ids, mask).past_key_values
@@ -370,9 +370,13 @@ def test_a_row_of_ones_own(renamed: Any) -> None:
 
 def test_a_row_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Tried: wi -> wo\. If it has one"):
-        griffin.attach(fresh_llama(), layout=griffin.Layout(inputs=("wi",), output="wo"))
+        griffin.attach(fresh_llama(), layout=griffin.Layout(inputs=("wi",), output="wo"), selection="topk")
     with pytest.raises(ValueError, match=r"mlp\.up_proj \(Linear\) has weights of its own inside the FF block"):
-        griffin.attach(fresh_llama(), layout=griffin.Layout(inputs=("gate_proj",), output="down_proj", fused=True))
+        griffin.attach(
+            fresh_llama(),
+            layout=griffin.Layout(inputs=("gate_proj",), output="down_proj", fused=True),
+            selection="topk",
+        )
 
 
 @pytest.mark.parametrize("inputs", [(), ("gate", "up")])
@@ -432,7 +436,7 @@ def test_a_projection_that_is_not_plain_is_refused(projection: Callable[[], nn.M
     with pytest.raises(
         ValueError, match=r"^llama: model\.layers\.1\.mlp\.down_proj is a .*Linear.* unquantised"
     ) as caught:
-        griffin.attach(model)
+        griffin.attach(model, selection="topk")
     assert "without adapters" in str(caught.value)
     assert set(vars(model.model.layers[0].mlp.down_proj)) == before
 
@@ -441,4 +445,4 @@ def test_two_ff_blocks_in_a_layer_are_refused() -> None:
     model = fresh_llama()
     model.model.layers[0].second = copy.deepcopy(model.model.layers[0].mlp)
     with pytest.raises(ValueError, match=r"^llama: layer 0 has 2 FF blocks \(mlp, second\)"):
-        griffin.attach(model)
+        griffin.attach(model, selection="topk")

@@ -175,12 +175,16 @@ def test_saved_and_converted(model: LlamaForCausalLM, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_undo_leaves_nothing(model: LlamaForCausalLM, backend: str) -> None:
     before, logits, tokens = snapshot(model), model(LONG).logits, model.generate(PROMPT, **GREEDY)
-    with griffin.attach(model, density=0.25, backend=backend) as handle:
+    with griffin.attach(model, density=0.25, backend=backend, selection="topk") as handle:
         assert not torch.equal(model.generate(PROMPT, **GREEDY), tokens)
         assert handle.sparse_calls > 0
     assert snapshot(model) == before
     assert torch.equal(model(LONG).logits, logits)
-    with pytest.raises(KeyError), griffin.attach(model, density=0.25, backend=backend) as h, h.prompt_phase():
+    with (
+        pytest.raises(KeyError),
+        griffin.attach(model, density=0.25, backend=backend, selection="topk") as h,
+        h.prompt_phase(),
+    ):
         model(LONG)
         raise KeyError
     assert snapshot(model) == before
@@ -192,7 +196,7 @@ def test_undo_leaves_nothing(model: LlamaForCausalLM, backend: str) -> None:
 @torch.no_grad()
 def test_density_one_is_the_full_model(model: LlamaForCausalLM, backend: str) -> None:
     logits, tokens = model(LONG).logits, model.generate(LONG[:1], **GREEDY)
-    with griffin.attach(model, density=1.0, backend=backend) as handle:
+    with griffin.attach(model, density=1.0, backend=backend, selection="topk") as handle:
         with handle.prompt_phase():
             assert torch.equal(model(LONG).logits, logits)
         assert torch.equal(model.generate(LONG[:1], **GREEDY), tokens)
@@ -243,7 +247,9 @@ def test_load_with_weights(folder: Path, slow: None) -> None:
     assert kinds(model) == {Float32GemmLinear}
     full, _ = griffin.load(folder, device="cpu")
     assert_close_logits(model(LONG).logits, full(LONG).logits)
-    result = griffin.generate(model, tokenizer, "w5 w9 w11", griffin=griffin.GriffinConfig(density=0.5), max_tokens=4)
+    result = griffin.generate(
+        model, tokenizer, "w5 w9 w11", griffin=griffin.GriffinConfig(density=0.5, selection="topk"), max_tokens=4
+    )
     assert result.generated_tokens == 4
     assert kinds(griffin.load(folder, weights="int8")[0]) == {QuantisedLinear}
 

@@ -22,9 +22,9 @@ def test_energies_are_those_of_each_sequence_alone() -> None:
     model = tiny_llama()
     found = flocking.energies(model, [IDS, IDS[:, :5]])
     for at, ids in enumerate((IDS, IDS[:, :5])):
-        with griffin.attach(model) as handle, handle.prompt_phase():
+        with griffin.attach(model, selection="topk") as handle, handle.prompt_phase():
             model(ids)
-        for layer, own in handle.conversation.energies.items():
+        for layer, own in handle.gathered.energies.items():
             assert torch.equal(found[layer][at], own[0])
     with pytest.raises(ValueError, match="no sequence"):
         flocking.energies(model, [])

@@ -17,7 +17,7 @@ from griffin.generation.text import Answer, encode, pad
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 TEXT = "The lighthouse keeper climbed the stairs every evening, and every evening he counted them aloud, because"
-HALF = GriffinConfig(density=0.5)
+HALF = GriffinConfig(density=0.5, selection="topk")
 
 
 def one(*args: Any, **settings: Any) -> griffin.Result:
@@ -30,7 +30,7 @@ def one(*args: Any, **settings: Any) -> griffin.Result:
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("config", [None, HALF, GriffinConfig(density=0.5, batch="per_sequence")])
+@pytest.mark.parametrize("config", [None, HALF, GriffinConfig(density=0.5, batch="per_sequence", selection="topk")])
 def test_steps_equal_transformers_generate(config: GriffinConfig | None, chunk: int | None) -> None:
     model = tiny_llama()
     ids, mask = pad([[5, 17, 3, 88, 41, 9], [33, 44], [7, 8, 9]], 0, torch.device("cpu"))
@@ -140,11 +140,11 @@ def test_text_that_only_looked_like_a_stop_is_given_at_the_end(smollm2: Loaded) 
 def test_generate_equals_transformers(smollm2: Loaded, density: float) -> None:
     model, tokenizer = smollm2
     inputs = tokenizer(TEXT, return_tensors="pt")
-    with griffin.attach(model, density=density):
+    with griffin.attach(model, density=density, selection="topk"):
         expected = model.generate(**inputs, do_sample=False, max_new_tokens=24, pad_token_id=2)[
             0, inputs.input_ids.shape[1] :
         ]
-    result = one(model, tokenizer, TEXT, griffin=GriffinConfig(density=density), max_tokens=24)
+    result = one(model, tokenizer, TEXT, griffin=GriffinConfig(density=density, selection="topk"), max_tokens=24)
     assert list(result.tokens) == [token for token in expected.tolist() if token != 2]
     assert result.text == tokenizer.decode(expected, skip_special_tokens=True)
 
@@ -168,7 +168,7 @@ def test_a_result_says_what_was_measured(smollm2: Loaded) -> None:
 @pytest.mark.model
 def test_a_batch_with_per_sequence_experts_equals_each_alone(smollm2: Loaded) -> None:
     model, tokenizer = smollm2
-    config = GriffinConfig(density=0.5, batch="per_sequence")
+    config = GriffinConfig(density=0.5, batch="per_sequence", selection="topk")
     prompts = [TEXT, "Once upon a time", "Water boils at one hundred degrees, and"]
     together = generate(model, tokenizer, prompts, griffin=config, max_tokens=12)
     assert isinstance(together, list)

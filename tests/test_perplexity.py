@@ -103,7 +103,9 @@ def test_a_sliding_window_slides_in_one_pass_too() -> None:
 
 
 def test_density_one_is_the_full_model_bit_for_bit() -> None:
-    (measured,) = measure(tiny_llama(torch.float32), random_ids(), PROMPT, [GriffinConfig(density=1.0)])
+    (measured,) = measure(
+        tiny_llama(torch.float32), random_ids(), PROMPT, [GriffinConfig(density=1.0, selection="topk")]
+    )
     assert torch.equal(measured.nll, measured.full_nll)
     assert torch.equal(measured.kl, torch.zeros(3, GENERATE))
     assert measured.agreement.all()
@@ -279,7 +281,7 @@ def test_the_command_sweeps_and_writes_what_it_measured(
     model, tokenizer = griffin.load(tiny)
     ids = tokenizer(text.read_text())["input_ids"]
     (sequences,) = windows(ids, None, [32], 16, 5)
-    (expected,) = measure(model, sequences, 32, [GriffinConfig(density=0.5)])
+    (expected,) = measure(model, sequences, 32, [GriffinConfig(density=0.5, selection="topk")])
     assert rows[-2]["perplexity"] == pytest.approx(math.exp(float(expected.nll.double().mean())), rel=1e-9)
 
 

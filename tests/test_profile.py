@@ -13,11 +13,11 @@ import griffin
 from conftest import tiny_llama
 from griffin import GriffinConfig
 from griffin.analysis import perplexity, profiling
-from griffin.attachment import profile as profiles
-from griffin.attachment.profile import PSEUDO_TOKENS, Profile
 from griffin.cli import main
 from griffin.errors import GriffinError
 from griffin.layouts import find_ff_blocks
+from griffin.method import profile as profiles
+from griffin.method.profile import PSEUDO_TOKENS, Profile
 from griffin.models.convert import convert
 from griffin.native import library
 
@@ -66,7 +66,7 @@ def test_the_prior_counts_as_tokens_of_every_prompt(made: tuple[Any, Profile, Pa
     own = Profile.load(path)
     handle = select(model, selection="prior+topk", profile=str(path), batch=batch, density=0.3)
     plain = select(model, selection="topk", batch=batch, density=0.3)
-    energies = plain.conversation.energies[0] + PSEUDO_TOKENS * own.energies[0]
+    energies = plain.gathered.energies[0] + PSEUDO_TOKENS * own.energies[0]
     if batch == "shared":
         scores = (energies.sqrt() / (11 + PSEUDO_TOKENS) ** 0.5).sum(dim=0)
         found = handle.experts[0]
@@ -77,14 +77,15 @@ def test_the_prior_counts_as_tokens_of_every_prompt(made: tuple[Any, Profile, Pa
     torch.testing.assert_close(handle.statistic[0], plain.statistic[0])  # the prompt's own
 
 
-def test_the_prior_in_the_tiers_weights(made: tuple[Any, Profile, Path]) -> None:
+def test_the_prior_in_the_weights_of_dynamic_selection(made: tuple[Any, Profile, Path]) -> None:
     model, _, path = made
     own = Profile.load(path)
-    handle = select(model, selection="prior+tier+topk", profile=str(path), batch="per_sequence")
-    ups = handle.conversation.ups[2]
+    handle = select(model, selection="prior+dynamic+topk", profile=str(path), batch="per_sequence")
+    ups = handle.gathered.ups[2]
     rms = ((ups + PSEUDO_TOKENS * own.ups[2]) / (11 + PSEUDO_TOKENS)).sqrt()
     norms = model.model.layers[2].mlp.down_proj.weight.norm(dim=0)
-    torch.testing.assert_close(handle._tiers[2].weights, rms * norms)
+    weights = torch.cat([selection.dynamic[2].weights for selection in handle.selections])
+    torch.testing.assert_close(weights, rms * norms)
 
 
 def test_a_file_is_read_back_and_knows_its_model(made: tuple[Any, Profile, Path], tmp_path: Path) -> None:
@@ -113,12 +114,12 @@ def test_profiles_are_found_in_the_cache(
     monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="none is known; make it: griffin profile"):
         griffin.attach(model, selection="prior+topk")
-    assert select(model, selection="auto").config.selection == "tier+topk"
+    assert select(model, selection="auto").config.selection == "dynamic+topk"
     folder = tmp_path / "cache" / "profiles"
     folder.mkdir(parents=True)
     (folder / "broken.safetensors").write_bytes(b"nothing")
     own.save(folder / "mine.safetensors")
-    assert select(model, selection="auto").config.selection == "prior+tier+topk"
+    assert select(model, selection="auto").config.selection == "prior+dynamic+topk"
     assert select(model, selection="prior+topk").config.selection == "prior+topk"
 
 
@@ -134,7 +135,7 @@ def test_auto_has_a_tier_only_where_it_saves_time(
 
     assert found(model, "gather") == ("topk", "gather")
     if library.available() is None:
-        assert found(model) == ("tier+topk", "native")
+        assert found(model) == ("dynamic+topk", "native")
     own.save(tmp_path / "cache" / "profiles" / "mine.safetensors")
     assert found(model, "gather") == ("prior+topk", "gather")
     model.model.layers[1].mlp.act_fn = torch.nn.Hardtanh()  # known to neither
@@ -158,7 +159,7 @@ def test_a_target_loss_takes_the_cheapest_density(made: tuple[Any, Profile, Path
     replace(own, losses={"f32": {0.9: 0.01, 0.5: 0.1, 0.7: 0.04, 0.3: 0.7}}).save(path)
     for loss, density in ((0.05, 0.7), (0.04, 0.7), (1.0, 0.3), (0.02, 0.9)):
         config = select(model, loss=loss, profile=str(path)).config
-        assert (config.density, config.selection, config.loss) == (density, "prior+tier+topk", None)
+        assert (config.density, config.selection, config.loss) == (density, "prior+dynamic+topk", None)
     with pytest.raises(ValueError, match=r"at most 0\.001: the least is 0\.01, at density 0\.9"):
         griffin.attach(model, loss=0.001, profile=str(path))
     convert(model, "int8")
@@ -171,7 +172,7 @@ def test_losses_are_what_is_measured(made: tuple[Any, Profile, Path], monkeypatc
     monkeypatch.setattr(profiling, "_PROMPT", 12)
     monkeypatch.setattr(profiling, "DENSITIES", (0.4, 0.8))
     found = profiling.with_losses(own, model, texts(), str(path)).losses
-    configs = [GriffinConfig(density=d, selection="prior+tier+topk", profile=str(path)) for d in (0.4, 0.8)]
+    configs = [GriffinConfig(density=d, selection="prior+dynamic+topk", profile=str(path)) for d in (0.4, 0.8)]
     measured = perplexity.measure(model, texts(), 12, configs)
     assert found == {"f32": {d: float(m.kl.double().mean()) for d, m in zip((0.4, 0.8), measured, strict=True)}}
     assert found["f32"][0.4] > found["f32"][0.8] > 0
@@ -182,8 +183,8 @@ def test_losses_are_what_is_measured(made: tuple[Any, Profile, Path], monkeypatc
     [
         ({"loss": 0.0}, "loss is 0.0"),
         ({"loss": "small"}, "loss is 'small'"),
-        ({"loss": 0.1, "density": 0.3}, "a loss, 0.1, and a density, 0.3"),
-        ({"loss": 0.1, "selection": "random"}, "a loss is that of prior"),
+        ({"loss": 0.1, "density": 0.3}, r"either loss \(0.1\) or density \(0.3\)"),
+        ({"loss": 0.1, "selection": "random"}, "loss= uses prior"),
         ({"profile": 3}, "profile is 3"),
     ],
 )
@@ -193,10 +194,10 @@ def test_wrong_settings(settings: dict[str, Any], said: str) -> None:
 
 
 def test_the_shipped_profiles() -> None:
-    found = sorted(path.name for path in profiles.FOLDERS[0].glob("*.safetensors"))
+    found = sorted(path.name for path in profiles.SHIPPED.glob("*.safetensors"))
     assert found == ["gemma3-270m.safetensors", "smollm2-135m.safetensors"]
     for name in found:
-        own = Profile.load(profiles.FOLDERS[0] / name)
+        own = Profile.load(profiles.SHIPPED / name)
         assert set(own.losses) == {"bf16", "int8", "int4"}
         for losses in own.losses.values():
             assert losses[0.3] > losses[0.5] > losses[0.9]

@@ -150,7 +150,7 @@ def test_griffin_on_quantised_models(family: str, format: str) -> None:
     ids, step = torch.randint(3, 99, (1, 24)), torch.randint(3, 99, (1, 2))
     logits, calls = {}, {}
     for backend in ("reference", "native"):
-        with griffin.attach(model, density=0.5, backend=backend) as handle, torch.no_grad():
+        with griffin.attach(model, density=0.5, backend=backend, selection="topk") as handle, torch.no_grad():
             with handle.prompt_phase():
                 out = model(ids, use_cache=True)
             with handle.generation_phase():
@@ -159,7 +159,7 @@ def test_griffin_on_quantised_models(family: str, format: str) -> None:
     assert calls == {"reference": 2, "native": 2}
     assert relative(logits["native"], logits["reference"]) < 0.03  # the library rounds the FF's inputs to 8 bits
     with pytest.raises(ValueError, match="quantised"):
-        griffin.attach(model, backend="gather")
+        griffin.attach(model, backend="gather", selection="topk")
     with griffin.attach(model, selection="magnitude") as handle:
         assert handle.backend.name == "native"
         assert len(handle.experts) == 2
@@ -218,7 +218,7 @@ def test_errors_leave_the_model_as_it_was() -> None:
     before = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="expected one of bf16, f32, int8, int4"):
         convert(model, "int3")
-    with griffin.attach(model), pytest.raises(ValueError, match="detach"):
+    with griffin.attach(model, selection="topk"), pytest.raises(ValueError, match="detach"):
         convert(model, "int8")
     own = model.model.layers[1].self_attn.q_proj
 

@@ -9,13 +9,18 @@ from hypothesis import strategies as st
 
 import griffin
 from conftest import tiny_llama
-from griffin import config
 from griffin.config import GriffinConfig
-from griffin.method.selection import SELECTIONS, magnitude_scores, register, select, wanda
+from griffin.layouts import FFBlock
+from griffin.method.scores import magnitude_of
+from griffin.method.selection import select
+from griffin.methods import METHODS, Method, register_method
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+SELECTIONS = [name for name, method in METHODS.items() if method.select is not None]
 
 
 def one(scores: torch.Tensor, k: int, selection: str, seed: int = 0) -> torch.Tensor:
@@ -88,8 +93,8 @@ def test_a_seed_means_the_same_experts() -> None:
 def test_magnitude_scores_are_products_of_row_norms() -> None:
     gate, up = torch.randn(6, 4), torch.randn(6, 4)
     expected = [float(gate[j].norm() * up[j].norm()) for j in range(6)]
-    torch.testing.assert_close(magnitude_scores([gate.norm(dim=1), up.norm(dim=1)]), torch.tensor(expected))
-    torch.testing.assert_close(magnitude_scores([up.norm(dim=1)]), up.norm(dim=1))
+    torch.testing.assert_close(magnitude_of([gate.norm(dim=1), up.norm(dim=1)]), torch.tensor(expected))
+    torch.testing.assert_close(magnitude_of([up.norm(dim=1)]), up.norm(dim=1))
 
 
 def test_wrong_calls_are_refused() -> None:
@@ -117,29 +122,35 @@ def test_rows_are_selected_as_if_each_were_alone() -> None:
         assert torch.equal(together, torch.stack(alone)), name
 
 
-def test_wanda_keeps_of_every_row_the_weights_of_largest_score() -> None:
-    weight, norms = torch.randn(5, 12), torch.rand(12)
-    kept = wanda(weight, norms, 4)
-    for row, found in zip(weight, kept, strict=True):
-        order = sorted(range(12), key=lambda j: -abs(float(row[j])) * float(norms[j]))
-        expected = [float(row[j]) if j in order[:4] else 0.0 for j in range(12)]
-        assert found.tolist() == expected
+def test_a_new_method_is_a_row() -> None:
+    calls = []
 
-
-def test_a_new_method_is_one_function() -> None:
-    @register("last", "the last k neurons")
     def last(scores: torch.Tensor, k: int, seeds: object) -> torch.Tensor:
         return torch.arange(scores.shape[1] - k, scores.shape[1]).repeat(len(scores), 1)
 
+    def ones(blocks: list[FFBlock], statistics: griffin.Statistics, batch: str) -> torch.Tensor:
+        calls.append(len(blocks))
+        return torch.ones(len(blocks), 1, blocks[0].width)
+
     try:
+        register_method(Method("last", "the last k neurons", select=last))
+        register_method(Method("last_static", "the same, whatever the prompt", select=last, scores=ones, static=True))
         model, ids = tiny_llama(), torch.tensor([[5, 17, 3, 88]])
         with griffin.attach(model, GriffinConfig(density=0.5, selection="last")) as handle, handle.prompt_phase():
             model(ids)
         assert handle.experts[1].tolist() == list(range(40, 80))
-        assert "last" in config.SELECTIONS
+        with griffin.attach(model, GriffinConfig(density=0.5, selection="last_static")) as handle:
+            assert handle.experts[1].tolist() == list(range(40, 80))  # there before any prompt
+            with handle.prompt_phase():
+                model(ids)
+            assert calls == [3]
+            assert not handle.statistic
         with pytest.raises(ValueError, match="already"):
-            register("last", "")
+            register_method(Method("last", "", select=last))
+        with pytest.raises(ValueError, match="letters, digits"):
+            register_method(Method("a+b", "", select=last))
     finally:
-        del SELECTIONS["last"], config.SELECTIONS["last"]
+        for name in ("last", "last_static"):
+            METHODS.pop(name, None)
     with pytest.raises(ValueError, match="expected one of"):
         GriffinConfig(selection="last")

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 import griffin
 from conftest import tiny_llama
 from griffin.analysis.perplexity import measure
+from griffin.analysis.wanda import mask, wanda
 from griffin.config import GriffinConfig
 
 IDS = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2]])
@@ -44,7 +45,7 @@ def brute_force(model: LlamaForCausalLM, prompts: list[Tensor], density: float) 
 
 
 def wanda_logits(model: LlamaForCausalLM, prompt: Tensor, tokens: Tensor, **settings: object) -> Tensor:
-    with griffin.attach(model, selection="wanda", **settings) as handle:
+    with wanda(model, GriffinConfig(selection="wanda", **settings)) as handle:
         with handle.prompt_phase():
             model(prompt)
         with handle.generation_phase():
@@ -60,7 +61,7 @@ def test_wanda_is_a_model_masked_by_loops(density: float) -> None:
     assert not torch.allclose(found, model(IDS).logits)
     (measured,) = measure(model, torch.cat([IDS, IDS], 1), 11, [GriffinConfig(density=density, selection="wanda")])
     alone = torch.nn.functional.cross_entropy
-    with griffin.attach(model, selection="wanda", density=density) as handle:
+    with wanda(model, GriffinConfig(selection="wanda", density=density)) as handle:
         with handle.prompt_phase():
             out = model(IDS, use_cache=True)
         with handle.generation_phase():
@@ -76,7 +77,7 @@ def test_a_shared_batch_sums_the_norms_and_padding_does_not_count() -> None:
     mask = torch.ones(2, 11, dtype=torch.int64)
     mask[1, :5] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    with griffin.attach(model, selection="wanda", density=0.5) as handle:
+    with wanda(model, GriffinConfig(selection="wanda", density=0.5)) as handle:
         with handle.prompt_phase():
             model(torch.cat([IDS, padded]), attention_mask=mask, position_ids=positions)
         with handle.generation_phase():
@@ -91,30 +92,30 @@ def test_a_shared_batch_sums_the_norms_and_padding_does_not_count() -> None:
 def test_chunks_and_turns_add_up_and_undo_is_exact() -> None:
     model = tiny_llama()
     before = model(IDS).logits
-    with griffin.attach(model, selection="wanda") as handle:
+    with wanda(model, GriffinConfig(selection="wanda")) as handle:
         with handle.prompt_phase():
             cache = model(IDS[:, :4], use_cache=True).past_key_values
             model(IDS[:, 4:8], past_key_values=cache)
-        first = handle.conversation.copy()
-        with handle.prompt_phase(conversation=first):
+        first = handle.gathered.copy()
+        with handle.prompt_phase(statistics=first):
             model(IDS[:, 8:], past_key_values=cache)
         with handle.generation_phase():
             found = model(NEXT).logits
     torch.testing.assert_close(found, wanda_logits(model, IDS, NEXT), rtol=0, atol=1e-9)  # float64
     assert torch.equal(model(IDS).logits, before)
-    with griffin.attach(model) as handle, handle.prompt_phase():
+    with griffin.attach(model, selection="topk") as handle, handle.prompt_phase():
         model(IDS)
     with (
-        griffin.attach(model, selection="wanda") as other,
+        wanda(model, GriffinConfig(selection="wanda")) as other,
         pytest.raises(ValueError, match="began with another selection"),
-        other.prompt_phase(conversation=handle.conversation),
+        other.prompt_phase(statistics=handle.gathered),
     ):
         model(IDS)
 
 
 def test_generate_runs_it_and_other_backends_are_refused() -> None:
     model = tiny_llama()
-    with griffin.attach(model, selection="wanda", density=0.5) as handle:
+    with wanda(model, GriffinConfig(selection="wanda", density=0.5)) as handle:
         tokens = model.generate(IDS, max_new_tokens=4, do_sample=False)
         assert tokens.shape == (1, 15)
         assert handle.sparse_calls == 9
@@ -122,3 +123,14 @@ def test_generate_runs_it_and_other_backends_are_refused() -> None:
         with pytest.raises(ValueError, match="saves no time"):
             GriffinConfig(selection="wanda", backend=backend)
     assert torch.equal(wanda_logits(model, IDS, IDS, density=1.0), model(IDS).logits)
+    with pytest.raises(ValueError, match=r"griffin\.analysis\.wanda"):
+        griffin.attach(model, selection="wanda")
+
+
+def test_of_every_row_the_weights_of_largest_score_are_kept() -> None:
+    weight, norms = torch.randn(5, 12), torch.rand(12)
+    kept = mask(weight, norms, 4)
+    for row, masked in zip(weight, kept, strict=True):
+        order = sorted(range(12), key=lambda j: -abs(float(row[j])) * float(norms[j]))
+        expected = [float(row[j]) if j in order[:4] else 0.0 for j in range(12)]
+        assert masked.tolist() == expected

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
+from griffin.methods import METHODS, Method, register_method
 from griffin.version import __version__
 
 if TYPE_CHECKING:
-    from griffin.attachment import Conversation, Griffin, Phase, attach
+    from griffin.attachment import Griffin, Phase, Plan, Selection, Statistics, attach
+    from griffin.engine.decoders import new_cache
     from griffin.engine.step import Sampling, Step, generate_step
     from griffin.generation.generate import Result, generate, stream_generate
     from griffin.layouts import LAYOUTS, FFBlock, Layout, find_ff_blocks
     from griffin.models.load import load
 
 _HOMES = {
-    "griffin.attachment": ("Conversation", "Griffin", "Phase", "attach"),
+    "griffin.attachment": ("Griffin", "Phase", "Plan", "Selection", "Statistics", "attach"),
+    "griffin.engine.decoders": ("new_cache",),
     "griffin.generation.generate": ("Result", "generate", "stream_generate"),
     "griffin.models.load": ("load",),
     "griffin.engine.step": ("Sampling", "Step", "generate_step"),
@@ -29,15 +32,19 @@ _HOMES = {
 
 __all__ = [
     "LAYOUTS",
-    "Conversation",
+    "METHODS",
     "FFBlock",
     "Griffin",
     "GriffinConfig",
     "GriffinError",
     "Layout",
+    "Method",
     "Phase",
+    "Plan",
     "Result",
     "Sampling",
+    "Selection",
+    "Statistics",
     "Step",
     "__version__",
     "attach",
@@ -45,6 +52,8 @@ __all__ = [
     "generate",
     "generate_step",
     "load",
+    "new_cache",
+    "register_method",
     "stream_generate",
 ]
 

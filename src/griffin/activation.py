@@ -36,12 +36,13 @@ def name_of(function: Callable[[Tensor], object]) -> str | None:
     """Which of the library's activations a function is, found by trying it out; `None` for another one."""
     probe = torch.linspace(-6.0, 6.0, 97)
     try:
-        found = function(probe)
+        values = function(probe)
     except Exception:  # not an activation: it wants other arguments
         return None
+    if not isinstance(values, Tensor) or values.shape != probe.shape:
+        return None
+    values = values.to(probe.dtype)  # parameters of the activation may be wider
     for activation, expected in ACTIVATIONS.items():
-        if not isinstance(found, Tensor) or found.shape != probe.shape:
-            return None
-        if torch.allclose(found, expected(probe), rtol=1e-4, atol=1e-5):
+        if torch.allclose(values, expected(probe), rtol=1e-4, atol=1e-5):
             return activation
     return None

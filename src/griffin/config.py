@@ -8,23 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-# The one list of methods, by name: flags, help pages, sweeps and reports read it. `griffin.method.selection` has a
-# function for each of them, and its `register` adds another.
-SELECTIONS = {
-    "topk": "the neurons of largest flocking statistic: the paper's",
-    "sample": "drawn with probability proportional to the statistic: the paper's variant",
-    "topk_sample": "half of each: the paper's variant",
-    "random": "drawn uniformly: control",
-    "magnitude": "the neurons of largest weights, whatever the prompt: the paper's static baseline",
-    "wanda": "single weights by weight times input, which saves no time: the paper's unstructured baseline",
-}
-# What may stand before a selection, joined by "+", as in "tier+topk".
+from griffin.methods import METHODS, Method
+
+# What may stand before a method's name, joined by "+", as in "dynamic+topk".
 REFINEMENTS = {
     "prior": "the model's profile counts as so many tokens of the prompt, which helps short prompts",
-    "tier": "up and down of those neurons only whose gates matter, for every token anew; density means bytes",
+    "dynamic": "dynamic neuron selection: a token computes those experts whose gates matter; density means bytes",
 }
 AUTO = "auto"
-BEST = "prior+tier+topk"  # what a target loss means
+BEST = "prior+dynamic+topk"
+"""The selection that `loss=` uses."""
 BATCHES = ("shared", "per_sequence")
 BACKENDS = ("auto", "reference", "gather", "native")
 
@@ -36,14 +29,14 @@ class GriffinConfig:
     The field names are the same everywhere: keyword arguments of `attach`, command-line flags, keys of an integration.
 
     Args:
-        density: share of the FF neurons kept in the generation phase, 0 < density <= 1. 1.0 is the full model. With a
-            token tier: the share of the FF weights' bytes that are read for a token.
-        selection: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants), `random` (control),
-            `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the paper's unstructured
-            baseline: single weights, not neurons, so that it saves no time; for evaluation). `tier+` before one of the
-            first four adds the token tier (`griffin.method.dynamic`), which loses far less at the same bytes; `prior+`
-            the model's profile. `auto` is `topk` with `prior+` for a model that has a profile, and with `tier+` where
-            that saves time: where the native backend runs.
+        density: share of the FF neurons kept in the generation phase, 0 < density <= 1. 1.0 is the full model. With
+            dynamic neuron selection: the share of the FF weights' bytes that are read for a token.
+        selection: a name of `griffin.METHODS`: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants),
+            `random` (control), `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the
+            paper's unstructured baseline, which evaluations alone offer). `dynamic+` before one of the first four adds
+            dynamic neuron selection (`griffin.method.dynamic`), which loses far less at the same bytes; `prior+` adds
+            the model's profile. `auto` is `topk` with `prior+` for a model that has a profile, and with `dynamic+`
+            where that saves time: where the native backend runs.
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
         backend: `auto`, or the name of one (`reference`, `gather`, `native`).
@@ -51,14 +44,14 @@ class GriffinConfig:
         profile: file of the model's profile, made by `griffin profile`; `None` looks among those that come with griffin
             and those in its cache.
         loss: a target instead of a density: the smallest density whose KL to the full model was at most this, in nats a
-            token, when the profile was made. The selection is then `prior+tier+topk`.
+            token, when the profile was made. The selection is then `prior+dynamic+topk`.
 
     Raises:
         ValueError: a field has a value outside of the above.
     """
 
     density: float = 0.5
-    selection: str = "topk"
+    selection: str = AUTO
     layers: tuple[int, ...] | None = None
     batch: str = "shared"
     backend: str = "auto"
@@ -71,10 +64,10 @@ class GriffinConfig:
         object.__setattr__(self, "selection", _selection(self.selection))
         _choice("batch", self.batch, BATCHES)
         _choice("backend", self.backend, BACKENDS)
-        if self.selection == "wanda" and self.backend not in ("auto", "reference"):
+        if self.method.select is None and self.backend not in ("auto", "reference"):
             raise ValueError(
-                f"backend is {self.backend!r}, but selection wanda keeps single weights, not neurons: it saves no "
-                "time, whatever computes it; leave the backend out"
+                f"backend is {self.backend!r}, but selection {self.method} keeps single weights, not neurons: it saves "
+                "no time, whatever computes it; leave the backend out"
             )
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
@@ -86,26 +79,24 @@ class GriffinConfig:
             object.__setattr__(self, "loss", _loss(self))
 
     @property
-    def ranking(self) -> str:
-        """The selection without its refinements, a name of `SELECTIONS`."""
-        return self.selection.rpartition("+")[2]
+    def method(self) -> Method:
+        """The selection's method, without refinements; `auto` ranks by `topk`."""
+        return METHODS["topk" if self.selection == AUTO else self.selection.rpartition("+")[2]]
 
     @property
-    def gathers(self) -> frozenset[str]:
-        """What the prompt phase has to gather beside the flocking statistic."""
-        if self.selection == "wanda":
-            return frozenset({"inputs"})
-        return frozenset({"ups"} if self.tier else ())
-
-    @property
-    def tier(self) -> bool:
-        """Whether there is a token tier."""
-        return self.selection == AUTO or "tier" in self.selection.split("+") or self.loss is not None
+    def dynamic(self) -> bool:
+        """Whether the selection has, or with `auto` or `loss` may turn out to have, dynamic neuron selection."""
+        return self.selection == AUTO or "dynamic" in self.selection.split("+") or self.loss is not None
 
     @property
     def prior(self) -> bool:
-        """Whether the profile counts as tokens of the prompt."""
+        """Whether the selection names the profile."""
         return "prior" in self.selection.split("+")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the prompt phase has to gather beside the flocking statistic."""
+        return self.method.needs | ({"ups"} if self.dynamic else set())
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GriffinConfig:
@@ -146,25 +137,26 @@ def _loss(config: GriffinConfig) -> float:
             f"loss is {value!r}; expected a number above 0: KL to the full model in nats a token, for example 0.05"
         )
     if config.density != GriffinConfig.density:
-        raise ValueError(f"there are a loss, {value:g}, and a density, {config.density:g}; give one of them")
+        raise ValueError(f"give either loss ({value:g}) or density ({config.density:g}), not both")
     if config.selection not in (GriffinConfig.selection, AUTO, BEST):
-        raise ValueError(f"selection is {config.selection!r}, but a loss is that of {BEST}; leave the selection out")
+        raise ValueError(f"selection is {config.selection!r}, but loss= uses {BEST}; leave the selection out")
     return float(value)
 
 
 def _selection(value: object) -> str:
     if value == AUTO:
         return AUTO
-    *refinements, ranking = str(value).replace(" ", "").split("+")
-    _choice("selection", ranking, tuple(SELECTIONS))
-    for name in refinements:
-        _choice("selection's refinement", name, tuple(REFINEMENTS))
-    if refinements and ranking in ("wanda", "magnitude"):
+    *refinements, name = str(value).replace(" ", "").split("+")
+    _choice("selection", name, (*METHODS, AUTO))
+    method = METHODS.get(name)
+    for refinement in refinements:
+        _choice("selection's refinement", refinement, tuple(REFINEMENTS))
+    if refinements and (method is None or method.static or method.select is None):
         raise ValueError(
-            f"selection is {value!r}, but {ranking} is a baseline of its own, which has no {refinements[0]}; expected "
-            f"{refinements[0]}+topk, or {ranking} alone"
+            f"selection is {value!r}, but {name} cannot be refined by {refinements[0]}; expected "
+            f"{refinements[0]}+topk, or {name} alone"
         )
-    return "+".join([*(name for name in REFINEMENTS if name in refinements), ranking])
+    return "+".join([*(refinement for refinement in REFINEMENTS if refinement in refinements), name])
 
 
 def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin.activation import activation_of
-from griffin.weights.projection import bias_of, is_plain, nbytes_of, rows, shape_of
+from griffin.weights.projection import bias_of, device_of, is_plain, nbytes_of, rows, shape_of
 from griffin.weights.quantised import QuantisedLinear
 
 
@@ -84,6 +84,11 @@ class FFBlock:
     def gated(self) -> bool:
         """Whether the block has a gate."""
         return self.layout.fused or len(self.inputs) > 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights of the output projection are."""
+        return device_of(self.output)
 
     @property
     def activation(self) -> str | None:

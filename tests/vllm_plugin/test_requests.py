@@ -128,7 +128,7 @@ def engine(**own: Any) -> Any:
         ({"densty": 0.5}, "did you mean 'density'"),
         ({"density": 2}, "density is 2"),
         ({"batch": "shared"}, "every request has its own experts"),
-        ({"selection": "tier+topk"}, "no token tier"),
+        ({"selection": "dynamic+topk"}, "no token tier"),
         ({"selection": "wanda"}, "wanda was asked for"),
         (0.5, "expected settings"),
     ],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from griffin.attachment import attach
+from griffin.attachment import GATHER_ONLY, attach
 from griffin.config import GriffinConfig
 from griffin.layouts import find_ff_blocks
 from griffin.method import selection
@@ -83,9 +83,9 @@ def energies(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[int, T
     """
     found: dict[int, list[Tensor]] = {}
     for ids in sequences:
-        with attach(model, backend="reference") as handle, handle.prompt_phase():
+        with attach(model, GATHER_ONLY) as handle, handle.gather() as statistics:
             model(ids.to(model.device), use_cache=False)
-        for layer, own in handle.conversation.energies.items():
+        for layer, own in statistics.energies.items():
             found.setdefault(layer, []).append(own[0].cpu())
     if not found:
         raise ValueError("there is no sequence to run")
@@ -150,7 +150,7 @@ def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], dens
     """Jaccard overlap of a conversation's experts after one turn with those after a later one, by layer.
 
     Args:
-        before, after: what `handle.conversation.energies` held after the turns, of the first sequence.
+        before, after: what `handle.gathered.energies` held after the turns, of the first sequence.
         density: share of the neurons kept.
 
     Shapes:

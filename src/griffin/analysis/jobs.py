@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from griffin.analysis import benchmark, perplexity
 from griffin.analysis.cells import FULL, Key, Measured, Metric
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
+from griffin.analysis.wanda import attach_any
 from griffin.analysis.workload import passage_prompts
-from griffin.attachment import attach
 from griffin.config import GriffinConfig
 from griffin.generation.generate import stream_generate
 from griffin.generation.text import Prompt, context_length
@@ -118,7 +118,7 @@ def speeds(
     context = context_length(model)
     if context is not None and prompt + generate > context:
         prompt, generate = context - context // 4, context // 4
-    timed = [config for config in configs if config.selection != "wanda"]  # which reads every weight
+    timed = [config for config in configs if config.method.select is not None]  # which reads every weight
     keys = tuple(key_of(config, "speed", prompt=prompt, generate=generate) for config in timed)
 
     def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
@@ -175,7 +175,7 @@ def _examples(
 ) -> Measured:
     tokens: list[list[int]] = []
     pieces: list[list[str]] = []
-    with attach(model, config_of(key)) as handle:
+    with attach_any(model, config_of(key)) as handle:
         for text in prompts:
             prompt: Prompt = text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
             own = list(stream_generate(model, tokenizer, prompt, griffin=handle, max_tokens=key.generate))

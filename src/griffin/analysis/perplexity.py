@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from griffin.analysis.agreement import run_continuation, run_prompt
 from griffin.analysis.benchmark import check_length, laid_out_once
 from griffin.analysis.bootstrap import Interval, mean_interval, paired_interval
-from griffin.attachment import attach
+from griffin.analysis.wanda import attach_any
+from griffin.attachment import GATHER_ONLY, attach
 from griffin.config import GriffinConfig
 
 _VALUES_AT_A_TIME = 2**24  # logits in float32, 64 MB; several such are alive at once
@@ -185,22 +186,18 @@ def measure(
     check_length(model, prompt, ids.shape[1] - prompt)
     scores: list[list[_Scores]] = [[] for _ in configs]
     full_nll: list[Tensor] = []
-    gather = frozenset().union(*(config.gathers for config in configs))
+    needs = frozenset().union(*(config.needs for config in configs))
     backends = dict.fromkeys(config.backend for config in configs)
     with laid_out_once(model, *backends):
         for row in ids.to(model.device):
             continuation = row[None, prompt:]
-            with (
-                attach(model, backend="reference") as gathering,
-                gathering.prompt_phase(gather=gather),
-            ):
+            with attach(model, GATHER_ONLY) as gathering, gathering.gather(needs=needs) as statistics:
                 cache, first = run_prompt(model, row[None, :prompt])
             full = run_continuation(model, continuation, copy.deepcopy(cache), first)[0]
             full_nll.append(_scores(full, full, continuation[0]).nll)
             for own, config in zip(scores, configs, strict=True):
-                with attach(model, config) as handle:
-                    with handle.prompt_phase(conversation=gathering.conversation):
-                        pass  # the experts are selected from the prompt that ran
+                with attach_any(model, config) as handle:
+                    handle.select(statistics)
                     with handle.generation_phase():
                         logits = run_continuation(model, continuation, copy.deepcopy(cache), first)[0]
                 own.append(_scores(logits, full, continuation[0]))

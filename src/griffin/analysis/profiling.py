@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.analysis import perplexity
-from griffin.attachment import attach
-from griffin.attachment.profile import Profile, format_of, sample
+from griffin.attachment import GATHER_ONLY, attach
 from griffin.config import BEST, GriffinConfig
 from griffin.engine.step import Sampling, generate_step
 from griffin.layouts import find_ff_blocks
+from griffin.method.profile import Profile, format_of, sample
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TOKENS = 512  # of a sequence
@@ -50,7 +50,7 @@ def written(
     for at in range(0, sequences, _BATCH):
         rows = min(_BATCH, sequences - at)
         beginning = torch.full((rows, 1), first, device=model.device)
-        with attach(model, GriffinConfig(density=1.0, batch="per_sequence")) as handle:
+        with attach(model, GriffinConfig(density=1.0, selection="topk", batch="per_sequence")) as handle:
             sampling = Sampling(temperature=1.0, seed=seed + at)
             tokens = []
             for step in islice(generate_step(model, beginning, handle=handle, sampling=sampling), TOKENS - 1):
@@ -85,12 +85,12 @@ def prior(
     """
     energies: dict[int, Tensor] = {}
     ups: dict[int, Tensor] = {}
-    with attach(model, GriffinConfig(density=1.0, selection="tier+topk", backend="reference")) as handle:
+    with attach(model, GATHER_ONLY) as handle:
         for row in sequences:
-            with handle.prompt_phase():
+            with handle.gather(needs={"ups"}) as statistics:
                 model(row[None].to(model.device), use_cache=False)
-            for total, own in ((energies, handle.conversation.energies), (ups, handle.conversation.ups)):
-                for layer, values in own.items():
+            for total, gathered in ((energies, statistics.energies), (ups, statistics.ups)):
+                for layer, values in gathered.items():
                     total[layer] = total.get(layer, 0) + values[0].cpu()
             done()
     tokens = sequences.numel()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from griffin.attachment import Conversation, attach
+from griffin.attachment import Statistics, attach
 from griffin.config import GriffinConfig
-from griffin.engine.step import generate_step
+from griffin.engine.decoders import Decoders, new_cache
+from griffin.engine.forward import Forward
 from griffin.errors import GriffinError
 from griffin.layouts import find_ff_blocks
 
 STEPS = 4
-_PROMPT_TOKENS = 64  # after 16 a model at density 0.25 is so unsure that roundings alone can turn it round
+_PROMPT_TOKENS = 64  # with only 16, the output at density 0.25 is so flat that rounding alone can change it
 
 # Difference of the logits as a share of their spread, over all steps. For comparison: one expert in ten missing gives
 # 0.25 and more (SmolLM2 at 0.5 and 0.25, all formats), so each of these finds it.
@@ -26,8 +26,8 @@ TOLERANCES = {
     torch.float16: 2e-2,  # the reference rounds z and every output to 11 bits, a fused kernel sums in float32
     torch.bfloat16: 6e-2,  # the same with 8 bits, in every layer: 0.02 was found over 30
 }
-# Integer kernels round their inputs to 8 bits as well: 0.033 was found over 30 layers. So do a token tier's gates if
-# they are of a quantised copy, where a rounded gate also moves neurons across the edge of the choice: 0.006 to 0.009
+# Integer kernels round their inputs to 8 bits as well: 0.033 was found over 30 layers. So do dynamic selection's gates
+# if they are of a quantised copy, where a rounded gate also moves neurons across the edge of the choice: 0.006 to 0.009
 # was found at density 0.75 and 0.018 to 0.071 at 0.5 (SmolLM2, float32), with kernels that equal rounded inputs to
 # 3e-7.
 QUANTISED_TOLERANCE = 8e-2
@@ -85,24 +85,27 @@ class _Run:
     backend: str
     logits: list[Tensor]
     tokens: list[Tensor]
-    conversation: Conversation
+    statistics: Statistics
     sketched: bool  # gates came from a quantised copy, by the kernels of quantised weights
 
 
+@torch.no_grad()
 def _run(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor, like: _Run | None = None) -> _Run:
-    """A prompt and a few steps; with `like` for that run's tokens and for experts from its statistic."""
-    logits, tokens = [], []
+    """A prompt and a few greedy steps; with `like`, that run's tokens, and experts from its statistics.
+
+    A backend may store weights in another order, so that its prompt phase rounds differently and selects other experts
+    at the edge: so both runs select from the same statistics.
+    """
     with attach(model, config) as handle:
-        for number, step in enumerate(islice(generate_step(model, prompts, handle=handle), STEPS + 1)):
-            conversation = handle.conversation.copy()
-            if like is not None and number == 0:
-                # A backend may store weights in another order, so that its prompt phase rounds in another way, and the
-                # last of the experts may be others: they are selected again, from the same statistic.
-                with handle.prompt_phase(conversation=like.conversation):
-                    pass
-            if like is not None:
-                step.tokens.copy_(like.tokens[number])  # what the next step runs
-            logits.append(step.logits)
-            tokens.append(step.tokens.clone())
+        cache = new_cache(model)
+        with handle.gather() as statistics:
+            logits = [Forward(model, cache, None)(prompts)]
+        selections = handle.plan.select(statistics if like is None else like.statistics)
+        handle.use(selections)
+        decoder = Decoders(model, handle).decoder([cache], selections)
+        tokens = []
+        for step in range(STEPS):
+            tokens.append(logits[-1].argmax(dim=-1) if like is None else like.tokens[step])
+            logits.append(decoder(tokens[-1]))
         sketched = any(split.gate is not None for split in handle.splits.values())
-        return _Run(handle.backend.name, logits, tokens, conversation, sketched)
+        return _Run(handle.backend.name, logits, tokens, statistics, sketched)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from griffin.attachment.handle import Griffin, Phase, refuse_training
-from griffin.attachment.selected import Selected
-from griffin.attachment.transformers_generate import attach_generate
+from griffin.attachment.plan import Plan
+from griffin.attachment.selection import Selection
 from griffin.config import GriffinConfig
 from griffin.layouts import Layout
-from griffin.method.statistics import Conversation
+from griffin.method.statistics import Statistics
 
-__all__ = ["Conversation", "Griffin", "Phase", "Selected", "attach"]
+__all__ = ["GATHER_ONLY", "Griffin", "Phase", "Plan", "Selection", "Statistics", "attach", "config_from"]
+
+
+GATHER_ONLY = GriffinConfig(density=1.0, selection="topk", backend="reference")
+"""For `handle.gather()` alone: nothing is pruned, and the weights stay where they are."""
 
 
 def attach(
-    model: nn.Module,
-    config: GriffinConfig | None = None,
-    *,
-    layout: Layout | None = None,
-    mixed: bool = False,
-    **settings: Any,
+    model: nn.Module, config: GriffinConfig | None = None, *, layout: Layout | None = None, **settings: Any
 ) -> Griffin:
     """Attach GRIFFIN to a Transformers causal language model.
 
@@ -39,7 +37,6 @@ def attach(
         model: the model, in eval mode.
         config: what to keep; `None` means the defaults.
         layout: where the FF blocks are, for a family that `griffin.LAYOUTS` does not know.
-        mixed: sequences of one batch are selected one by one, each by a config of its own (`Griffin.select`, `use`).
         **settings: fields of `GriffinConfig`, by keyword, over those of `config`.
 
     Returns:
@@ -47,17 +44,20 @@ def attach(
 
     Raises:
         ValueError: a setting is unknown or out of range; the model is an encoder-decoder, a mixture of experts, of an
-            unknown layout, in training mode, or has GRIFFIN attached already.
+            unknown layout, in training mode, has weights that are not in memory, delegates `generate` to something
+            that GRIFFIN cannot follow, or has GRIFFIN attached already.
     """
     refuse_training(model)
-    given = GriffinConfig.from_mapping(settings) if config is None else config
-    if config is not None and settings:
-        GriffinConfig.from_mapping(settings)  # refuses unknown keys with a hint
-        given = replace(config, **settings)
-    handle = Griffin(model, given, layout, mixed=mixed)
-    with ExitStack() as stack:  # an exception in the middle leaves the model as it was
-        handle._patch(stack)
-        if not mixed:
-            attach_generate(handle, stack)
-        handle._begin(stack.pop_all())
+    handle = Griffin(model, config_from(config, settings), layout)
+    handle.attach()
     return handle
+
+
+def config_from(config: GriffinConfig | None, settings: dict[str, Any]) -> GriffinConfig:
+    """A config with fields replaced by keyword.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+    """
+    given = GriffinConfig.from_mapping(settings)  # refuses unknown keys with a hint
+    return given if config is None else replace(config, **settings)

@@ -1,4 +1,4 @@
-"""What one prompt phase gathers: every FF block's statistic, of the tokens that are real."""
+"""Collects the statistics of one prompt phase from the FF blocks as they run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from torch import Tensor, nn
 
 from griffin.layouts import FFBlock
 from griffin.method import statistic
-from griffin.method.statistics import Conversation
+from griffin.method.statistics import Statistics
 
 
-class Gathering:
-    """The tokens of one prompt phase, over its chunks.
+class Collector:
+    """Adds the tokens of one prompt phase, over its chunks, to `Statistics`. Padding never counts.
 
     Args:
-        conversation: what is added to.
-        masks: which of the phase's tokens are real, (B, S); `None`: each forward call's own two-dimensional mask tells.
-        more: what is gathered beside the statistic: `inputs`, the norms of the projections' inputs, which adaptive
-            Wanda scores by, and `ups`, the energy of the up projection, which a token tier of gated blocks does.
+        statistics: what is added to.
+        masks: which of the phase's tokens are real, (B, S); `None`: read the two-dimensional mask of each forward call.
+        needs: what is gathered beside the flocking statistic, as `griffin.methods.Method.needs` names it.
     """
 
-    def __init__(self, conversation: Conversation, masks: Tensor | None, more: Collection[str] = ()) -> None:
-        self._conversation, self._masks = conversation, masks
-        self._inputs, self._ups = "inputs" in more, "ups" in more
+    def __init__(self, statistics: Statistics, masks: Tensor | None = None, needs: Collection[str] = ()) -> None:
+        self._statistics, self._masks = statistics, masks
+        self._inputs, self._ups = "inputs" in needs, "ups" in needs
         self._mask: Tensor | None = None  # of the forward call that runs
         self._batch: int | None = None
         self._tokens: dict[int, int] = {}  # so far, by layer
@@ -82,8 +81,8 @@ class Gathering:
             assert self._x is not None
             x = self._x.reshape(*z.shape[:2], -1)
             energies = statistic.input_energy(x, mask), statistic.input_energy(z, mask)
-            self._conversation.add_inputs(block.layer, *energies)
+            self._statistics.add_inputs(block.layer, *energies)
         if self._ups and block.gated:
             assert self._up is not None
-            self._conversation.add_ups(block.layer, statistic.input_energy(self._up.reshape(z.shape), mask))
-        self._conversation.add(block.layer, z, mask)
+            self._statistics.add_ups(block.layer, statistic.input_energy(self._up.reshape(z.shape), mask))
+        self._statistics.add(block.layer, z, mask)

@@ -1,9 +1,10 @@
-"""The handle of an attached model: its phases, its statistic, its experts."""
+"""The handle of an attached model: it gathers statistics, uses selections, and puts the model back."""
 
 from __future__ import annotations
 
 import enum
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,25 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from griffin import backends
-from griffin.attachment import choice, profile
-from griffin.attachment.collector import Gathering
-from griffin.attachment.masking import mask_weights
-from griffin.attachment.patching import patch
-from griffin.attachment.selected import Selected, select_one
-from griffin.backends import native
-from griffin.backends.masked import MaskedFF
+from griffin.attachment.collector import Collector
+from griffin.attachment.patching import guard, is_attached, patch
+from griffin.attachment.plan import Plan, plan_for
+from griffin.attachment.selection import Selection, by_layer
+from griffin.backends.native import NativeFF
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock, Layout, find_ff_blocks
-from griffin.method.dynamic import Split, Tier, make_sketches, split
-from griffin.method.statistics import Conversation
+from griffin.method import scores
+from griffin.method.dynamic import Split
+from griffin.method.statistics import Statistics
 
 logger = logging.getLogger("griffin")
 
-_MARK = "_griffin_attached"
-
 
 class Phase(enum.Enum):
-    """What the FF blocks do with the tokens that come. It is said, never guessed from a tensor's shape."""
+    """What the FF blocks do with the tokens that come. The caller enters it; it is never guessed from shapes."""
 
     FULL = "full"  # outside of any phase: the untouched model
     PROMPT = "prompt"  # the full model, and the statistic is gathered
@@ -43,82 +41,86 @@ class Griffin:
     """A model with GRIFFIN attached. Made by `griffin.attach`; also a context manager that detaches at its end.
 
     Outside of a phase the model computes what it always does. `model.generate` says its phases itself; own loops say
-    them with `prompt_phase` and `generation_phase`.
+    them with `prompt_phase` and `generation_phase`. A prompt phase is `gather`, then `plan.select`, then `use`: the
+    three steps are there one by one for batches whose sequences have configs of their own.
 
-    Not thread-safe: one handle serves one batch at a time.
+    One thread at a time: a phase waits for another thread's phase, `model.generate` for another thread's
+    `model.generate`; a generation phase refuses to run on experts that another thread's prompt selected.
 
     Args:
         model: the model.
         config: what to keep.
         layout: where the FF blocks are, for an unknown family.
-        mixed: sequences of one batch are selected one by one, each by a config of its own (`select`, `use`).
+
+    Raises:
+        ValueError: as `griffin.attach`.
     """
 
-    def __init__(
-        self, model: nn.Module, config: GriffinConfig, layout: Layout | None = None, *, mixed: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, config: GriffinConfig, layout: Layout | None = None) -> None:
         self.model = model
-        self.mixed = mixed
-        found = find_ff_blocks(model, layout)
-        config, self._profile = profile.resolved(model, found, config)
-        self.config = config
-        self.blocks: tuple[FFBlock, ...] = choice.chosen_blocks(found, config)
-        self._masked = config.selection == "wanda"  # single weights, not neurons
-        self.backend = backends.MASKED if self._masked else backends.resolve(config.backend, found, tier=config.tier)
-        self._splits = {b.layer: split(b, config.density) for b in self.blocks if config.tier and config.density < 1.0}
-        self._all_blocks = tuple(found)
-        self._whole_bytes = sum(block.nbytes for block in found) - sum(block.nbytes for block in self.blocks)
+        self.blocks: tuple[FFBlock, ...] = tuple(find_ff_blocks(model, layout))
+        _refuse_offloaded(self.blocks)
+        if is_attached(self.blocks[0].output):
+            raise ValueError(
+                "GRIFFIN is attached to this model already; call detach() on the first handle, or leave its with-block"
+            )
+        self.plan = self._plan(config)
+        self.backend = backends.resolve(config.backend, self.blocks, dynamic=self.plan.config.dynamic)
         self.selection_s = 0.0  # seconds that the last selection took, copying included
-        self._phase = Phase.FULL
-        self._conversation = Conversation()
-        self._gathering = Gathering(self._conversation, None)
-        self._experts: choice.Experts = {}
-        self._tiers: dict[int, Tier] = {}
-        self._rows: tuple[int, ...] | None = None  # whose experts the backend has; None: every sequence its own
+        self._gathered = Statistics()
+        self._collector: Collector | None = None  # of the prompt phase that runs, if it gathers
+        self._selections: tuple[Selection, ...] = ()  # of the batch: one for each sequence, or one for all
+        self._in_backend: tuple[Selection, ...] = ()  # what the backend computes with
         self._sparse: dict[int, backends.SparseFF] = {}
-        self._native: dict[int, native.NativeFF] = {}
-        self._undo = ExitStack()
+        self._active: dict[int, backends.SparseFF] = {}  # layers that the backend's selections do not leave whole
+        self._phase = Phase.FULL
+        self._turn = threading.Lock()  # held during a phase
+        self._turn_of: int | None = None  # the thread that holds it
+        self._selected_by: int | None = None  # the thread whose selections are used
         self._attached = False
-        self._ready = False  # whether weights are masked
-        self._static = config.selection == "magnitude"  # experts that do not depend on the prompt
-        _refuse_attached(self.blocks)
-
-    @property
-    def profile(self) -> profile.Profile | None:
-        """The model's profile, where it is used."""
-        return self._profile
+        self._undo = ExitStack()
 
     # -- what was measured ------------------------------------------------------------------------------------------
 
     @property
-    def experts(self) -> Mapping[int, Tensor | list[Tensor]]:
-        """Experts by layer: int64 (k,), ascending; with per-sequence experts a list of B of them.
+    def config(self) -> GriffinConfig:
+        """The config, with `auto` and `loss` resolved for this model."""
+        return self.plan.config
 
-        Empty before a prompt, and with the selection `wanda`, which keeps single weights of all neurons.
-        """
-        per_sequence = self.config.batch == "per_sequence" and not self._static
-        return MappingProxyType({layer: list(own) if per_sequence else own[0] for layer, own in self._experts.items()})
+    @property
+    def selections(self) -> tuple[Selection, ...]:
+        """What the batch is computed with: one selection for all sequences, or one for each; none before a prompt."""
+        return self._selections
+
+    @property
+    def experts(self) -> Mapping[int, Tensor | list[Tensor]]:
+        """Experts by layer: int64 (k,), ascending; with per-sequence experts a list of B. Empty before a prompt."""
+        per_sequence = self.config.batch == "per_sequence" and not self.config.method.static
+        experts: dict[int, Tensor | list[Tensor]] = {}
+        for block in self._chosen if self._selections else ():
+            every = torch.arange(block.width, device=block.device)
+            sets = [selection.experts.get(block.layer, every) for selection in self._selections]
+            experts[block.layer] = sets if per_sequence else sets[0]
+        return MappingProxyType(experts)
 
     @property
     def statistic(self) -> Mapping[int, Tensor]:
-        """Flocking statistic by layer, float32: (D_ff,), or (B, D_ff) with per-sequence experts.
+        """Flocking statistic by layer, float32: (D_ff,), or (B, D_ff) with per-sequence experts. Empty before a prompt,
+        and with a static method."""
+        blocks = [block for block in self._chosen if block.layer in self._gathered.energies]
+        batch = self.config.batch
+        values = {block.layer: scores.flocking([block], self._gathered, batch)[0] for block in blocks}
+        return MappingProxyType({layer: s if batch == "per_sequence" else s[0] for layer, s in values.items()})
 
-        Empty before a prompt, and with the static selection `magnitude`.
-        """
-        per_sequence = self.config.batch == "per_sequence"
-        layers = self._conversation.energies
-        found = {layer: choice.scores(self._conversation, [layer], self.config.batch)[0] for layer in layers}
-        return MappingProxyType({layer: own if per_sequence else own[0] for layer, own in found.items()})
+    @property
+    def gathered(self) -> Statistics:
+        """What the prompt tokens so far add up to."""
+        return self._gathered
 
     @property
     def phase(self) -> Phase:
-        """The phase that was said last."""
+        """The current phase."""
         return self._phase
-
-    @property
-    def conversation(self) -> Conversation:
-        """Energies and token counts of the prompt tokens so far."""
-        return self._conversation
 
     @property
     def sparse_calls(self) -> int:
@@ -126,71 +128,125 @@ class Griffin:
         return sum(sparse.calls for sparse in self._sparse.values())
 
     @property
-    def native_ff(self) -> Mapping[int, native.NativeFF]:
+    def native_ff(self) -> Mapping[int, NativeFF]:
         """FF blocks of the native backend by layer, of all layers; empty with another backend."""
-        return MappingProxyType(self._native)
+        return MappingProxyType({layer: ff for layer, ff in self._sparse.items() if isinstance(ff, NativeFF)})
 
     @property
     def pruned(self) -> frozenset[int]:
-        """Layers whose FF blocks are computed for experts only in the generation phase."""
-        return frozenset(self._sparse)
+        """Layers whose FF blocks the plan computes for experts only in the generation phase."""
+        return frozenset(block.layer for block in self.plan.pruned)
 
     @property
     def splits(self) -> Mapping[int, Split]:
-        """How the bytes of every layer with a token tier are spent; empty without one."""
-        return MappingProxyType(self._splits)
+        """How the bytes of every layer with dynamic neuron selection are spent; empty without it."""
+        return MappingProxyType(dict(self.plan.splits))
 
     @property
     def ff_bytes_per_token(self) -> int:
         """Bytes of FF weights that one sequence's next token reads in the generation phase."""
-        if self._masked:
-            return self._whole_bytes + sum(block.nbytes for block in self.blocks)
-        return self._whole_bytes + sum(map(self._bytes_of, self.blocks))
+        return self.plan.ff_bytes
 
-    # -- phases -----------------------------------------------------------------------------------------------------
+    # -- gather, select, use ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def prompt_phase(
+    def gather(
         self,
+        statistics: Statistics | None = None,
         *,
         attention_mask: Tensor | None = None,
-        conversation: Conversation | None = None,
-        gather: Collection[str] = (),
-    ) -> Iterator[None]:
-        """Run prompt tokens through the full model and gather their statistic; experts are selected at the end.
+        needs: Collection[str] = (),
+    ) -> Iterator[Statistics]:
+        """Run prompt tokens through the full model, and add up their statistics. Nothing is selected.
 
         Several forward calls inside are chunks of one prompt. Left or right padding never counts: the two-dimensional
         `attention_mask` that the model is called with is read, or the one given here.
 
         Args:
+            statistics: what earlier turns gathered, to be continued; it stays as it is. `None` starts anew.
             attention_mask: which of the phase's tokens are real, for a model that is called without a two-dimensional
                 mask. Shape (B, S), S being all tokens of the phase.
-            conversation: what earlier turns gathered (`handle.conversation`), to be continued; `None` starts anew.
-            gather: what to gather beside what this handle needs, for another config: its `gathers`.
+            needs: what to gather beside what this handle's plan needs, for another plan.
+
+        Yields:
+            The statistics of all prompt tokens so far; complete at the end of the phase.
+
+        Raises:
+            ValueError: inside another phase, in training mode, or after `detach`.
+        """
+        with self._in_phase(Phase.PROMPT):
+            self._refresh()
+            self._gathered = Statistics() if statistics is None else statistics.copy()
+            needs = self.plan.needs.union(needs)
+            self._gathered.keep_only(needs)
+            collector = self._collector = Collector(self._gathered, attention_mask, needs)
+            hook = self.model.register_forward_pre_hook(collector.see_arguments, with_kwargs=True)
+            try:
+                yield self._gathered
+            finally:
+                hook.remove()
+
+    def select(self, statistics: Statistics) -> None:
+        """Select by this handle's plan, and use the selections.
+
+        Raises:
+            ValueError: no prompt token came, or the scores are not finite.
+        """
+        if not self.config.method.static and any(b.layer not in statistics.energies for b in self._chosen):
+            raise ValueError("no prompt token came: call the model inside handle.prompt_phase()")
+        start = time.perf_counter()
+        self.use(self.plan.select(statistics))
+        self.selection_s = time.perf_counter() - start
+
+    def use(self, selections: Sequence[Selection]) -> None:
+        """Compute the next generation phases with these selections: one for each sequence, or a single one for all.
+
+        Raises:
+            ValueError: there is none, or dynamic neuron selections of the sequences differ in their splits.
+        """
+        with self.exclusive():
+            self._hand_over(tuple(selections))
+            self._selections = tuple(selections)
+            self._selected_by = threading.get_ident()
+
+    def plan_for(self, config: GriffinConfig) -> Plan:
+        """What another config means for this model, computed by this handle's backend.
+
+        Raises:
+            ValueError: as `griffin.attach`.
+        """
+        plan = plan_for(self.model, self.blocks, replace(config, backend=self.backend.name))
+        if plan.splits and self.backend.name == "gather":
+            raise ValueError(
+                "the gather backend copies experts once a prompt, and dynamic neuron selection chooses them for every "
+                "token; use a selection without dynamic+"
+            )
+        return plan
+
+    @contextmanager
+    def prompt_phase(
+        self, *, attention_mask: Tensor | None = None, statistics: Statistics | None = None
+    ) -> Iterator[None]:
+        """Run prompt tokens through the full model and gather their statistic; experts are selected at the end.
+
+        Args:
+            attention_mask: as for `gather`.
+            statistics: as for `gather`; `handle.gathered` after an earlier turn.
 
         Raises:
             ValueError: inside another phase, in training mode, after `detach`, or no prompt token came.
         """
-        self._enter(Phase.PROMPT)
-        self._conversation = Conversation() if conversation is None else conversation.copy()
-        more = self.config.gathers.union(gather)
-        self._gathering = Gathering(self._conversation, attention_mask, more)
-        if not self._static and not self.mixed:
-            self._experts, self._ready = {}, False
-        for name in {"inputs", "ups"} - more:
-            getattr(self._conversation, name).clear()  # they would not be of all tokens any more
-        for sparse in self._sparse.values():
-            if isinstance(sparse, MaskedFF):
-                sparse.clear()
-        hook = self.model.register_forward_pre_hook(self._gathering.see_arguments, with_kwargs=True)
-        try:
+        if self.config.method.static:
+            with self._in_phase(Phase.PROMPT):
+                self._refresh()
+                self._collector = None
+                yield
+            self.use(self._selections)
+            return
+        self._forget()
+        with self.gather(statistics, attention_mask=attention_mask) as gathered:
             yield
-            if not self._static and not self.mixed:
-                self._select()
-                self._rows = None
-        finally:
-            hook.remove()
-            self._phase = Phase.FULL
+        self.select(gathered)
 
     @contextmanager
     def generation_phase(self, *, rows: Sequence[int] | None = None) -> Iterator[None]:
@@ -201,48 +257,47 @@ class Griffin:
                 experts. `None`: the batch is that of the prompt phase.
 
         Raises:
-            ValueError: inside another phase, in training mode, after `detach`, before a prompt phase, or `rows` names a
-                prompt that there was not.
+            ValueError: inside another phase, in training mode, after `detach`, before a prompt phase, on experts that
+                another thread selected, or `rows` names a prompt that there was not.
         """
-        self._enter(Phase.GENERATION)
-        try:
-            if not self._experts and not self._ready:
+        with self._in_phase(Phase.GENERATION):
+            if not self._selections:
                 raise ValueError("there are no experts yet: run the prompt inside handle.prompt_phase() first")
-            self._use_experts_of(None if rows is None else tuple(rows))
+            if self._selected_by != threading.get_ident():
+                raise ValueError(
+                    "another thread has run a prompt with this handle since, so its experts are not this thread's; use "
+                    "one model and handle a thread, or hand the selections over: handle.use(selections)"
+                )
+            self._hand_over(self._of_rows(rows))
             yield
-        finally:
-            self._phase = Phase.FULL
 
-    def select(self, conversation: Conversation, config: GriffinConfig) -> Selected:
-        """Select one sequence's experts, of a handle that is `mixed`; they are computed once `use` names them.
+    # -- attaching and detaching ------------------------------------------------------------------------------------
 
-        Args:
-            conversation: what the prompt phase has gathered of the sequence.
-            config: how to select; `layers` that it leaves out stay whole, `batch` and `backend` are the handle's.
-
-        Raises:
-            ValueError: as `attach`, or the prompt phase has not gathered what the config needs.
-        """
-        config = replace(config, backend=self.config.backend)
-        return select_one(self.model, self._all_blocks, self.backend.name, conversation, config)
-
-    def use(self, batch: Sequence[Selected]) -> None:
-        """Take these sequences, in this order, as the batch of the next generation phases.
-
-        Raises:
-            ValueError: the handle is not `mixed`, or token tiers of the sequences differ in their splits.
-        """
-        if not self.mixed:
-            raise ValueError("sequences were selected together; make the handle with mixed=True")
-        for layer, sparse in self._sparse.items():
-            tier = choice.joined([own.tiers.get(layer) for own in batch])
-            sparse.select([own.experts[layer] for own in batch], tier)
-        self._ready = True
+    def attach(self) -> None:
+        """Patch the model until `detach`. An exception in the middle leaves the model as it was."""
+        with ExitStack() as stack:
+            self.plan.prepare()
+            for block in self.blocks:
+                self._sparse[block.layer] = self._backend_of(block, stack)
+                for which, projection in enumerate(block.inputs):
+                    patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
+                patch(stack, block.output, "forward", self._output_forward(block, block.output.forward))
+                guard(stack, block.output)
+            self._attach_more(stack)
+            self._attached = True
+            if self.config.method.static:
+                self.select(self._gathered)
+            self._undo = stack.pop_all()
+        logger.info(
+            "attached to %d FF blocks, %s at density %g, backend %s (%s)",
+            len(self.blocks), self.config.selection, self.config.density, self.backend.name, self.backend.reason,
+        )  # fmt: skip
 
     def detach(self) -> None:
         """Put the model back exactly as it was. Calling it twice does nothing."""
         self._phase = Phase.FULL
         self._attached = False
+        self._active = {}
         self._undo.close()
 
     def __enter__(self) -> Griffin:
@@ -255,115 +310,117 @@ class Griffin:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _patch(self, stack: ExitStack) -> None:
-        """Patch the FF blocks until `stack` closes."""
-        make_sketches(self.blocks, self._splits)
-        for block in self.blocks:
-            if self.mixed or self._splits or self._count(block) < block.width:
-                self._sparse[block.layer] = self.backend.make(block, stack)
-            for which, projection in enumerate(block.inputs):
-                patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
-            patch(stack, block.output, "forward", self._output_forward(block, block.output.forward))
-        if self.backend.name == "native":  # the native step runs the layers that stay whole, too
-            for block in self._all_blocks:
-                own = self._sparse.get(block.layer)
-                self._native[block.layer] = own if isinstance(own, native.NativeFF) else native.NativeFF(block, stack)
+    def _plan(self, config: GriffinConfig) -> Plan:
+        return plan_for(self.model, self.blocks, config)
 
-    def _begin(self, undo: ExitStack) -> None:
-        """Everything is patched, and `undo` takes it off again."""
-        self._undo = undo
-        self._attached = True
-        if self._static and not self.mixed:
-            self._select()
-        logger.info(
-            "attached to %d FF blocks, %s at density %g, backend %s (%s)",
-            len(self.blocks),
-            self.config.selection,
-            self.config.density,
-            self.backend.name,
-            self.backend.reason,
-        )
+    def _backend_of(self, block: FFBlock, stack: ExitStack) -> backends.SparseFF:
+        return self.backend.make(block, stack)
+
+    def _attach_more(self, stack: ExitStack) -> None:
+        """Patch `model.generate`."""
+        from griffin.attachment.transformers_generate import attach_generate
+
+        attach_generate(self, stack)
+
+    @property
+    def _chosen(self) -> list[FFBlock]:
+        """The layers that the config names."""
+        layers = self.config.layers
+        return [block for block in self.blocks if layers is None or block.layer in layers]
 
     def _input_forward(self, block: FFBlock, which: int, full: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        sparse = self._sparse.get(block.layer)
+        layer, last = block.layer, len(block.inputs) - 1
 
         def forward(x: Tensor) -> Tensor:
-            if sparse is not None and self._phase is Phase.GENERATION:
-                return sparse.read(which, x)
-            if self._phase is not Phase.PROMPT:
-                return full(x)
-            if which == 0:
-                self._gathering.see_input(x)
+            if self._phase is Phase.GENERATION and layer in self._active:
+                return self._active[layer].read(which, x)
+            collector = self._collector if self._phase is Phase.PROMPT else None
+            if collector is not None and which == 0:
+                collector.see_input(x)
             y = full(x)
-            if which == len(block.inputs) - 1:
-                self._gathering.see_up(block, y)
+            if collector is not None and which == last:
+                collector.see_up(block, y)
             return y
 
-        setattr(forward, _MARK, True)
         return forward
 
     def _output_forward(self, block: FFBlock, full: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        sparse = self._sparse.get(block.layer)
+        layer = block.layer
 
         def forward(z: Tensor) -> Tensor:
-            if sparse is not None and self._phase is Phase.GENERATION:
-                return sparse.write(z)
-            if self._phase is Phase.PROMPT and (self.mixed or not self._static):
-                self._gathering.add(block, z)
+            if self._phase is Phase.GENERATION and layer in self._active:
+                return self._active[layer].write(z)
+            if self._phase is Phase.PROMPT and self._collector is not None:
+                self._collector.add(block, z)
             return full(z)
 
-        setattr(forward, _MARK, True)
         return forward
 
-    def _enter(self, phase: Phase) -> None:
-        if not self._attached:
-            raise ValueError("this handle is detached; call griffin.attach again")
-        if self._phase is not Phase.FULL:
+    @contextmanager
+    def _in_phase(self, phase: Phase) -> Iterator[None]:
+        if self._turn_of == threading.get_ident() and self._phase is not Phase.FULL:
             raise ValueError(f"already in the {self._phase.value} phase; phases do not nest")
+        with self.exclusive():
+            if not self._attached:
+                raise ValueError("this handle is detached; call griffin.attach again")
+            refuse_training(self.model)
+            self._phase = phase
+            try:
+                yield
+            finally:
+                self._phase = Phase.FULL
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Wait until no other thread uses the handle."""
+        thread = threading.get_ident()
+        if self._turn_of == thread:
+            yield
+            return
+        with self._turn:
+            self._turn_of = thread
+            try:
+                yield
+            finally:
+                self._turn_of = None
+
+    def refuse_phase(self, why: str) -> None:
+        """Raise `ValueError` inside of a phase."""
         refuse_training(self.model)
-        self._phase = phase
+        if self._phase is not Phase.FULL:
+            raise ValueError(f"called inside the {self._phase.value} phase; {why}")
 
-    def _use_experts_of(self, rows: tuple[int, ...] | None) -> None:
-        """Hand the backend the experts of these sequences, where each sequence has its own."""
-        sequences = max(map(len, self._experts.values()), default=1)  # wanda has weights masked, and no experts
-        if rows == tuple(range(sequences)):
-            rows = None
-        if sequences == 1 or rows == self._rows:
+    def _forget(self) -> None:
+        """A new prompt begins: a failure in it leaves no experts of the prompt before."""
+        with self.exclusive():
+            self._selections = ()
+
+    def _refresh(self) -> None:
+        """Let the backend look whether the model's weights were replaced since it took their addresses."""
+        replaced = [sparse.refresh() for sparse in self._sparse.values()]
+        if any(replaced):
+            self._in_backend = ()
+            if self.config.method.static:
+                self._hand_over(tuple(self.plan.select(self._gathered)))
+
+    def _of_rows(self, rows: Sequence[int] | None) -> tuple[Selection, ...]:
+        """The selections of these rows of the batch."""
+        count = len(self._selections)
+        if rows is None or count == 1:
+            return self._selections
+        if not (len(rows) and 0 <= min(rows) <= max(rows) < count):
+            raise ValueError(f"rows is {tuple(rows)}; expected numbers of the {count} prompts, from 0 to {count - 1}")
+        return tuple(self._selections[row] for row in rows)
+
+    def _hand_over(self, selections: tuple[Selection, ...]) -> None:
+        """Hand the backend these selections, unless it has them."""
+        if len(selections) == len(self._in_backend) and all(map(_same, selections, self._in_backend)):
             return
-        if rows is not None and not (rows and 0 <= min(rows) <= max(rows) < sequences):
-            raise ValueError(f"rows is {rows}; expected numbers of the {sequences} prompts, from 0 to {sequences - 1}")
-        chosen = range(sequences) if rows is None else rows[:1] if len(set(rows)) == 1 else rows
-        for layer, sparse in self._sparse.items():
-            sparse.select([self._experts[layer][row] for row in chosen], choice.rows_of(self._tiers.get(layer), chosen))
-        self._rows = rows
-
-    def _count(self, block: FFBlock) -> int:
-        """Experts of a layer."""
-        own = self._splits.get(block.layer)
-        return self.config.experts_of(block.width) if own is None else own.experts
-
-    def _bytes_of(self, block: FFBlock) -> int:
-        """Bytes of a layer that a token reads."""
-        own = self._splits.get(block.layer)
-        return block.nbytes * self._count(block) // block.width if own is None else own.nbytes
-
-    @torch.no_grad()
-    def _select(self) -> None:
-        """Select the experts of every layer and hand them to the backend."""
-        start = time.perf_counter()
-        if self._masked:
-            mask_weights(self.blocks, self._sparse, self._conversation, self.config)
-            self._ready = True
-            self.selection_s = time.perf_counter() - start
-            return
-        counts = {block.layer: self._count(block) for block in self.blocks}
-        known = self._conversation if self._profile is None else self._profile.added_to(self._conversation)
-        experts = choice.experts(self.blocks, known, self.config, counts)
-        tiers = choice.tiers(self.blocks, known, self.config, self._splits)
-        for layer, sparse in self._sparse.items():
-            sparse.select(experts[layer], tiers.get(layer))
-        self._experts, self._tiers = experts, tiers
-        self.selection_s = time.perf_counter() - start
+        batch = by_layer(selections, self.blocks)
+        for layer, experts in batch.items():
+            self._sparse[layer].select(experts.sets, experts.dynamic)
+        self._active = {layer: self._sparse[layer] for layer in batch}
+        self._in_backend = selections
 
 
 def refuse_training(model: nn.Module) -> None:
@@ -372,9 +429,14 @@ def refuse_training(model: nn.Module) -> None:
         raise ValueError("the model is in training mode; GRIFFIN is for generation: call model.eval() first")
 
 
-def _refuse_attached(blocks: tuple[FFBlock, ...]) -> None:
+def _refuse_offloaded(blocks: Sequence[FFBlock]) -> None:
     for block in blocks:
-        if getattr(vars(block.output).get("forward"), _MARK, False):
+        if block.device.type == "meta":
             raise ValueError(
-                "GRIFFIN is attached to this model already; call detach() on the first handle, or leave its with-block"
+                f"{block.path} has its weights on the meta device: they are on a disk or another device, and are there "
+                "during a call only, so GRIFFIN cannot read its experts; load the model without offloading these layers"
             )
+
+
+def _same(selection: Selection, other: Selection) -> bool:
+    return selection is other

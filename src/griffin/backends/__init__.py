@@ -1,8 +1,6 @@
-"""How the experts are computed in the generation phase. One module a backend, one class of one shape in each.
+"""How the experts are computed in the generation phase. One module a backend, with one class that follows `SparseFF`.
 
-`reference` is the truth that the others are tested against. `resolve` says once which backend `auto` means and why.
-
-The native library is five modules, each built on those before it: `library`, `memory`, `packing`, `operands`, `kernel`.
+`reference` is the truth that the others are tested against. `resolve` decides once which backend `auto` means, and why.
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from griffin.backends import gather, masked, native, reference
+from griffin.backends import gather, native, reference
 from griffin.layouts import FFBlock
-from griffin.method.dynamic import Tier
+from griffin.method.dynamic import Dynamic
 from griffin.native import library
 
 
@@ -32,14 +30,20 @@ class SparseFF(Protocol):
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
         """What is changed of the model's own weights is put back when `undo` closes."""
 
-    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
+    def select(self, experts: Sequence[Tensor], dynamic: Dynamic | None = None) -> None:
         """Take a new selection: one set of experts for all rows, or one for each sequence of the batch.
 
         Args:
             experts: the sets.
-            tier: which of them a token computes; `None`: all. Its weights have a row, or one for each set.
+            dynamic: which of them a token computes; `None`: all. Its weights have a row, or one for each set.
 
         Shapes: each (k,), int64, ascending, all of the same k.
+        """
+
+    def refresh(self) -> bool:
+        """Read the model's weights anew if they were replaced (`parameter.data = ...`) since `attach`.
+
+        Returns whether the selection is lost and has to be made again.
         """
 
     def read(self, which: int, x: Tensor) -> Tensor:
@@ -72,35 +76,34 @@ _BACKENDS: dict[str, type[SparseFF]] = {
 }
 
 
-MASKED = Backend("masked", "single weights are kept, not neurons: saves no time", masked.MaskedFF)
-
-
-def resolve(name: str, blocks: Sequence[FFBlock], *, tier: bool = False) -> Backend:
+def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False) -> Backend:
     """The backend that a name means for these blocks.
 
     Args:
         name: `auto`, or a backend's.
         blocks: the blocks.
-        tier: whether a token tier is wanted, which `gather` does not have.
+        dynamic: whether dynamic neuron selection is wanted, which `gather` does not have.
 
     Raises:
         ValueError: there is none of that name, or it cannot compute these blocks.
     """
     if name == "auto":
-        unusable = next((reason for block in blocks if (reason := native.unusable(block)) is not None), None)
-        if unusable is None:
+        reason = next((reason for block in blocks if (reason := native.why_not(block)) is not None), None)
+        if reason is None:
             return Backend("native", f"auto: experts are read in place ({library.isa()})", native.NativeFF)
-        if tier:
-            reason = f"auto: all experts are computed and some are left out, which saves no time, since {unusable}"
-            return Backend("reference", reason, reference.ReferenceFF)
+        if dynamic:
+            why = f"auto: all experts are computed and some are left out, which saves no time, since {reason}"
+            return Backend("reference", why, reference.ReferenceFF)
         if any(block.quantised for block in blocks):
-            return Backend(
-                "reference", f"auto: quantised experts are dequantised, since {unusable}", reference.ReferenceFF
-            )
-        reason = f"auto: experts are copied once per selection, then read like a dense block, since {unusable}"
-        return Backend("gather", reason, gather.GatherFF)
+            why = f"auto: quantised experts are dequantised, since {reason}"
+            return Backend("reference", why, reference.ReferenceFF)
+        why = f"auto: experts are copied once per selection, then read like a dense block, since {reason}"
+        return Backend("gather", why, gather.GatherFF)
     if name not in _BACKENDS:
         raise ValueError(f"backend is {name!r}; expected auto or one of {', '.join(_BACKENDS)}")
-    if tier and name == "gather":
-        raise ValueError("the gather backend copies experts once a prompt, a token tier chooses them anew: use native")
+    if dynamic and name == "gather":
+        raise ValueError(
+            "the gather backend copies experts once a prompt, and dynamic neuron selection chooses them for every "
+            "token; use backend native, or a selection without dynamic+"
+        )
     return Backend(name, "asked for by name", _BACKENDS[name])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from griffin.backends.reference import split_rows
 from griffin.layouts import FFBlock
-from griffin.method.dynamic import Tier
+from griffin.method.dynamic import Dynamic
 from griffin.weights.projection import rows
 
 
@@ -31,9 +31,9 @@ class GatherFF:
         self._out: Tensor | None = None  # (n, D, k)
         self.calls = 0  # tests read it to know which path ran
 
-    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
+    def select(self, experts: Sequence[Tensor], dynamic: Dynamic | None = None) -> None:
         """See `SparseFF.select`."""
-        assert tier is None, "resolve refuses it"
+        assert dynamic is None, "resolve refuses it"
         self._reserve(len(experts), experts[0].shape[0])
         assert self._out is not None
         for n, own in enumerate(experts):
@@ -44,6 +44,10 @@ class GatherFF:
                 if bias is not None and full_bias is not None:
                     torch.index_select(full_bias.detach(), 0, own_rows, out=bias[n, 0])
             torch.index_select(rows(self._block.output)[0].detach(), 1, own, out=self._out[n])
+
+    def refresh(self) -> bool:
+        """See `SparseFF.refresh`. Every selection copies from the weights as they are."""
+        return False
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""

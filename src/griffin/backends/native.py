@@ -18,7 +18,7 @@ from torch import Tensor
 
 from griffin.backends.reference import split_rows
 from griffin.layouts import FFBlock
-from griffin.method.dynamic import Tier, sketch
+from griffin.method.dynamic import Dynamic, sketch
 from griffin.native import kernel, library, operands
 from griffin.weights.neuron_major import make_neuron_major
 from griffin.weights.projection import rows, shape_of
@@ -37,8 +37,8 @@ def ff(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int, group: i
 
     Shapes: as `kernel.ff`; `block` is a number that `NativeFF.number` gives, `group` the place of a set in its `sets`.
     """
-    own = _BLOCKS[block]
-    return kernel.ff(own.block, x, experts, row_mask, tier=own.sets[group].tier)
+    ff = _BLOCKS[block]
+    return kernel.ff(ff.block, x, experts, row_mask, dynamic=ff.sets[group].dynamic)
 
 
 @ff.register_fake
@@ -47,23 +47,22 @@ def _(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int, group: in
 
 
 class Set(NamedTuple):
-    """What up to 16 sequences are computed with: the union of their experts, who wants which, the second tier."""
+    """What up to 16 sequences are computed with: the union of their experts, and which sequence wants which of them."""
 
     experts: Tensor
     row_mask: Tensor | None
-    tier: operands.Tier | None
+    dynamic: operands.Dynamic | None
 
 
 class NativeFF:
     """One FF block over the model's own weights, its output projection stored neuron-major."""
 
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
-        if (reason := unusable(block)) is not None:
+        if (reason := why_not(block)) is not None:
             raise ValueError(f"the native backend cannot be used: {reason}")
-        if not block.quantised:  # records are neuron-major as they are
-            make_neuron_major(block.output, block.path, undo)
-        self._width = block.width
-        self._ff, self._block = block, native_block(block)
+        self._ff, self._width = block, block.width
+        self._undo = undo.enter_context(ExitStack())  # of this block, so that replaced weights can be taken anew
+        self._open()
         self.number = next(_NUMBERS)
         _BLOCKS[self.number] = self
         self._sequences = 1
@@ -72,9 +71,40 @@ class NativeFF:
         self._placeholder = torch.zeros(2)
         self.calls = 0
 
+    def _open(self) -> None:
+        """Take the addresses of the model's weights, until `undo` closes."""
+        if not self._ff.quantised:  # records are neuron-major as they are
+            make_neuron_major(self._ff.output, self._ff.path, self._undo)
+        self._block: operands.Block | None = native_block(self._ff)
+        self._taken = _addresses(self._ff)
+        self._undo.callback(self._close)  # before the weights are transposed back
+
+    def _close(self) -> None:
+        """Let the model's weights go."""
+        self._block, self._sets, self._x = None, [], None
+
+    def refresh(self) -> bool:
+        """See `SparseFF.refresh`."""
+        if _addresses(self._ff) == self._taken:
+            return False
+        self._undo.close()
+        if (reason := why_not(self._ff)) is not None:
+            raise ValueError(
+                f"the model's weights were replaced while GRIFFIN was attached, and {reason}; attach again"
+            )
+        self._open()
+        return True
+
+    @property
+    def ff_block(self) -> FFBlock:
+        """The block as the model has it."""
+        return self._ff
+
     @property
     def block(self) -> operands.Block:
         """The block as the native library sees it."""
+        if self._block is None:
+            raise ValueError("this handle is detached; call griffin.attach again")
         return self._block
 
     @property
@@ -82,22 +112,26 @@ class NativeFF:
         """What every 16 sequences are computed with; one set without a mask where experts are shared."""
         return self._sets
 
-    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
+    def select(self, experts: Sequence[Tensor], dynamic: Dynamic | None = None) -> None:
         """See `SparseFF.select`."""
-        self._sequences = len(experts)
-        if len(experts) == 1:
-            self._sets = [Set(experts[0], None, self._tier(tier, slice(0, 1)))]
-            return
-        self._sets = []
-        for at in range(0, len(experts), kernel.MAX_ROWS):
-            own = slice(at, at + kernel.MAX_ROWS)
-            self._sets.append(Set(*kernel.union(experts[own], self._width), self._tier(tier, own)))
+        self._sequences, self._sets = len(experts), self.sets_of(experts, dynamic)
 
-    def _tier(self, tier: Tier | None, rows: slice) -> operands.Tier | None:
-        if tier is None:
+    def sets_of(self, experts: Sequence[Tensor], dynamic: Dynamic | None) -> list[Set]:
+        """What every 16 sequences of a batch are computed with; arguments as for `select`."""
+        if len(experts) == 1:
+            return [Set(experts[0], None, self._dynamic(dynamic, slice(0, 1)))]
+        sets = []
+        for at in range(0, len(experts), kernel.MAX_ROWS):
+            part = slice(at, at + kernel.MAX_ROWS)
+            sets.append(Set(*kernel.union(experts[part], self._width), self._dynamic(dynamic, part)))
+        return sets
+
+    def _dynamic(self, dynamic: Dynamic | None, rows: slice) -> operands.Dynamic | None:
+        if dynamic is None:
             return None
-        gate = None if tier.split.gate is None else sketch(self._ff, tier.split.gate)
-        return operands.tier(self._block, tier.weights[rows], tier.split.chosen, gate=gate)
+        gate = None if dynamic.split.gate is None else sketch(self._ff, dynamic.split.gate)
+        weights = dynamic.weights if len(dynamic.weights) == 1 else dynamic.weights[rows]
+        return operands.dynamic(self.block, weights, dynamic.split.chosen, gate=gate)
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
@@ -125,14 +159,14 @@ class NativeFF:
     def _run(self, x: Tensor, group: int) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             return self._run(x.float(), group).to(x.dtype)
-        experts, mask, tier = self._sets[group]
+        experts, mask, dynamic = self._sets[group]
         if torch.compiler.is_compiling():
             y: Tensor = ff(x, experts, mask, self.number, group)
             return y
-        return kernel.ff(self._block, x, experts, mask, tier=tier)  # without the dispatcher's overhead
+        return kernel.ff(self.block, x, experts, mask, dynamic=dynamic)  # without the dispatcher's overhead
 
 
-def unusable(block: FFBlock) -> str | None:
+def why_not(block: FFBlock) -> str | None:
     """Why the native library cannot compute a block; `None` if it can."""
     if (reason := library.available()) is not None:
         return reason
@@ -147,6 +181,16 @@ def unusable(block: FFBlock) -> str | None:
     if block.activation is None:
         return f"{block.path} has an activation that the native library does not know"
     return None
+
+
+def _addresses(block: FFBlock) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
+    """Where and how a block's weights and biases are stored."""
+    tensors = [
+        tensor
+        for projection in (*block.inputs, block.output)
+        for tensor in (*projection.parameters(recurse=False), *projection.buffers(recurse=False))
+    ]
+    return tuple((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
 def native_block(block: FFBlock) -> operands.Block:

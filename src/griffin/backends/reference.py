@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from griffin.activation import ACTIVATIONS
 from griffin.layouts import FFBlock
-from griffin.method.dynamic import Tier, sketch
+from griffin.method.dynamic import Dynamic, sketch
 from griffin.native import operands
 from griffin.weights.projection import rows
 from griffin.weights.quantised import QuantisedLinear
@@ -22,26 +22,31 @@ _Project = Callable[[Tensor, Tensor], Tensor]
 class ReferenceFF:
     """`y = W_2[:, E] (act(W_g[E] x) * (W_1[E] x)) + b_2`, sequence by sequence, by `index_select`.
 
-    With a token tier all of them are computed, and those that the tier leaves out are multiplied by zero.
+    With dynamic neuron selection all of them are computed, and those that a token leaves out are multiplied by zero.
     """
 
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
         self._block = block
         self._experts: tuple[Tensor, ...] = ()
-        self._tier: Tier | None = None
+        self._dynamic: Dynamic | None = None
         self._gate: Tensor | None = None  # before its activation, of the token that is computed
         self._sketch: tuple[str, Tensor] | None = None  # the gate's copy in fewer bits, as numbers
         self.calls = 0  # tests read it to know which path ran
 
-    def select(self, experts: Sequence[Tensor], tier: Tier | None = None) -> None:
+    def select(self, experts: Sequence[Tensor], dynamic: Dynamic | None = None) -> None:
         """See `SparseFF.select`."""
-        self._experts, self._tier = tuple(experts), tier
+        self._experts, self._dynamic = tuple(experts), dynamic
+
+    def refresh(self) -> bool:
+        """See `SparseFF.refresh`. The weights are read where they are at every step; a sketch is fetched anew."""
+        self._sketch = None
+        return False
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""
-        if self._tier is None or which > 0:
+        if self._dynamic is None or which > 0:
             return self._read(which, x)
-        format, k = self._tier.split.gate, self._experts[0].shape[0]
+        format, k = self._dynamic.split.gate, self._experts[0].shape[0]
         if format is None:
             y = self._read(which, x)
         elif self._block.layout.fused:
@@ -69,7 +74,7 @@ class ReferenceFF:
         """See `SparseFF.write`."""
         if not torch.compiler.is_compiling():  # a count that changes would recompile every step
             self.calls += 1
-        if self._tier is not None:
+        if self._dynamic is not None:
             z = z * self._chosen()
         output = self._block.output
         if isinstance(output, QuantisedLinear):
@@ -93,17 +98,17 @@ class ReferenceFF:
         return self._sketch[1]
 
     def _chosen(self) -> Tensor:
-        """1 where the tier has chosen an expert for a token, else 0. Shapes: (..., k)."""
-        gate, tier = self._gate, self._tier
+        """1 where an expert is computed for a token, else 0. Shapes: (..., k)."""
+        gate, dynamic = self._gate, self._dynamic
         assert gate is not None
-        assert tier is not None
+        assert dynamic is not None
         name = self._block.activation
         assert name is not None
         values = ACTIVATIONS[name](gate).abs().float()
-        weights = tier.weights.to(gate.device)
+        weights = dynamic.weights.to(gate.device)
         own = torch.stack([weights[row if len(weights) > 1 else 0][e] for row, e in enumerate(self._experts)])
         scores = values.view(len(own), -1, own.shape[1]) * own[:, None]
-        kept = torch.zeros_like(scores).scatter_(2, scores.topk(tier.split.chosen).indices, 1.0)
+        kept = torch.zeros_like(scores).scatter_(2, scores.topk(dynamic.split.chosen).indices, 1.0)
         return kept.view(gate.shape).to(gate.dtype)
 
     def _each(self, x: Tensor, project: _Project) -> Tensor:

@@ -16,7 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.config import BACKENDS, BATCHES, REFINEMENTS, SELECTIONS, GriffinConfig
+from griffin.config import BACKENDS, BATCHES, REFINEMENTS, GriffinConfig
+from griffin.methods import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,13 +64,13 @@ _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "density": (
         float,
         "D",
-        "share of the FF neurons kept in the generation phase (with tier+, and with auto where it takes the tier, of "
+        "share of the FF neurons kept in the generation phase (with dynamic+, and with auto where that is dynamic, of "
         "the FF bytes read), 0 < D <= 1; 1 is the full model",
     ),
     "selection": (
         str,
         "NAME",
-        f"how experts are selected: {', '.join(SELECTIONS)}, or auto: the best known; {REFINED}",
+        f"how experts are selected: {', '.join(METHODS)}, or auto: the best known; {REFINED}",
     ),
     "layers": (parse_layers, "LIST", "layers to prune, such as 0,1,2 or 0-5,8; the others stay whole (default: all)"),
     "batch": (str, "NAME", f"experts of a batch: {', '.join(BATCHES)}"),

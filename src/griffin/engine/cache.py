@@ -162,6 +162,18 @@ class BufferedCache(Cache):
         assert values is not None
         return keys, values
 
+    def why_not_uniform(self, dtype: torch.dtype) -> str | None:
+        """Why the native step cannot read the keys and values: their shapes or dtypes differ; `None` if it can."""
+        shapes = set()
+        for layer in self._buffered:
+            for states in (layer.keys, layer.values):
+                if states is None or states.dim() < 4:
+                    return "the key/value cache is empty: run the prompt first"
+                if states.dtype != dtype:
+                    return f"the prompt left keys and values of {states.dtype} (autocast?), and the model is {dtype}"
+                shapes.add((states.shape[0], states.shape[2]))
+        return f"the cache's layers hold batches and lengths {sorted(shapes)}" if len(shapes) > 1 else None
+
     def advance(self) -> None:
         """A token was written behind the others, into every layer's buffers."""
         for layer in self._buffered:

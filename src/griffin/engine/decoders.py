@@ -1,75 +1,213 @@
-"""Which models and batches take the fast step, and taking it."""
+"""The one chooser of the generation step: the native step, or the model's own forward.
+
+Whoever generates asks here: `griffin.generate`, chat, batches, the server, evaluations, and `griffin info`.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel
 
-from griffin.attachment import Griffin
+from griffin.attachment import Griffin, Selection
 from griffin.engine.cache import BufferedCache
-from griffin.engine.native_decoder import Caches, NativeDecoder, UnsupportedError, knows
+from griffin.engine.forward import Forward
+from griffin.engine.native_decoder import Caches, NativeDecoder, UnsupportedError, why_not_native
 from griffin.native import kernel
 
 logger = logging.getLogger("griffin")
 
 
-def new_cache(model: PreTrainedModel) -> Cache:
-    """An empty key/value cache, one that the native step can write into where the model may take that step."""
-    if knows(model) is None:
-        return BufferedCache(model.config.get_text_config().num_hidden_layers)
+def new_cache(model: PreTrainedModel, room: int = 0) -> Cache:
+    """An empty key/value cache; where the native step may run the model, one that it can write into.
+
+    Args:
+        model: the model.
+        room: tokens to make room for at once, so that nothing is copied until then.
+    """
+    if why_not_native(model) is None:
+        return BufferedCache(model.config.get_text_config().num_hidden_layers, room)
     return DynamicCache(config=model.config)
 
 
-class NativeStep:
-    """The generation step of one batch by the native library: token ids in, logits out."""
-
-    def __init__(self, decoder: NativeDecoder, handle: Griffin, cache: BufferedCache, start: Tensor | None) -> None:
-        self._decoder, self._caches, self._start = decoder, Caches([cache]), start
-        self._experts, self._kept = decoder.experts_of(handle.native_ff, handle.pruned)
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, handle: Griffin, cache: Cache, attention_mask: Tensor | None
-    ) -> NativeStep | None:
-        """The step for this batch, or `None`, said in the log with the reason, where the model's own forward runs."""
-        try:
-            return cls._of(model, handle, cache, attention_mask)
-        except UnsupportedError as reason:
-            logger.info("generation step: the model's own forward, since %s", reason)
-            return None
-
-    @classmethod
-    def _of(cls, model: PreTrainedModel, handle: Griffin, cache: Cache, mask: Tensor | None) -> NativeStep:
-        if (reason := knows(model)) is not None:
-            raise UnsupportedError(reason)
-        if not handle.native_ff:
-            raise UnsupportedError(f"the backend is {handle.backend.name}")
-        if not isinstance(cache, BufferedCache):
-            raise UnsupportedError(f"the cache is a {type(cache).__name__}, not griffin.new_cache's")
-        start = None
-        if mask is not None:
-            if not bool((mask.long().diff(dim=1) >= 0).all()):
-                raise UnsupportedError("the batch is not left-padded")
-            start = (mask.shape[1] - mask.sum(dim=1)).to(torch.int32).contiguous()
-        if (sequences := cache.sequences) > kernel.MAX_ROWS:
-            raise UnsupportedError(f"the batch has {sequences} sequences, more than {kernel.MAX_ROWS}")
-        return cls(NativeDecoder(model, handle.native_ff), handle, cache, start)
+class Decoder(Protocol):
+    """The generation step of some sequences, which stay the same ones from step to step."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Run one token of each sequence.
+        """Run one token of each sequence, and append its keys and values.
 
         Shapes: tokens (B,), int64. Returns logits (B, V), float32.
         """
-        return self._decoder.step(tokens, self._caches, self._experts, self._start)
 
 
-def step_of(model: Any, handle: Griffin | None) -> str:
-    """Name of the step that this model's generation takes, with the reason where it is the slow one."""
-    if handle is None:
-        return "eager (the full model, without GRIFFIN)"
-    reason = knows(model) or ("" if handle.native_ff else f"the backend is {handle.backend.name}")
-    return f"eager ({reason})" if reason else "native"
+class Decoders:
+    """Which generation step a model takes, and decoders that take it.
+
+    A fast step that was possible and is lost is a warning, once, with the reason.
+
+    Args:
+        model: the model, in eval mode.
+        handle: GRIFFIN attached to it; `None` runs the full model.
+    """
+
+    def __init__(self, model: PreTrainedModel, handle: Griffin | None) -> None:
+        self._model, self._handle = model, handle
+        self._native: NativeDecoder | None = None
+        self.why_not: str | None = None
+        """Why the native step cannot be taken, whatever the sequences; `None` if it can."""
+        if handle is None:
+            self.why_not = "the full model, without GRIFFIN"
+        elif (reason := why_not_native(model)) is not None:
+            self.why_not = reason
+            logger.info("generation step: the model's own forward, since %s", reason)
+        elif not handle.native_ff:
+            self.why_not = f"the backend is {handle.backend.name}"
+            logger.info("generation step: the model's own forward, since %s", self.why_not)
+        else:
+            try:
+                self._native = NativeDecoder(model, handle.native_ff)
+            except UnsupportedError as error:
+                self.why_not = str(error)
+                _warn(self.why_not)
+
+    @property
+    def name(self) -> str:
+        """The step, with the reason where it is the slow one."""
+        return "native" if self._native is not None else f"the model's own forward ({self.why_not})"
+
+    def decoder(
+        self, caches: Sequence[Cache], selections: Sequence[Selection], attention_mask: Tensor | None = None
+    ) -> Decoder:
+        """The step for these sequences, after their prompts.
+
+        Args:
+            caches: their keys and values: one cache that holds all of them, or one for each sequence.
+            selections: what they are computed with: one for each sequence, or one for all; empty for the full model.
+            attention_mask: 1 where a token is real; `None` where there is no padding, and for several caches.
+
+        Shapes:
+            attention_mask: (B, S), S tokens in the cache or fewer.
+        """
+        if self._native is not None:
+            reason = _why_not_these(self._model, caches, attention_mask)
+            if reason is None:
+                native_caches = Caches([each for each in caches if isinstance(each, BufferedCache)])
+                return NativeStep(self._native, native_caches, selections, _starts(attention_mask))
+            _warn(reason)
+        return EagerStep(self._model, self._handle, caches, selections, attention_mask)
+
+
+class NativeStep:
+    """One call of the native library for all layers."""
+
+    def __init__(
+        self, decoder: NativeDecoder, caches: Caches, selections: Sequence[Selection], starts: Tensor | None
+    ) -> None:
+        self._decoder, self._caches, self._starts = decoder, caches, starts
+        self._experts = decoder.experts_of(selections)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """See `Decoder`."""
+        return self._decoder.step(tokens, self._caches, self._experts, self._starts)
+
+
+class EagerStep:
+    """The model's own forward, in the generation phase."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        handle: Griffin | None,
+        caches: Sequence[Cache],
+        selections: Sequence[Selection],
+        attention_mask: Tensor | None,
+    ) -> None:
+        self._model, self._handle, self._selections = model, handle, selections
+        self._caches = caches
+        self._forward = Forward(model, caches[0], attention_mask)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """See `Decoder`."""
+        if self._handle is None:
+            return self._run(tokens)
+        with self._handle.exclusive():
+            self._handle.use(self._selections)  # another stream with this handle may have used its own since
+            with self._handle.generation_phase():
+                return self._run(tokens)
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        if len(self._caches) == 1:
+            return self._forward(tokens[:, None])
+        lengths = torch.tensor([int(cache.get_seq_length()) for cache in self._caches], device=tokens.device)
+        longest = int(lengths.max())
+        mask = torch.arange(longest + 1, device=tokens.device) >= (longest - lengths)[:, None]
+        return Forward(self._model, _Joined(self._caches), mask.long())(tokens[:, None])
+
+
+def _why_not_these(model: PreTrainedModel, caches: Sequence[Cache], mask: Tensor | None) -> str | None:
+    """Why the native step cannot run these sequences, though it can run the model; `None` if it can."""
+    for each in caches:
+        if not isinstance(each, BufferedCache):
+            return (
+                f"the key/value cache is a {type(each).__name__}, into which the native step cannot write; make it by "
+                "griffin.new_cache(model)"
+            )
+        if (reason := each.why_not_uniform(model.dtype)) is not None:
+            return reason
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on, and the native step has one dtype"
+    if mask is not None and not bool((mask.long().diff(dim=1) >= 0).all()):
+        return "the batch is padded on the right or within, and the native step reads left-padded batches"
+    sequences = sum(each.sequences for each in caches if isinstance(each, BufferedCache))
+    if sequences > kernel.MAX_ROWS:
+        return f"the batch has {sequences} sequences, and the native step runs at most {kernel.MAX_ROWS}"
+    return None
+
+
+def _starts(mask: Tensor | None) -> Tensor | None:
+    """First real position of each sequence of a left-padded batch. Shapes: (B,), int32."""
+    return None if mask is None else (mask.shape[1] - mask.sum(dim=1)).to(torch.int32).contiguous()
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Warn of a fast step that is lost, once for each reason."""
+    logger.warning("generation step: the model's own forward, which is slower, since %s", reason)
+
+
+class _JoinedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values of several sequences, left-padded for the model's own attention."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._layers = layers
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append each row to its sequence; return all of them, (B, K, longest, E)."""
+        updated = [
+            layer.update(key_states[row : row + 1], value_states[row : row + 1])
+            for row, layer in enumerate(self._layers)
+        ]
+        longest = self.get_seq_length()
+        keys, values = (
+            torch.cat([F.pad(each, (0, 0, longest - each.shape[2], 0)) for each in which])
+            for which in zip(*updated, strict=True)
+        )
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(int(layer.get_seq_length()) for layer in self._layers)
+
+
+class _Joined(Cache):
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        layers = zip(*(each.layers for each in caches), strict=True)
+        super().__init__(layers=[_JoinedLayer(of_sequences) for of_sequences in layers])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from griffin.backends.native import NativeFF
+from griffin.attachment.selection import Selection, by_layer
+from griffin.backends.native import NativeFF, Set
 from griffin.engine.cache import BufferedCache
 from griffin.native import kernel, library, operands
 from griffin.weights.quantised import QuantisedLinear
@@ -82,7 +83,7 @@ class _Experts(ctypes.Structure):
     ]
 
 
-def knows(model: Any) -> str | None:
+def why_not_native(model: Any) -> str | None:
     """Why the native step cannot run a model, as far as its config tells; `None` if it may."""
     config = model.config.get_text_config()
     if (reason := library.available()) is not None:
@@ -150,6 +151,28 @@ class Caches:
         )
 
 
+class ExpertsTable:
+    """The experts of every layer as the native step sees them. Keeps what it points to alive.
+
+    Args:
+        sets: by layer; layers that are not in it are computed whole.
+        layers: how many there are.
+    """
+
+    def __init__(self, sets: Mapping[int, Set], layers: int) -> None:
+        self.table = (_Experts * layers)()
+        self._kept = dict(sets)
+        for layer, (indices, mask, dynamic) in sets.items():
+            self.table[layer] = _Experts(
+                indices.data_ptr(),
+                indices.shape[0],
+                None if mask is None else mask.data_ptr(),
+                indices.element_size(),
+                0,
+                None if dynamic is None else ctypes.addressof(dynamic.struct),
+            )
+
+
 class NativeDecoder:
     """One generation step as one native call, over the model's own weights.
 
@@ -163,10 +186,12 @@ class NativeDecoder:
 
     def __init__(self, model: Any, ff: Mapping[int, NativeFF]) -> None:
         config = model.config.get_text_config()
-        if (reason := knows(model)) is not None:
+        if (reason := why_not_native(model)) is not None:
             raise UnsupportedError(reason)
         self._kept: list[Any] = []
         self._model, self._config = model, config
+        self._ff = dict(ff)
+        self._blocks = [each.ff_block for each in ff.values()]
         self._offset = _FAMILIES[config.model_type]
         decoder = model.get_decoder()
         self._rotary_module = decoder.rotary_emb
@@ -177,30 +202,15 @@ class NativeDecoder:
             self._layers[index] = self._layer(layer, ff[index].block)
         self._struct = self._decoder(decoder)
 
-    def experts_of(self, ff: Mapping[int, NativeFF], pruned: Container[int]) -> tuple[Any, list[Any]]:
-        """The experts of every layer as the step wants them, and what must live as long; made once a selection.
+    def experts_of(self, selections: Sequence[Selection]) -> ExpertsTable:
+        """The experts of every layer as the step wants them, for these sequences or for all; made once a selection."""
+        batch = by_layer(selections, self._blocks)
+        return ExpertsTable(
+            {layer: self._ff[layer].sets_of(experts.sets, experts.dynamic)[0] for layer, experts in batch.items()},
+            len(self._layers),
+        )
 
-        Args:
-            ff: the FF blocks with their selection.
-            pruned: the layers that are computed for experts only.
-        """
-        table = (_Experts * len(self._layers))()
-        kept: list[Any] = []
-        for layer in range(len(self._layers)):
-            if layer in pruned:
-                indices, mask, tier = ff[layer].sets[0]
-                kept += [indices, mask, tier]
-                table[layer] = _Experts(
-                    indices.data_ptr(),
-                    indices.shape[0],
-                    None if mask is None else mask.data_ptr(),
-                    indices.element_size(),
-                    0,
-                    None if tier is None else ctypes.addressof(tier.struct),
-                )
-        return table, kept
-
-    def step(self, tokens: Tensor, caches: Caches, experts: Any, start: Tensor | None) -> Tensor:
+    def step(self, tokens: Tensor, caches: Caches, experts: ExpertsTable, start: Tensor | None) -> Tensor:
         """Run one token of each sequence, append its keys and values, and return the logits.
 
         Args:
@@ -219,7 +229,7 @@ class NativeDecoder:
         struct.start = None if start is None else start.data_ptr()
         tokens = tokens.contiguous()
         logits = torch.empty(tokens.shape[0], self._struct.vocabulary)
-        kernel.decode(self._struct, struct, experts, tokens, logits)
+        kernel.decode(self._struct, struct, experts.table, tokens, logits)
         for cache in caches.caches:
             cache.advance()
         return logits
@@ -271,7 +281,7 @@ class NativeDecoder:
             struct.query, struct.key = self._norm(attention.q_norm), self._norm(attention.k_norm)
         for name in ("q", "k", "v", "o"):
             setattr(struct, name, self._matrix(getattr(attention, f"{name}_proj")))
-        struct.ff = self._keep(ff).struct
+        struct.ff = ff.struct
         window = getattr(attention, "sliding_window", None)
         if self._config.model_type == "mistral":
             window = self._config.sliding_window

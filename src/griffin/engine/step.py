@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from griffin.attachment import Conversation, Griffin
-from griffin.engine.decoders import NativeStep, new_cache
+from griffin.attachment import Griffin, Selection
+from griffin.engine.decoders import Decoder, Decoders, new_cache
+from griffin.engine.forward import Forward
 from griffin.method.statistics import keep_with_cache, of_cache
 
 _LEAST_TEMPERATURE = 1e-4
@@ -123,7 +122,8 @@ def generate_step(
 ) -> Generator[Step, Sequence[int] | None, None]:
     """Run a prompt and yield one step after another, without an end: the caller stops.
 
-    A caller may `send` the rows of the last step that are to go on, ascending; the others leave batch and cache.
+    To drop finished sequences, `send` the ascending indices of the rows to keep; the others are removed from the batch
+    and the cache.
 
     Args:
         model: the model, in eval mode.
@@ -147,73 +147,40 @@ def generate_step(
         raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and the cache {done}: there is none to run")
     if prompt_chunk is not None and prompt_chunk < 1:
         raise ValueError(f"prompt_chunk is {prompt_chunk}; expected a number of tokens from 1")
-    forward = Forward(model, cache, attention_mask)
     draw = Draw(sampling, input_ids)
 
     start = time.perf_counter()
-    conversation = of_cache(cache) if handle is not None else Conversation()
-    phase = nullcontext() if handle is None else handle.prompt_phase(conversation=conversation)
+    forward = Forward(model, cache, attention_mask)
+    phase = nullcontext() if handle is None else handle.prompt_phase(statistics=of_cache(cache))
     with torch.no_grad(), phase:
         for chunk in torch.split(input_ids[:, done:], prompt_chunk or input_ids.shape[1], dim=1):
             logits = forward(chunk)
+    selections: Sequence[Selection] = ()
+    selection_s = 0.0
     if handle is not None:
-        keep_with_cache(handle.conversation, cache)
-    selection_s = 0.0 if handle is None else handle.selection_s
+        keep_with_cache(handle.gathered, cache)
+        selections, selection_s = handle.selections, handle.selection_s
     tokens = draw(logits)
     kept = yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
 
-    rows = list(range(len(tokens)))  # of the prompts
-    native = None if handle is None else NativeStep.of(model, handle, cache, attention_mask)
+    decoders = Decoders(model, handle)
+    decoder: Decoder | None = None
     while True:
         start = time.perf_counter()
         if kept is not None:
-            rows, tokens = [rows[row] for row in kept], tokens[list(kept)]
-            cache.batch_select_indices(torch.tensor(kept, device=tokens.device))
-            forward.keep(kept)
-            draw.keep(kept)
-            if handle is not None:
-                with handle.generation_phase(rows=rows):
-                    pass
-                mask = None if attention_mask is None else attention_mask[rows]
-                native = NativeStep.of(model, handle, cache, mask)
-        if native is not None:
-            logits = native(tokens)
-        else:
-            with torch.no_grad(), nullcontext() if handle is None else handle.generation_phase(rows=rows):
-                logits = forward(tokens[:, None])
+            rows = list(kept)
+            tokens = tokens[rows]
+            cache.batch_select_indices(torch.tensor(rows, device=tokens.device))
+            attention_mask = None if attention_mask is None else attention_mask[rows]
+            if len(selections) > 1:
+                selections = [selections[row] for row in rows]
+            draw.keep(rows)
+            decoder = None
+        if decoder is None:
+            decoder = decoders.decoder([cache], selections, attention_mask)
+        logits = decoder(tokens)
         tokens = draw(logits)
         kept = yield Step(tokens, logits, time.perf_counter() - start, 0.0)
-
-
-class Forward:
-    """The model's forward for new tokens after those in the cache: last position's logits, (B, V), float32."""
-
-    def __init__(self, model: PreTrainedModel, cache: Cache, attention_mask: Tensor | None) -> None:
-        self._model, self._cache, self._mask = model, cache, attention_mask
-        accepted = inspect.signature(model.forward).parameters
-        self._positions = "position_ids" in accepted
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows."""
-        if self._mask is not None:
-            self._mask = self._mask[list(rows)]
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        arguments: dict[str, Any] = dict(self._last_only)
-        if self._mask is not None:
-            total = int(self._cache.get_seq_length()) + tokens.shape[1]
-            if total > self._mask.shape[1]:  # generated tokens are all real
-                ones = self._mask.new_ones((self._mask.shape[0], total - self._mask.shape[1]))
-                self._mask = torch.cat([self._mask, ones], dim=1)
-            mask = self._mask[:, :total]
-            arguments["attention_mask"] = mask
-            if self._positions:
-                positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-                arguments["position_ids"] = positions[:, -tokens.shape[1] :]
-        outputs = self._model(tokens, past_key_values=self._cache, use_cache=True, **arguments)
-        logits: Tensor = outputs.logits[:, -1].float()
-        return logits
 
 
 class Draw:

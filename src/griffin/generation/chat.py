@@ -7,10 +7,11 @@ from contextlib import closing
 from types import TracebackType
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from griffin.attachment import Conversation, attach
+from griffin.attachment import Statistics, attach
 from griffin.config import GriffinConfig
+from griffin.engine.decoders import Decoders, new_cache
 from griffin.engine.step import Sampling
 from griffin.generation.generate import Result, fold, stream_generate
 from griffin.generation.text import encode
@@ -49,9 +50,14 @@ class Session:
         self.reset()
 
     @property
-    def conversation(self) -> Conversation:
-        """What the prompt phases have gathered so far."""
-        return self._handle.conversation
+    def gathered(self) -> Statistics:
+        """What the prompt tokens so far add up to."""
+        return self._handle.gathered
+
+    @property
+    def step_name(self) -> str:
+        """What computes a step, with the reason where it is the slow one."""
+        return Decoders(self._model, self._handle).name
 
     def reset(self) -> str:
         """Forget the conversation."""
@@ -147,6 +153,6 @@ class Session:
         return True
 
     def _forget_cache(self) -> None:
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = new_cache(self._model)
         self.cached = []
         self._prompt_tokens = 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from griffin.attachment import Griffin, attach
+from griffin.attachment import Griffin, attach, config_from
 from griffin.config import GriffinConfig
 from griffin.engine.step import Sampling, generate_step
 from griffin.generation.text import Answer, Prompt, context_length, encode, pad
@@ -30,7 +31,7 @@ class Result:
         prompt_tokens_per_s: of the whole batch, statistic included, selection not.
         generation_tokens_per_s: of this answer, in the generation phase; 0 before its second token.
         selection_ms: what selecting and preparing the experts took, milliseconds.
-        density: share of FF neurons kept; with a token tier, of the FF bytes read.
+        density: share of FF neurons kept; with dynamic neuron selection, of the FF bytes read.
         selection: how experts were selected; `full` at density 1.0.
         ff_bytes_per_token: bytes of FF weights read for one generated token; `None` where their layout is unknown,
             which is only allowed for the full model.
@@ -50,6 +51,16 @@ class Result:
     ff_bytes_per_token: int | None
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The arguments that `generate` and `stream_generate` share, checked."""
+
+    config: GriffinConfig | Griffin
+    sampling: Sampling
+    cache: Cache | None
+    prompt_chunk: int | None
+
+
 def stream_generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,40 +74,43 @@ def stream_generate(
 ) -> Generator[Result, None, None]:
     """Generate, yielding each piece of text as soon as it is certain.
 
+        for piece in griffin.stream_generate(model, tokenizer, "Once upon a time", density=0.5, max_tokens=100):
+            print(piece.text, end="", flush=True)
+
     Args:
         model: the model, in eval mode.
         tokenizer: its tokenizer.
-        prompt: a text, a list of messages (for the chat template), or a list of either: a batch.
-        griffin: a config (attached for the length of the call), a handle, or `None` for the full model.
+        prompt: a text, a list of messages (for the chat template), or a list of either: a batch. Messages that end with
+            the assistant's own are continued.
+        griffin: a config (attached for the length of the call), or a handle of `griffin.attach`. `None`: the defaults
+            of `GriffinConfig`, as everywhere. `density=1.0` is the full model.
         sampling: how tokens are drawn.
-        cache: key/value cache of earlier turns of this conversation.
+        cache: key/value cache of earlier turns of this conversation, made by `griffin.new_cache(model)`.
         prompt_chunk: most prompt tokens in one forward pass.
-        **settings: fields of `Sampling` by keyword, in place of `sampling`.
+        **settings: fields of `GriffinConfig`, over those of the config, and of `Sampling`, in place of `sampling`.
 
     Raises:
         ValueError: an empty prompt, one longer than the context, an unknown setting, a cache for a batch, or what
             `attach` refuses.
     """
-    sampling = _sampling(sampling, settings)
-    prompts = _batch(prompt)
-    ids = encode(model, tokenizer, prompts)
+    call = _call(griffin, sampling, cache, prompt_chunk, settings)
+    ids = encode(model, tokenizer, _batch(prompt))
     with ExitStack() as stack:
-        handle = stack.enter_context(attach(model, griffin)) if isinstance(griffin, GriffinConfig) else griffin
-        yield from _stream(model, tokenizer, ids, handle, sampling, cache, prompt_chunk)
+        yield from _stream(model, tokenizer, ids, _handle(model, call.config, stack), call)
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt | Sequence[Prompt],
-    *,
-    griffin: GriffinConfig | Griffin | None = None,
-    sampling: Sampling | None = None,
-    cache: Cache | None = None,
-    prompt_chunk: int | None = None,
-    **settings: Any,
+    **arguments: Any,
 ) -> Result | list[Result]:
     """Generate whole answers: `stream_generate`, folded.
+
+        griffin.generate(model, tokenizer, "Once upon a time", density=0.5, max_tokens=100).text
+
+    Args:
+        model, tokenizer, prompt, **arguments: those of `stream_generate`.
 
     Returns:
         A result; for a batch a list of them, in the prompts' order.
@@ -105,16 +119,7 @@ def generate(
         ValueError: as `stream_generate`.
     """
     pieces: dict[int, list[Result]] = {}
-    for piece in stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        griffin=griffin,
-        sampling=sampling,
-        cache=cache,
-        prompt_chunk=prompt_chunk,
-        **settings,
-    ):
+    for piece in stream_generate(model, tokenizer, prompt, **arguments):
         pieces.setdefault(piece.index, []).append(piece)
     results = [fold(pieces[index]) for index in sorted(pieces)]
     return results if _is_batch(prompt) else results[0]
@@ -127,15 +132,23 @@ def fold(pieces: Sequence[Result]) -> Result:
     return Result(**{**vars(pieces[-1]), "text": text, "tokens": tokens})
 
 
+def _handle(model: PreTrainedModel, config: GriffinConfig | Griffin, stack: ExitStack) -> Griffin | None:
+    """The handle to generate with; `None` for the full model of a family that GRIFFIN cannot prune."""
+    if isinstance(config, Griffin):
+        return config
+    if config.density == 1.0 and config.loss is None and full_ff_bytes(model) is None:
+        return None
+    return stack.enter_context(attach(model, config))
+
+
 def _stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[list[int]],
     handle: Griffin | None,
-    sampling: Sampling,
-    cache: Cache | None,
-    prompt_chunk: int | None,
+    call: _Call,
 ) -> Iterator[Result]:
+    sampling, cache = call.sampling, call.cache
     cached = 0 if cache is None else int(cache.get_seq_length())
     if cached and len(ids) > 1:
         raise ValueError("a kept cache continues one conversation; give one prompt")
@@ -158,7 +171,7 @@ def _stream(
         handle=handle,
         sampling=sampling,
         cache=cache,
-        prompt_chunk=prompt_chunk,
+        prompt_chunk=call.prompt_chunk,
     )
     for number, step in enumerate(steps):
         if number == 0:
@@ -212,15 +225,33 @@ def full_ff_bytes(model: PreTrainedModel) -> int | None:
         return None
 
 
-def _sampling(sampling: Sampling | None, settings: Mapping[str, Any]) -> Sampling:
-    if not settings:
-        return sampling or Sampling()
-    if sampling is not None:
-        raise ValueError(f"give sampling=... or {', '.join(settings)} by keyword, not both")
-    unknown = sorted(set(settings) - set(Sampling.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}; known: {', '.join(Sampling.__dataclass_fields__)}")
-    return Sampling(**settings)
+def _call(
+    griffin: GriffinConfig | Griffin | None,
+    sampling: Sampling | None,
+    cache: Cache | None,
+    prompt_chunk: int | None,
+    settings: Mapping[str, Any],
+) -> _Call:
+    """Sort the settings into those of the config and those of the sampling."""
+    configs = {field.name for field in fields(GriffinConfig)}
+    samplings = {field.name for field in fields(Sampling)}
+    of_sampling = {name: value for name, value in settings.items() if name in samplings and name != "seed"}
+    of_config = {name: value for name, value in settings.items() if name in configs and name != "seed"}
+    if "seed" in settings:  # both have one: of the drawing of tokens, and of random selections
+        of_sampling["seed"] = settings["seed"]
+    if unknown := sorted(set(settings) - configs - samplings):
+        near = difflib.get_close_matches(unknown[0], configs | samplings, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown setting {unknown[0]!r}{hint}; known: {', '.join(sorted(configs | samplings))}")
+    if of_sampling and sampling is not None:
+        raise ValueError(f"give sampling=... or {', '.join(of_sampling)} by keyword, not both")
+    if isinstance(griffin, Griffin):
+        if of_config:
+            raise ValueError(f"griffin= is a handle, which has a config; {', '.join(of_config)} cannot change it")
+        config: GriffinConfig | Griffin = griffin
+    else:
+        config = config_from(griffin, of_config)
+    return _Call(config, Sampling(**of_sampling) if sampling is None else sampling, cache, prompt_chunk)
 
 
 def _is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -1,7 +1,9 @@
-"""The token tier: for every token anew, which of its experts' up and down rows are worth reading.
+"""Dynamic neuron selection: for every token anew, which of its experts' up and down rows are worth reading.
 
-A gated neuron adds `act(g_j) * u_j * W_2[:, j]` to the block's output. Its gate says most about how much that will be:
-so the gates are computed first, of all experts, and up and down only of those with the largest
+Relatives: TEAL (arXiv 2408.14690) and CATS (arXiv 2404.08763) leave out what an activation threshold says; here a token
+computes the k neurons of largest score. A gated neuron adds `act(g_j) * u_j * W_2[:, j]` to the block's output. Its
+gate says most about how much that will be, so the gates are computed first, of all experts, and up and down only of
+those with the largest
 
     |act(g_j)| * rms(u_j) * ||W_2[:, j]||_2
 
@@ -9,9 +11,8 @@ where `rms(u_j)` is the root mean square of the prompt's `u_j`. A neuron without
 `u_j` are computed first, and `W_2[:, j]` is read where `|act(u_j)| * ||W_2[:, j]||_2` is largest.
 
 What comes first may be read from a copy in fewer bits (a *sketch*), which leaves more bytes for the rest; the
-activation is then computed from the sketch, too.
-
-Here is how many bytes go where. `density` means bytes: the share of the block's weights that are read for a token.
+activation is then computed from the sketch, too. `split` decides how many bytes go where. `density` means bytes: the
+share of the block's weights that are read for a token.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from griffin.layouts import FFBlock
+from griffin.method.statistics import Statistics
 from griffin.native import library, operands, packing
+from griffin.weights.fingerprint import fingerprint
 from griffin.weights.projection import shape_of
 from griffin.weights.quantised import QuantisedLinear
 
@@ -59,12 +62,12 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class Tier:
-    """A selection's second tier.
+class Dynamic:
+    """How one layer's neurons are selected for every token.
 
     Args:
         split: how many neurons.
-        weights: what a token's gates are multiplied by, a row for all sequences or one for each.
+        weights: what a token's gates are multiplied by: one row for all sequences, or one for each.
 
     Shapes:
         weights: (1 or B, D_ff), float32.
@@ -74,6 +77,42 @@ class Tier:
     weights: Tensor
 
 
+def dynamic(block: FFBlock, split: Split, statistics: Statistics, batch: str) -> Dynamic:
+    """Weights `rms(u_j) * ||W_2[:, j]||`, of the prompt's `u_j`; without a gate `||W_2[:, j]||`.
+
+    With a shared batch every sequence counts the same, however long its prompt is.
+
+    Raises:
+        ValueError: the statistics hold no energies of the up projection.
+    """
+    norms = output_norms(block)
+    if not block.gated:
+        return Dynamic(split, norms[None])
+    if block.layer not in statistics.ups:
+        raise ValueError("the prompt phase gathered no up projections, which dynamic neuron selection needs")
+    ups = statistics.ups[block.layer]
+    squares = ups / statistics.tokens[block.layer].clamp_min(1)[:, None].to(ups.device)
+    if batch == "shared":
+        squares = squares.mean(dim=0, keepdim=True)
+    return Dynamic(split, squares.sqrt() * norms.to(squares.device))
+
+
+def joined(sets: Sequence[Dynamic | None]) -> Dynamic | None:
+    """One `Dynamic` for sequences that have one each, or `None` where none has.
+
+    Raises:
+        ValueError: their splits differ.
+    """
+    given = [each for each in sets if each is not None]
+    if not given:
+        return None
+    if len(given) < len(sets) or any(each.split != given[0].split for each in given):
+        raise ValueError(
+            "sequences of one batch need the same split of dynamic neuron selection, or none of them has one"
+        )
+    return given[0] if len(given) == 1 else Dynamic(given[0].split, torch.cat([each.weights for each in given]))
+
+
 def split(block: FFBlock, density: float) -> Split:
     """Spend a share of a block's bytes as well as is known.
 
@@ -81,7 +120,9 @@ def split(block: FFBlock, density: float) -> Split:
         ValueError: the block has an activation that is not known.
     """
     if block.activation is None:
-        raise ValueError(f"{block.path} has an activation that the token tier does not know; use one without tier")
+        raise ValueError(
+            f"{block.path} has an activation that dynamic neuron selection does not know; leave dynamic+ out"
+        )
     noise = _NOISE if library.available() is None else {None: 0.0}
     sizes = shape_of(block.output)[0], block.width, block.nbytes
     return _split(*sizes, block.gated, density, tuple(noise.items()))
@@ -135,7 +176,7 @@ def make_sketches(blocks: Sequence[FFBlock], splits: Mapping[int, Split]) -> Non
     """Make the sketches that are not there yet, as many at a time as torch has threads."""
     wanted = [(block, splits[block.layer].gate) for block in blocks if block.layer in splits]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda own: sketch(*own), [(block, gate) for block, gate in wanted if gate is not None]))
+        list(pool.map(lambda each: sketch(*each), [(block, gate) for block, gate in wanted if gate is not None]))
 
 
 def output_norms(block: FFBlock) -> Tensor:
@@ -146,8 +187,8 @@ def output_norms(block: FFBlock) -> Tensor:
 def _kept(projection: nn.Module, name: str, make: Any) -> Any:
     weight = projection.packed if isinstance(projection, QuantisedLinear) else projection.weight
     assert isinstance(weight, Tensor)
-    state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-    own = _KEPT.setdefault(projection, {})
-    if name not in own or own[name][0] != state:
-        own[name] = state, make()
-    return own[name][1]
+    state = fingerprint(weight)
+    kept = _KEPT.setdefault(projection, {})
+    if name not in kept or kept[name][0] != state:
+        kept[name] = state, make()
+    return kept[name][1]

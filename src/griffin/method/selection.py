@@ -1,25 +1,22 @@
-"""From a statistic to experts: which k neurons of an FF block are kept. Pure functions on tensors.
+"""From scores to experts: which k neurons of an FF block are kept. Pure functions on tensors.
 
-`SELECTIONS` maps a name to a function `(scores (N, D_ff), k, seeds) -> (N, k) int64, ascending`. Each of the N rows is
-a selection of its own: the layers of a model, the sequences of a batch. All layers go into one call, because what a
-selection costs is mostly the number of calls. All randomness is drawn on the CPU from the row's own seed, so that a
-seed means the same experts on every device and in every batch.
+`griffin.methods.METHODS` names one of these functions for each method. Each has the signature
+`(scores (N, D_ff), k, seeds) -> (N, k) int64, ascending`. The N rows are independent selections: the layers of a model,
+the sequences of a batch. All layers go into one call, because the cost of a selection is mostly the number of calls.
+All randomness is drawn on the CPU from the row's own seed, so that a seed means the same experts on every device and in
+every batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from griffin import config
-
-_ROWS_AT_A_TIME = 1024  # of a weight: their scores in float32 and indices in int64 are six times a 16-bit weight
-
-Selection = Callable[[Tensor, int, Sequence[int]], Tensor]
+from griffin.methods import METHODS
 
 
 def topk(scores: Tensor, k: int, seeds: Sequence[int] = ()) -> Tensor:
@@ -76,77 +73,13 @@ def random(scores: Tensor, k: int, seeds: Sequence[int]) -> Tensor:
     return drawn.to(scores.device)
 
 
-SELECTIONS: dict[str, Selection] = {
-    "topk": topk,
-    "sample": sample,
-    "topk_sample": topk_sample,
-    "random": random,
-    "wanda": topk,  # of a row's weights, not of neurons: see `wanda`
-    "magnitude": topk,  # top-k of `magnitude_scores`, which stand in for the statistic
-}
-
-
-def register(name: str, summary: str) -> Callable[[Selection], Selection]:
-    """Add a selection, as a decorator of its function: from then on it is a method as those of the paper are.
-
-        @register("last", "the last k neurons")
-        def last(scores, k, seeds):
-            width = scores.shape[1]
-            return torch.arange(width - k, width).repeat(len(scores), 1)
-
-    Args:
-        name: how configs, flags and tables call it.
-        summary: what it selects, in a line.
-
-    Raises:
-        ValueError: there is one of that name.
-    """
-    if name in SELECTIONS:
-        raise ValueError(f"there is a selection {name!r} already; choose another name")
-
-    def add(function: Selection) -> Selection:
-        SELECTIONS[name] = function
-        config.SELECTIONS[name] = summary
-        return function
-
-    return add
-
-
-def magnitude_scores(norms: list[Tensor]) -> Tensor:
-    """Static scores of the paper's magnitude baseline: `||W_g[j]||_2 * ||W_1[j]||_2`, ungated `||W_1[j]||_2`.
-
-    Shapes:
-        norms: the L2 norms of the input projections' rows, each (D_ff,). Returns (D_ff,), float32.
-    """
-    scores = torch.ones(norms[0].shape[0], device=norms[0].device)
-    for norm in norms:
-        scores = scores * norm.float()
-    return scores
-
-
-def wanda(weight: Tensor, norms: Tensor, k: int) -> Tensor:
-    """A copy of a projection's weight, of every output row only the k weights of largest `|W_ij| * ||X_:,j||_2`.
-
-    The paper's baseline adaptive Wanda: X are the prompt's inputs of the projection (Sun et al., arXiv 2306.11695).
-
-    Shapes:
-        weight: (out, in). norms: (in,), float32. Returns (out, in), in the weight's dtype.
-    """
-    kept = torch.zeros_like(weight)
-    for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
-        rows = weight[start : start + _ROWS_AT_A_TIME]
-        chosen = topk(rows.float().abs() * norms, k)
-        kept[start : start + _ROWS_AT_A_TIME].scatter_(1, chosen, rows.gather(1, chosen))
-    return kept
-
-
 def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tensor:
     """Experts for each of N sets of scores.
 
     Args:
         scores: what the neurons are ranked by; rows are independent of each other.
         k: number of experts.
-        selection: a name of `SELECTIONS`.
+        selection: a name of `griffin.METHODS`.
         seeds: one for each row; selections without chance do not look at them.
 
     Shapes:
@@ -156,8 +89,8 @@ def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tens
         ValueError: the selection is unknown, k is outside 1..D_ff, the seeds are not one a row, or the scores are not
             all finite.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection is {selection!r}; expected one of {', '.join(SELECTIONS)}")
+    if selection not in METHODS:
+        raise ValueError(f"selection is {selection!r}; expected one of {', '.join(METHODS)}")
     if scores.dim() != 2 or not 1 <= k <= scores.shape[1]:
         shape = tuple(scores.shape)
         raise ValueError(f"cannot select k = {k} experts from scores of shape {shape}; expected (N, D_ff)")
@@ -168,7 +101,8 @@ def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tens
             "the scores hold inf or nan, which come from the model's FF activations; float16 overflows in some models: "
             "load it in bfloat16 or float32"
         )
-    return SELECTIONS[selection](scores, k, seeds)
+    experts: Tensor = METHODS[selection].select_function(scores, k, seeds)
+    return experts
 
 
 def _perturbed(scores: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -1,8 +1,9 @@
-"""What the prompt phase has gathered for one conversation: energies and token counts, over chunks and turns."""
+"""What prompt tokens add up to: energies and token counts, over the chunks and turns of a conversation."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,19 +14,20 @@ from griffin.method import statistic
 
 # The statistic belongs to the tokens in a key/value cache, so it travels with that cache, also through copy.deepcopy,
 # the usual way to reuse a prompt.
-_ATTRIBUTE = "_griffin_conversation"
+_ATTRIBUTE = "_griffin_statistics"
 
 
 @dataclass(eq=False)
-class Conversation:
+class Statistics:
     """Energies of the flocking statistic, of all prompt tokens so far.
 
     Args:
         energies: by layer, each (B, D_ff), float32.
         tokens: by layer, the number of real tokens behind every row, (B,), int64.
         inputs: by layer, the squared norms of the FF block's inputs, (B, D), and of the output projection's, (B, D_ff),
-            float32; gathered for the selection wanda only.
-        ups: by layer, the energy of the up projection's outputs, (B, D_ff), float32; gathered for a token tier only.
+            float32; gathered for methods that need them (Wanda).
+        ups: by layer, the energy of the up projection's outputs, (B, D_ff), float32; gathered for dynamic neuron
+            selection.
     """
 
     energies: dict[int, Tensor] = field(default_factory=dict)
@@ -87,14 +89,19 @@ class Conversation:
             energies = self.ups[layer] + energies
         elif layer in self.energies:
             raise ValueError(
-                "the conversation began with another selection or batch, so what the token tier needs is unknown; "
-                "start a new one"
+                "the conversation began with another selection or batch, so the up projections that dynamic neuron "
+                "selection needs are unknown; start a new one"
             )
         self.ups[layer] = energies
 
-    def copy(self) -> Conversation:
+    def keep_only(self, needs: Collection[str]) -> None:
+        """Drop what the next tokens will not add to beside the flocking statistic: it would not be of all tokens."""
+        for name in {"inputs", "ups"} - set(needs):
+            getattr(self, name).clear()
+
+    def copy(self) -> Statistics:
         """An independent copy: `add` replaces tensors and never writes into them, so the dicts are enough."""
-        return Conversation(dict(self.energies), dict(self.tokens), dict(self.inputs), dict(self.ups))
+        return Statistics(dict(self.energies), dict(self.tokens), dict(self.inputs), dict(self.ups))
 
 
 def cached_tokens(cache: Any) -> int:
@@ -102,14 +109,14 @@ def cached_tokens(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def of_cache(cache: Any) -> Conversation:
+def of_cache(cache: Any) -> Statistics:
     """The conversation that a cache holds, to be continued; a new one for an empty cache or none.
 
     Warns (`UserWarning`) where the cache holds tokens that GRIFFIN has not seen: their statistic is missing, and
     experts are then selected from the new tokens alone.
     """
     if cached_tokens(cache) == 0:
-        return Conversation()
+        return Statistics()
     known = getattr(cache, _ATTRIBUTE, None)
     if known is None:
         warnings.warn(
@@ -117,12 +124,12 @@ def of_cache(cache: Any) -> Conversation:
             "their statistic is unknown, so experts are selected from the new tokens alone",
             stacklevel=2,
         )
-        return Conversation()
-    assert isinstance(known, Conversation)
+        return Statistics()
+    assert isinstance(known, Statistics)
     return known.copy()
 
 
-def keep_with_cache(conversation: Conversation, cache: Any) -> None:
-    """Let the conversation travel with the cache that holds its tokens."""
+def keep_with_cache(statistics: Statistics, cache: Any) -> None:
+    """Store the statistics on the cache that holds their tokens."""
     if cache is not None:
-        setattr(cache, _ATTRIBUTE, conversation)
+        setattr(cache, _ATTRIBUTE, statistics)

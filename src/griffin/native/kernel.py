@@ -58,7 +58,7 @@ def ff(
     experts: Tensor | None = None,
     row_mask: Tensor | None = None,
     *,
-    tier: operands.Tier | None = None,
+    dynamic: operands.Dynamic | None = None,
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
@@ -90,11 +90,11 @@ def ff(
                 f"row_mask: {tuple(row_mask.shape)} {row_mask.dtype}, expected uint16, one for each expert"
             )
         rows.row_mask = row_mask.data_ptr()
-    if tier is not None:
-        own = tier.kept[0]
+    if dynamic is not None:
+        own = dynamic.kept[0]
         if len(own) not in (1, x.shape[0]):
             raise ValueError(f"tier: weights of {len(own)} rows, but x has {x.shape[0]}")
-        rows.tier = ctypes.addressof(tier.struct)
+        rows.tier = ctypes.addressof(dynamic.struct)
     library.check(
         library.loaded().griffin_ff(
             ctypes.addressof(block.struct), ctypes.addressof(rows), threads or torch.get_num_threads()

@@ -74,7 +74,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Tier:
+class Dynamic:
     """A second tier as the library sees it. Make one by `tier`."""
 
     k: int
@@ -250,7 +250,7 @@ def _matrix(format: str, d_in: int, rows: Tensor, scale: Tensor | None, bias: Te
 # -- second tier --------------------------------------------------------------
 
 
-def tier(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) -> Tier:
+def dynamic(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) -> Dynamic:
     """Of a token's experts the k with the largest `|act(gate)| * weight`, whose up and down alone are read.
 
     Where there is no gate, up takes its place, and of the k down alone is read.
@@ -279,7 +279,7 @@ def tier(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) ->
     struct = TierStruct(weight=rows.data_ptr(), weight_stride=block.d_ff if len(rows) > 1 else 0, k=k)
     if gate is not None:
         struct.gate = gate.struct
-    return Tier(k, struct, (rows, gate))
+    return Dynamic(k, struct, (rows, gate))
 
 
 # -- both --------------------------------------------------------------

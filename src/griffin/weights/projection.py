@@ -33,6 +33,12 @@ def rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (weight if isinstance(projection, nn.Linear) else weight.T), bias
 
 
+def device_of(projection: nn.Module) -> torch.device:
+    """Where the weights are."""
+    weight = projection.packed if isinstance(projection, QuantisedLinear) else rows(projection)[0]
+    return weight.device
+
+
 def nbytes_of(projection: nn.Module) -> int:
     """Bytes of the weights as they are stored, scales included, the bias not."""
     return projection.nbytes if isinstance(projection, QuantisedLinear) else rows(projection)[0].nbytes

@@ -16,7 +16,7 @@ NATS = "nll"  # values of an example whose mean's exponential is the perplexity
 PERPLEXITY = "perplexity"
 _FEWEST = 10  # examples from which on an interval is believed
 # The order in tables and legends.
-_METHODS = (FULL, BEST, "tier+topk", "prior+topk", "topk", "topk_sample", "sample", "magnitude", "wanda", "random")
+_METHODS = (FULL, BEST, "dynamic+topk", "prior+topk", "topk", "topk_sample", "sample", "magnitude", "wanda", "random")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ Plot = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind people can tell apart, bright enough for both grounds.
 _COLOURS = {
     "topk": "#1f8fd6",
-    "tier+topk": "#2fb344",
-    "prior+tier+topk": "#0b7d3e",
+    "dynamic+topk": "#2fb344",
+    "prior+dynamic+topk": "#0b7d3e",
     "topk_sample": "#12a383",
     "sample": "#7a6ff0",
     "magnitude": "#e08a00",

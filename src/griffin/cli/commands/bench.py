@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from griffin.cli.arguments import BUILTIN_MODELS, REFINED, add_json_argument, parse_densities
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_pairs, print_table
-from griffin.config import BACKENDS, SELECTIONS
+from griffin.config import BACKENDS
+from griffin.methods import METHODS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--selection",
         type=lambda text: text.split(","),
         metavar="LIST",
-        help=f"how experts are selected, one or more of {', '.join(SELECTIONS)}; {REFINED} (default: topk)",
+        help=f"how experts are selected, one or more of {', '.join(METHODS)}; {REFINED} (default: topk)",
     )
     how.add_argument("--backend", default="auto", metavar="NAME", help=f"{', '.join(BACKENDS)} (default: auto)")
     how.add_argument("--prompt", type=int, metavar="N", help="tokens of the prompt (default: 512)")

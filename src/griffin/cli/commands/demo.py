@@ -22,8 +22,8 @@ _FULL = "full model"
 CASES = {
     _FULL: GriffinConfig(density=1.0),
     "GRIFFIN, half of the neurons": GriffinConfig(density=0.5),
-    "token tier, half of the bytes": GriffinConfig(density=0.5, selection=AUTO),
-    "token tier, three quarters": GriffinConfig(density=0.75, selection=AUTO),
+    "dynamic selection, half of the bytes": GriffinConfig(density=0.5, selection=AUTO),
+    "dynamic selection, three quarters": GriffinConfig(density=0.75, selection=AUTO),
 }
 _STATISTIC_TOKENS = 1024
 _REPEATS = 5

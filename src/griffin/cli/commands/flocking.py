@@ -175,7 +175,7 @@ def _conversation(
             for turn in turns:
                 for _ in session.ask(turn):
                     pass
-                found.append(session.conversation.copy().energies)
+                found.append(session.gathered.copy().energies)
                 done("conversation")
     return found
 

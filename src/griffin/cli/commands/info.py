@@ -97,9 +97,10 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
         ValueError: the model has no FF blocks that GRIFFIN can prune, or the backend cannot compute them.
     """
     from griffin.analysis.ceiling import bytes_read_per_token, ceiling
-    from griffin.attachment import attach, profile
-    from griffin.engine.decoders import step_of
+    from griffin.attachment import attach
+    from griffin.engine.decoders import Decoders
     from griffin.layouts import find_ff_blocks
+    from griffin.method import profile
     from griffin.weights.quantised import prompt_dtype
 
     blocks = find_ff_blocks(model)
@@ -107,7 +108,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
     read_bytes = bytes_read_per_token(model)
     share = ff_bytes / read_bytes
     with attach(model, backend=backend) as handle:
-        step = step_of(model, handle)
+        step = Decoders(model, handle).name
     own = profile.find(model, blocks)
     return {
         "name": name,
@@ -124,13 +125,13 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
         "read_bytes_per_token": read_bytes,
         "ff_share": share,
         "ceilings": [{"density": density, "speedup": ceiling(share, density)} for density in densities],
-        "token_tier": [_tier(blocks[0], density) for density in densities if density < 1.0],
+        "dynamic": [_dynamic(blocks[0], density) for density in densities if density < 1.0],
         "profile": None if own is None else {**own.about, "losses": own.losses},
     }
 
 
-def _tier(block: FFBlock, density: float) -> dict[str, Any] | None:
-    """How the token tier spends a density's bytes in a block; `None` where it knows no activation."""
+def _dynamic(block: FFBlock, density: float) -> dict[str, Any] | None:
+    """How dynamic neuron selection spends a density's bytes in a block; `None` where it knows no activation."""
     from griffin.method.dynamic import split
 
     try:
@@ -197,7 +198,7 @@ def _print_model(about: dict[str, Any]) -> None:
         (f"ceiling at {row['density']:g}", f"{row['speedup']:.2f}x generation speed at most")
         for row in about["ceilings"]
     ]
-    pairs += [(f"token tier at {row['density']:g}", _told(row)) for row in about["token_tier"] if row is not None]
+    pairs += [(f"dynamic at {row['density']:g}", _told(row)) for row in about["dynamic"] if row is not None]
     own = about["profile"]
     known = (
         "" if own is None else f"{own['text']}, {own['tokens']} tokens; losses for {', '.join(own['losses']) or 'none'}"

@@ -23,7 +23,8 @@ from griffin.cli.arguments import (
 )
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_table
-from griffin.config import BACKENDS, SELECTIONS
+from griffin.config import BACKENDS
+from griffin.methods import METHODS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default=["topk"],
         metavar="LIST",
-        help=f"how experts are selected, one or more of {', '.join(SELECTIONS)}; {REFINED} (default: topk)",
+        help=f"how experts are selected, one or more of {', '.join(METHODS)}; {REFINED} (default: topk)",
     )
     how.add_argument(
         "--prompt",

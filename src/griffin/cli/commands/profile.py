@@ -20,7 +20,7 @@ from griffin.cli.tables import print_table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from griffin.attachment.profile import Profile
+    from griffin.method.profile import Profile
 
 _LEAST = 4  # sequences: every fourth is held out
 
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from griffin.analysis.benchmark import check_length
     from griffin.analysis.files import check_writable
     from griffin.analysis.profiling import DENSITIES, TOKENS, prior, split, with_losses
-    from griffin.attachment.profile import Profile
     from griffin.layouts import find_ff_blocks
+    from griffin.method.profile import Profile
 
     if args.output is not None:
         check_writable(path)

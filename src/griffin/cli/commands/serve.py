@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value:g}; expected more than 0")
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port is {args.port}; expected 0 to 65535")
-    if config.selection == "wanda":
-        raise ValueError("selection wanda masks the weights of all requests, so it cannot be served")
+    if config.method.select is None:
+        raise ValueError(f"selection {config.method} masks the weights of all requests, so it cannot be served")
     if args.api_key == "":
         raise ValueError("--api-key is empty; give a key, or leave it out to serve without one")
     key = args.api_key or os.environ.get("GRIFFIN_API_KEY") or None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.cli.arguments import REFINED, add_model_arguments, load_model, parse_densities, parse_lengths, read_text
-from griffin.config import BATCHES, SELECTIONS, GriffinConfig
+from griffin.config import BATCHES, GriffinConfig
 from griffin.integrations.lm_eval import PHASES, SUITES, TASKS
+from griffin.methods import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=["topk"],
         metavar="LIST",
-        help=f"of {', '.join(SELECTIONS)}; {REFINED} (default: topk)",
+        help=f"of {', '.join(METHODS)}; {REFINED} (default: topk)",
     )
     matrix.add_argument("--seed", type=int, default=0, metavar="N", help="of random selections (default: 0)")
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness")
@@ -160,14 +161,14 @@ def _used(model: PreTrainedModel, configs: Sequence[GriffinConfig]) -> dict[str,
     Returns:
         The profile that methods use, as something that has a version.
     """
-    from griffin.attachment import attach
+    from griffin.analysis.wanda import attach_any
 
     found = {}
     for config in {config.selection: config for config in configs if config.density < 1.0}.values():
         try:
-            with attach(model, config) as handle:
-                if handle.profile is not None:
-                    found["profile"] = handle.profile.digest
+            with attach_any(model, config) as handle:
+                if handle.plan.profile is not None:
+                    found["profile"] = handle.plan.profile.digest
         except ValueError as error:
             raise ValueError(f"method {config.selection} cannot be measured: {error}") from error
     return found

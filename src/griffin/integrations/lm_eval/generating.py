@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from griffin.attachment import Griffin, attach
+from griffin.attachment import GATHER_ONLY, Griffin, attach
 from griffin.config import GriffinConfig
 from griffin.engine.decoders import new_cache
+from griffin.engine.forward import Forward
 from griffin.engine.step import Sampling, generate_step
 from griffin.errors import GriffinError
 from griffin.generation.generate import end_tokens
 from griffin.generation.text import Answer
+from griffin.method.statistics import keep_with_cache
 from griffin.version import __version__
 
 
@@ -115,10 +117,10 @@ def answers(
     first, mask = batch.prompts[:, :-1], None if batch.mask is None else batch.mask[:, :-1]
     if first.shape[1] and (mask is None or bool(mask.any(dim=1).all())):
         cache = new_cache(model)
-        tier = any(config.tier for config in configs)  # whose prompt phase gathers more
-        shared = GriffinConfig(density=1.0, batch="per_sequence", selection="tier+topk" if tier else "topk")
-        with attach(model, shared) as handle:
-            next(generate_step(model, first, attention_mask=mask, handle=handle, cache=cache))
+        needs = frozenset().union(*(config.needs for config in configs))
+        with torch.no_grad(), attach(model, GATHER_ONLY) as handle, handle.gather(needs=needs) as statistics:
+            Forward(model, cache, mask)(first)
+        keep_with_cache(statistics, cache)
     for config in configs:
         with attach(model, config) as handle:
             yield config, answer(model, tokenizer, batch, handle, copy.deepcopy(cache))
@@ -128,7 +130,7 @@ class Shared:
     """Answers of several configs, generated together and handed out one config after another.
 
     Args:
-        configs: the configs; not `wanda`, whose statistic is gathered by its own prompt phase.
+        configs: the configs, of methods that select neurons.
         path: where answers are kept as they come, so that a killed run loses one batch; `None` keeps them nowhere.
         progress: called with the share of the prompts that were answered since.
         model: what tells the model, and what it runs on, from others whose answers the file may hold; as JSON.

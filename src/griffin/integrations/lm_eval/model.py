@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from griffin.attachment import Griffin, attach
+from griffin.analysis.wanda import attach_any
+from griffin.attachment import Griffin
 from griffin.config import GriffinConfig
 from griffin.integrations.lm_eval import PHASES
 from griffin.integrations.lm_eval.generating import Batch, Shared, answer, sampling_of
@@ -121,7 +122,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
                 raise
             raise loading_error(pretrained, arguments.get("revision"), error) from error
         if not self._full:
-            attach(self.model, self.griffin).detach()  # refuse a model that it cannot prune before a long run
+            attach_any(self.model, self.griffin).detach()  # refuse a model that it cannot prune before a long run
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See the harness's `LM.loglikelihood`."""
@@ -155,7 +156,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         if self._full or not wanted:
             yield
         else:
-            with attach(self.model, self.griffin) as self._handle:
+            with attach_any(self.model, self.griffin) as self._handle:
                 yield
             self._handle = None
         if self.truncated > cut:

@@ -21,6 +21,7 @@ from griffin.integrations.lm_eval import GENERATED
 from griffin.integrations.lm_eval.data import load
 from griffin.integrations.lm_eval.evaluate import TaskResult, evaluate
 from griffin.integrations.lm_eval.generating import Shared
+from griffin.methods import METHODS
 
 _ROUNDING = 1e-6  # a metric is the mean of its values if they differ by no more, as a share
 
@@ -50,7 +51,7 @@ def task_jobs(
         shared = None
         task = keys[0].task
         assert task is not None
-        if task in GENERATED and keys[0].method != "wanda":
+        if task in GENERATED and not _unstructured(keys[0]):
             path = None if answers is None else answers / f"{task}.partial.jsonl"
             shared = Shared([config_of(key) for key in keys], path, tick, [fingerprint(model), versions()])
         for key in keys:
@@ -86,7 +87,7 @@ def task_jobs(
     jobs = []
     for task in tasks:
         keys = [key(task, config) for config in configs]
-        together = tuple(own for own in keys if task in GENERATED and own.method != "wanda")
+        together = tuple(own for own in keys if task in GENERATED and not _unstructured(own))
         alone = [Job((own,), measure) for own in keys if own not in together]
         jobs += [Job(together, measure), *alone] if together else alone
     return jobs
@@ -129,3 +130,8 @@ def _interval(name: str, result: TaskResult, seed: int) -> Interval | None:
         return None
     mean = geometric_interval if "perplexity" in name else mean_interval
     return mean(values, weights=result.weights.get(name), groups=result.groups, seed=seed)
+
+
+def _unstructured(key: Key) -> bool:
+    """Whether a cell's method keeps single weights: its statistic is gathered by a prompt phase of its own."""
+    return key.method in METHODS and METHODS[key.method].select is None

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
-from griffin.engine.batch import Batch, Prompt, Row
+from griffin.engine.batch import Batch, Prefill, Running
 from griffin.engine.step import Draw
 from griffin.generation.generate import end_tokens
 from griffin.generation.text import Answer, context_length
@@ -48,13 +48,13 @@ class _Waiting:
 
     def __init__(self, request: Request, number: int, nbytes: int) -> None:
         self.request, self.number, self.nbytes = request, number, nbytes
-        self.prompt: Prompt | None = None
+        self.prompt: Prefill | None = None
 
 
 class _Running:
     """One answer in its generation phase."""
 
-    def __init__(self, request: Request, index: int, row: Row, draw: Draw, answer: Answer, nbytes: int) -> None:
+    def __init__(self, request: Request, index: int, row: Running, draw: Draw, answer: Answer, nbytes: int) -> None:
         self.request, self.index, self.row = request, index, row
         self.draw, self.answer, self.nbytes = draw, answer, nbytes
 
@@ -89,7 +89,7 @@ class Engine:
         self._running: list[_Running] = []
         self._stopping = False
         self.failure: BaseException | None = None
-        self.handle: Griffin = attach(model, replace(config, batch="per_sequence"), mixed=True)
+        self.handle: Griffin = attach(model, replace(config, batch="per_sequence"))
         try:
             self._batch = Batch(model, self.handle)
             self.bytes_per_token = self._try()
@@ -299,7 +299,7 @@ class Engine:
             request.started_s = time.monotonic()
         try:
             ids = request.prompts[first.number]
-            first.prompt = self._batch.prompt(ids, request.config, len(ids) + request.sampling.max_tokens)
+            first.prompt = self._batch.prefill(ids, request.config, len(ids) + request.sampling.max_tokens)
         except Exception as error:
             self._fail(request, error)
 
@@ -310,8 +310,8 @@ class Engine:
             logits = own.prompt.run(self.limits.prompt_chunk if self._running else _ALONE)
             if logits is None:
                 return
-            row = own.prompt.row()
-            request.used, request.ff_bytes = row.selected.config, row.selected.ff_bytes
+            row = own.prompt.running()
+            request.used, request.ff_bytes = row.selection.config, row.selection.ff_bytes
             request.first_s = request.first_s or time.monotonic()
             self._prompt = None
             answers = []
@@ -399,10 +399,10 @@ class Engine:
 
     def _try(self) -> int:
         """Run a prompt and a step, so that what cannot work is known at the start; returns cache bytes a token."""
-        prompt = self._batch.prompt([0, 1, 2], self.config, 4)
+        prompt = self._batch.prefill([0, 1, 2], self.config, 4)
         logits = prompt.run(3)
         assert logits is not None
-        row = prompt.row()
+        row = prompt.running()
         for own in self._batch.step([row]):
             if isinstance(own, Exception):
                 raise ValueError(f"this model cannot be served: {own}") from own

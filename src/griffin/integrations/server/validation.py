@@ -81,8 +81,8 @@ def config_of(engine: Engine, given: schema.GriffinSettings | None) -> GriffinCo
         if said.get("layers") and max(said["layers"]) >= layers:
             raise ValueError(f"layers names layer {max(said['layers'])}; this model has layers 0 to {layers - 1}")
         config = replace(base, **said)
-        if config.selection == "wanda":
-            raise ValueError("selection wanda masks the weights of all requests, so it cannot be served")
+        if config.method.select is None:
+            raise ValueError(f"selection {config.method} masks the weights of all requests, so it cannot be served")
         return config
     except ValueError as error:
         named = next((name for name in said if str(error).startswith(name)), None)

@@ -223,7 +223,7 @@ class FF:
             first = begin if place is None else place[begin]
             rows = slice(first, first + end - begin)
             own = None if norms is None else norms[None, rows]
-            request.conversation.add(self.block.layer, z[None, rows], None, own)
+            request.statistics.add(self.block.layer, z[None, rows], None, own)
 
     def _experts(self, x: Tensor, step: Step) -> Tensor:
         """By the native library, or from copies. Shapes: x (pruned rows, D), as returned."""

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from griffin.attachment import choice
+from griffin.attachment.plan import Plan
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
-from griffin.method.statistics import Conversation
+from griffin.method.statistics import Statistics
 from griffin.native import kernel
 
 
@@ -39,7 +39,7 @@ class Request:
 
     config: GriffinConfig
     seen: int = 0  # positions below are in the statistic
-    conversation: Conversation = field(default_factory=Conversation)
+    statistics: Statistics = field(default_factory=Statistics)
     experts: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     copies: dict[int, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
@@ -134,10 +134,9 @@ class Requests:
     def select(self, step: Step) -> None:
         """Select the experts of the requests whose prompt this step has completed."""
         for request in step.finished:
-            counts = {block.layer: request.config.experts_of(block.width) for block in self._blocks}
-            own = choice.experts(self._blocks, request.conversation, request.config, counts)
-            request.experts = {layer: experts[0] for layer, experts in own.items()}
-            request.conversation = Conversation()
+            experts = Plan.of(self._blocks, request.config).select(request.statistics)[0].experts
+            request.experts = {b.layer: experts.get(b.layer, torch.arange(b.width)) for b in self._blocks}
+            request.statistics = Statistics()
 
     def drop(self, names: Iterable[str]) -> None:
         """Forget requests that are finished."""

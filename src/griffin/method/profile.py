@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -20,17 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from griffin.backends.native import unusable
 from griffin.cache import cache_folder
-from griffin.config import AUTO, BEST, GriffinConfig
 from griffin.errors import GriffinError
 from griffin.layouts import FFBlock
-from griffin.method.statistics import Conversation
+from griffin.method.statistics import Statistics
 from griffin.weights.projection import rows
 from griffin.weights.quantised import QuantisedLinear
 
 PSEUDO_TOKENS = 100  # m: from 32 to 400 make little difference (results/ablation)
-FOLDERS = (Path(__file__).parents[1] / "profiles", Path("profiles"))  # the second in the cache
+SHIPPED = Path(__file__).parents[1] / "profiles"
+MADE_HERE = "profiles"  # folder of the cache
 _FORMAT = "1"
 _SAMPLE = 512  # values of the input embeddings by which a model is known
 _CLOSE = 0.02  # as a share of their spread: they may be stored in bfloat16 or float16
@@ -73,15 +72,39 @@ class Profile:
         own = sample(model)
         return float((own - self.embeddings).abs().max()) <= _CLOSE * float(self.embeddings.std())
 
-    def added_to(self, conversation: Conversation) -> Conversation:
-        """The conversation with this profile as pseudo-tokens of every sequence. It stays as it is."""
-        found = conversation.copy()
-        for layer, own in conversation.energies.items():
-            found.energies[layer] = own + PSEUDO_TOKENS * self.energies[layer].to(own.device)
-            found.tokens[layer] = conversation.tokens[layer] + PSEUDO_TOKENS
-        for layer, own in conversation.ups.items():
-            found.ups[layer] = own + PSEUDO_TOKENS * self.ups[layer].to(own.device)
-        return found
+    def added_to(self, statistics: Statistics) -> Statistics:
+        """New statistics with this profile as pseudo-tokens of every sequence."""
+        total = statistics.copy()
+        for layer, energies in statistics.energies.items():
+            total.energies[layer] = energies + PSEUDO_TOKENS * self.energies[layer].to(energies.device)
+            total.tokens[layer] = statistics.tokens[layer] + PSEUDO_TOKENS
+        for layer, ups in statistics.ups.items():
+            total.ups[layer] = ups + PSEUDO_TOKENS * self.ups[layer].to(ups.device)
+        return total
+
+    def density_of(self, weights: str, loss: float) -> float:
+        """The smallest density whose loss is at most this, for FF weights of a format.
+
+        Raises:
+            ValueError: the profile has no losses for the format, or none so small.
+        """
+        losses = self.losses.get(weights)
+        if losses is None and weights == "f32":  # a sketch is a smaller share of a wider gate, so they lose less
+            losses = self.losses.get("bf16")
+        if not losses:
+            formats = ", ".join(self.losses) or "none"
+            raise ValueError(
+                f"the profile has no losses for {weights} weights (it has {formats}), so loss {loss:g} is no density; "
+                f"measure them: griffin profile -m MODEL --weights {weights}, or give a density"
+            )
+        good = [density for density, measured in losses.items() if measured <= loss]
+        if not good:
+            density, least = min(losses.items(), key=lambda item: item[1])
+            raise ValueError(
+                f"no density of the profile keeps KL to at most {loss:g}: the least is {least:.2g}, at density "
+                f"{density:g}; give a larger loss, or density=1.0"
+            )
+        return min(good)
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all.
@@ -159,8 +182,8 @@ def find(model: nn.Module, blocks: Sequence[FFBlock], path: str | None = None) -
                 f"layers); make one for this model: griffin profile"
             )
         return own
-    for folder in FOLDERS:
-        for file in sorted((cache_folder() / folder).glob("*.safetensors")):
+    for folder in (SHIPPED, cache_folder() / MADE_HERE):
+        for file in sorted(folder.glob("*.safetensors")):
             known = _known(file, file.stat().st_mtime_ns)
             if known is not None and known.fits(model, blocks):
                 return known
@@ -181,55 +204,3 @@ def format_of(block: FFBlock) -> str:
         return block.output.format
     names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "bf16"}  # as many bits
     return names.get(rows(block.output)[0].dtype, "f32")
-
-
-def resolved(
-    model: nn.Module, blocks: Sequence[FFBlock], config: GriffinConfig
-) -> tuple[GriffinConfig, Profile | None]:
-    """The config with `auto` and `loss` replaced by what they mean for this model, and the profile if it is used.
-
-    Raises:
-        ValueError: a profile is needed and there is none, or it knows no density of so small a loss.
-    """
-    if not (config.prior or config.selection == AUTO or config.loss is not None):
-        return config, None
-    profile = find(model, blocks, config.profile)
-    if config.selection == AUTO and config.loss is None:
-        refinements = ["prior"] * (profile is not None) + ["tier"] * _tier_pays(blocks, config.backend)
-        return replace(config, selection="+".join([*refinements, "topk"])), profile
-    if profile is None:
-        wanted = f"selection {config.selection}" if config.loss is None else f"loss {config.loss:g}"
-        raise ValueError(
-            f"{wanted} needs a profile of this model, and none is known; make it: griffin profile -m MODEL"
-        )
-    if config.loss is not None:
-        density = _density(profile, format_of(blocks[0]), config.loss)
-        config = replace(config, loss=None, density=density, selection=BEST)
-    return config, profile
-
-
-def _tier_pays(blocks: Sequence[FFBlock], backend: str) -> bool:
-    """Whether `auto` takes a token tier: where the native library computes it. The reference does what native does."""
-    if backend == "reference":
-        return all(block.activation is not None for block in blocks)
-    return backend != "gather" and all(unusable(block) is None for block in blocks)
-
-
-def _density(profile: Profile, weights: str, loss: float) -> float:
-    losses = profile.losses.get(weights)
-    if losses is None and weights == "f32":  # the sketch of a wide gate is a smaller share, so they lose less
-        losses = profile.losses.get("bf16")
-    if not losses:
-        known = ", ".join(profile.losses) or "none"
-        raise ValueError(
-            f"the profile has no losses for {weights} weights (it has {known}), so loss {loss:g} is no density; "
-            f"measure them: griffin profile -m MODEL --weights {weights}, or give a density"
-        )
-    good = [density for density, own in losses.items() if own <= loss]
-    if not good:
-        density, least = min(losses.items(), key=lambda item: item[1])
-        raise ValueError(
-            f"no density of the profile keeps KL to at most {loss:g}: the least is {least:.2g}, at density {density:g}"
-            "; give a larger loss, or density=1.0"
-        )
-    return min(good)

@@ -1,4 +1,4 @@
-"""The token tier, against a naive implementation and against itself in every other form."""
+"""Dynamic neuron selection, against a naive implementation and against itself in every other form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from griffin import GriffinConfig, generate_step
 from griffin.analysis import perplexity
 from griffin.engine.step import Sampling
 from griffin.layouts import find_ff_blocks
-from griffin.method import dynamic as tier
+from griffin.method import dynamic
 from griffin.models.convert import convert
 from griffin.native import kernel, library, operands
 
@@ -31,7 +31,7 @@ ROUNDED, FLOAT, BF16 = 0.08, 1e-5, 0.02
 @pytest.fixture
 def own_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     """No sketches: the gates themselves are read."""
-    monkeypatch.setattr(tier, "_NOISE", {None: 0.0, "int8": 1e9, "int4": 1e9})
+    monkeypatch.setattr(dynamic, "_NOISE", {None: 0.0, "int8": 1e9, "int4": 1e9})
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -50,7 +50,7 @@ def later(model: Any, handle: Any, prompt: torch.Tensor = PROMPT, **kwargs: Any)
             return model(LATER, past_key_values=cache, **kwargs).logits
 
 
-def naive(model: Any, block: Any, split: tier.Split, prompt: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def naive(model: Any, block: Any, split: dynamic.Split, prompt: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """One sequence's FF block, token by token and neuron by neuron. Shapes: prompt (S, D), x (T, D)."""
     gate, up, down = (p.weight for p in (*block.inputs, block.output))
     ups = prompt @ up.T
@@ -58,7 +58,7 @@ def naive(model: Any, block: Any, split: tier.Split, prompt: torch.Tensor, x: to
     z = F.silu(prompt @ gate.T) * ups
     statistic = (z / z.norm(dim=1, keepdim=True)).square().sum(dim=0).sqrt()
     experts = statistic.topk(split.experts).indices
-    read = gate if split.gate is None else operands.unpack(tier.sketch(block, split.gate))[0].to(gate.dtype)
+    read = gate if split.gate is None else operands.unpack(dynamic.sketch(block, split.gate))[0].to(gate.dtype)
     rows = []
     for token in x:
         gates = {int(j): F.silu(read[j] @ token) for j in experts}
@@ -78,7 +78,7 @@ def test_the_reference_is_the_naive_computation(
         monkeypatch.setattr(library, "available", lambda: "not built")
     model = tiny_llama()
     mlp = model.model.layers[0].mlp
-    with griffin.attach(model, selection="tier+topk", density=density, backend="reference") as handle:
+    with griffin.attach(model, selection="dynamic+topk", density=density, backend="reference") as handle:
         split = handle.splits[0]
         assert (split.gate is not None) == sketched
         seen: list[torch.Tensor] = []
@@ -96,7 +96,7 @@ def both(model: Any, layers: int, **settings: Any) -> tuple[torch.Tensor, torch.
     found = []
     for backend in ("native", "reference"):
         calls = library.calls()
-        with griffin.attach(model, selection="tier+topk", backend=backend, **settings) as handle:
+        with griffin.attach(model, selection="dynamic+topk", backend=backend, **settings) as handle:
             found.append(later(model, handle))
             assert handle.sparse_calls == layers
             assert all(0 < split.chosen <= split.experts for split in handle.splits.values())
@@ -123,7 +123,7 @@ def test_native_is_the_reference(batch: str, weights: str, tolerance: float) -> 
 def test_native_is_the_reference_with_sketches(batch: str, weights: str) -> None:
     model = tiny_llama(torch.float32, hidden_size=64, intermediate_size=160)
     convert(model, weights)
-    with griffin.attach(model, selection="tier+topk", density=0.6) as handle:
+    with griffin.attach(model, selection="dynamic+topk", density=0.6) as handle:
         assert handle.splits[0].gate is not None
     assert off(*both(model, 3, density=0.6, batch=batch)) < ROUNDED
 
@@ -158,20 +158,20 @@ def test_families_with_and_without_a_gate(name: str, batch: str, monkeypatch: py
     sketched = both(model, 2, **settings)
     assert off(*sketched) < ROUNDED
     assert off(sketched[0], plain) > 1e-4
-    monkeypatch.setattr(tier, "_NOISE", {None: 0.0, "int8": 1e9, "int4": 1e9})
+    monkeypatch.setattr(dynamic, "_NOISE", {None: 0.0, "int8": 1e9, "int4": 1e9})
     assert off(*both(model, 2, **settings)) < FLOAT
 
 
 @native
 @pytest.mark.usefixtures("own_gates")
-def test_weights_that_the_tier_ignored_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_were_ignored_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(torch.float32, hidden_size=64, intermediate_size=160)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data *= 3 * torch.rand(160)
-    with griffin.attach(model, selection="tier+topk", density=0.6, backend="native") as handle:
+    with griffin.attach(model, selection="dynamic+topk", density=0.6, backend="native") as handle:
         right = later(model, handle)
-    monkeypatch.setattr("griffin.attachment.choice.output_norms", lambda block: torch.ones(block.width))
-    with griffin.attach(model, selection="tier+topk", density=0.6, backend="native") as handle:
+    monkeypatch.setattr("griffin.method.dynamic.output_norms", lambda block: torch.ones(block.width))
+    with griffin.attach(model, selection="dynamic+topk", density=0.6, backend="native") as handle:
         assert off(later(model, handle), right) > ROUNDED
 
 
@@ -182,7 +182,7 @@ def test_bytes_counted_are_bytes_claimed(weights: str, density: float) -> None:
     model = tiny_llama(torch.float32, hidden_size=64, intermediate_size=160)
     convert(model, weights)
     full = sum(block.nbytes for block in find_ff_blocks(model))
-    with griffin.attach(model, selection="tier+topk", density=density, backend="native") as handle:
+    with griffin.attach(model, selection="dynamic+topk", density=density, backend="native") as handle:
         steps = generate_step(model, PROMPT[:1], handle=handle, sampling=Sampling(temperature=0))
         next(steps)
         before = library.ff_bytes()
@@ -194,7 +194,7 @@ def test_bytes_counted_are_bytes_claimed(weights: str, density: float) -> None:
 
 def test_padding_chunks_and_the_batch_change_nothing() -> None:
     model = tiny_llama()
-    settings: dict[str, Any] = {"selection": "tier+topk", "density": 0.5, "batch": "per_sequence"}
+    settings: dict[str, Any] = {"selection": "dynamic+topk", "density": 0.5, "batch": "per_sequence"}
     with griffin.attach(model, backend="reference", **settings) as handle:
         whole = later(model, handle)
         padded = torch.cat([torch.zeros(2, 4, dtype=torch.int64), PROMPT], dim=1)
@@ -221,7 +221,7 @@ def test_padding_chunks_and_the_batch_change_nothing() -> None:
 
 def test_rows_name_the_prompts_that_are_continued() -> None:
     model = tiny_llama()
-    settings: dict[str, Any] = {"selection": "tier+topk", "batch": "per_sequence", "backend": "reference"}
+    settings: dict[str, Any] = {"selection": "dynamic+topk", "batch": "per_sequence", "backend": "reference"}
     with griffin.attach(model, **settings) as handle, torch.no_grad():
         with handle.prompt_phase():
             model(PROMPT)
@@ -238,20 +238,20 @@ def test_density_one_is_the_model_and_topk_is_the_papers() -> None:
     model = tiny_llama()
     with torch.no_grad():
         expected = model(torch.cat([PROMPT, LATER], dim=1)).logits[:, -3:]
-    with griffin.attach(model, selection="tier+topk", density=1.0) as handle:
+    with griffin.attach(model, selection="dynamic+topk", density=1.0) as handle:
         assert not handle.splits
         torch.testing.assert_close(later(model, handle), expected)
-    with griffin.attach(model, density=0.5) as handle:
+    with griffin.attach(model, density=0.5, selection="topk") as handle:
         later(model, handle)
         assert not handle.splits
-        assert not handle.conversation.ups
+        assert not handle.gathered.ups
         assert len(handle.experts[0]) == 40
 
 
 def test_teacher_forced_is_step_by_step() -> None:
     model = tiny_llama()
     text = torch.cat([PROMPT, LATER, PROMPT.flip(1)], dim=1)
-    config = GriffinConfig(selection="tier+topk", backend="reference")
+    config = GriffinConfig(selection="dynamic+topk", backend="reference")
     measured = perplexity.measure(model, text, 11, [config, GriffinConfig(selection="topk", backend="reference")])
     for row in range(2):
         with griffin.attach(model, config) as handle, torch.no_grad():
@@ -264,30 +264,30 @@ def test_teacher_forced_is_step_by_step() -> None:
                     outputs = model(text[row : row + 1, at : at + 1], past_key_values=outputs.past_key_values)
 
 
-def test_what_has_no_tier_is_refused() -> None:
+def test_what_has_no_dynamic_selection_is_refused() -> None:
     with pytest.raises(ValueError, match="gather backend copies"):
-        griffin.attach(tiny_llama(), selection="tier+topk", backend="gather")
-    for selection in ("tier+wanda", "tier+magnitude"):
-        with pytest.raises(ValueError, match="baseline of its own"):
+        griffin.attach(tiny_llama(), selection="dynamic+topk", backend="gather")
+    for selection in ("dynamic+wanda", "dynamic+magnitude"):
+        with pytest.raises(ValueError, match="cannot be refined by dynamic"):
             GriffinConfig(selection=selection)
-    with pytest.raises(ValueError, match=r"refinement is 'tire'.*did you mean 'tier'"):
-        GriffinConfig(selection="tire+topk")
+    with pytest.raises(ValueError, match=r"refinement is 'dynamik'.*did you mean 'dynamic'"):
+        GriffinConfig(selection="dynamik+topk")
     model = tiny_llama()
     model.model.layers[1].mlp.act_fn = torch.nn.Hardtanh()
-    with pytest.raises(ValueError, match="activation that the token tier does not know"):
-        griffin.attach(model, selection="tier+topk")
+    with pytest.raises(ValueError, match="activation that dynamic neuron selection does not know"):
+        griffin.attach(model, selection="dynamic+topk")
 
 
-def test_a_conversation_without_what_the_tier_needs_is_refused() -> None:
+def test_a_conversation_without_what_dynamic_selection_needs_is_refused() -> None:
     model = tiny_llama()
-    with griffin.attach(model, density=0.5) as handle, torch.no_grad(), handle.prompt_phase():
+    with griffin.attach(model, density=0.5, selection="topk") as handle, torch.no_grad(), handle.prompt_phase():
         model(PROMPT)
-    earlier = handle.conversation
+    earlier = handle.gathered
     with (
-        griffin.attach(model, selection="tier+topk", backend="reference") as handle,
+        griffin.attach(model, selection="dynamic+topk", backend="reference") as handle,
         torch.no_grad(),
-        pytest.raises(ValueError, match="what the token tier needs is unknown"),
-        handle.prompt_phase(conversation=earlier),
+        pytest.raises(ValueError, match="dynamic neuron selection needs are unknown"),
+        handle.prompt_phase(statistics=earlier),
     ):
         model(PROMPT)
 
@@ -297,7 +297,7 @@ def test_undo_leaves_nothing() -> None:
     with torch.no_grad():
         before = model(PROMPT).logits
     keys = [set(vars(module)) for module in model.modules()]
-    with griffin.attach(model, selection="tier+topk", density=0.3) as handle:
+    with griffin.attach(model, selection="dynamic+topk", density=0.3) as handle:
         assert not torch.equal(later(model, handle), model(torch.cat([PROMPT, LATER], 1)).logits[:, -3:])
     assert keys == [set(vars(module)) for module in model.modules()]
     with torch.no_grad():
@@ -308,11 +308,11 @@ def test_undo_leaves_nothing() -> None:
 def test_sketches_are_made_once_and_anew_for_other_weights() -> None:
     model = tiny_llama(torch.float32)
     block = find_ff_blocks(model)[0]
-    first = tier.sketch(block, "int4")
-    assert tier.sketch(find_ff_blocks(model)[0], "int4") is first
+    first = dynamic.sketch(block, "int4")
+    assert dynamic.sketch(find_ff_blocks(model)[0], "int4") is first
     with torch.no_grad():
         block.inputs[0].weight.mul_(2.0)
-    assert tier.sketch(block, "int4") is not first
+    assert dynamic.sketch(block, "int4") is not first
 
 
 @native
@@ -326,7 +326,7 @@ def test_the_kernel_takes_exactly_k_a_row(rows: int, k: int) -> None:
     up, down = torch.randn(width, d), torch.randn(width, d)
     block = operands.ff_block(gate, up, down, activation="relu")
     x = torch.rand(rows, d) + 0.5
-    y = kernel.ff(block, x, tier=operands.tier(block, torch.ones(width), k))
+    y = kernel.ff(block, x, dynamic=operands.dynamic(block, torch.ones(width), k))
     active = torch.arange(0, width, 3)[:k]
     expected = ((x @ gate[active].T) * (x @ up[active].T)) @ down[active]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)  # float32 sums of another order
