@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin.native import kernel, library, operands
+from griffin.native import abi, kernel, library, operands
 
 pytestmark = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 
@@ -85,7 +85,7 @@ def close(y: Tensor, truth: Tensor) -> None:
     assert error < limit, error  # NaN, a poisoned output that was not written, fails too
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     d=st.integers(1, 700),
@@ -95,7 +95,7 @@ def close(y: Tensor, truth: Tensor) -> None:
     kind=st.sampled_from(["all", "shared", "own", "one"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     out_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    activation=st.sampled_from(operands.ACTIVATIONS),
+    activation=st.sampled_from(abi.ACTIVATIONS),
     gated=st.booleans(),
     biased=st.booleans(),
 )
@@ -125,7 +125,7 @@ def test_ff_equals_float64(fmt, d, d_ff, rows, threads, kind, dtype, out_dtype, 
     assert out[:, d + 2 :].isnan().all()
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 @pytest.mark.parametrize("d_in", [1, 33, 576, 1000])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_matvec_equals_float64(fmt: str, d_in: int, rows: int) -> None:
@@ -140,7 +140,7 @@ def test_matvec_equals_float64(fmt: str, d_in: int, rows: int) -> None:
         close(y, seen(x.to(dtype), fmt) @ operands.unpack(matrix)[0].double().T + bias.double())
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 def test_rows_do_not_depend_on_their_neighbours(fmt: str) -> None:
     """A row of a batch with its own experts equals that row alone, up to the order of summation."""
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_relu_reads_nothing_for_dead_neurons() -> None:
     assert torch.equal(kernel.ff(block, torch.ones(1, 8)), torch.full((1, 8), 24.0))
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_comes_out(fmt: str, bad: float) -> None:
     x = torch.randn(2, 100)

@@ -326,7 +326,7 @@ def test_the_kernel_takes_exactly_k_a_row(rows: int, k: int) -> None:
     up, down = torch.randn(width, d), torch.randn(width, d)
     block = operands.ff_block(gate, up, down, activation="relu")
     x = torch.rand(rows, d) + 0.5
-    y = kernel.ff(block, x, tier=operands.tier(block, torch.ones(width), k))
+    y = kernel.ff(block, x, dynamic=operands.dynamic(block, torch.ones(width), k))
     active = torch.arange(0, width, 3)[:k]
     expected = ((x @ gate[active].T) * (x @ up[active].T)) @ down[active]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)  # float32 sums of another order

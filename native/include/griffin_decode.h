@@ -28,7 +28,7 @@ typedef struct {
 typedef struct {
   int32_t n_layers, d_model, heads, kv_heads, head_size, vocabulary;
   int32_t rotary;           /* values of a head that are rotated, pairs (i, i + rotary / 2) */
-  int32_t embedding_format; /* GRIFFIN_F32, GRIFFIN_BF16 or GRIFFIN_F16 */
+  int32_t embedding_format; /* GRIFFIN_F32 or GRIFFIN_BF16 */
   float attention_scale;    /* of q . k */
   float embedding_scale, residual_scale, logits_scale;
   float attention_softcap, logits_softcap; /* 0: none */
@@ -38,6 +38,8 @@ typedef struct {
   griffin_norm final;
   griffin_matrix head;
   const float *cosines[2], *sines[2]; /* rotary tables, (positions, rotary / 2) */
+  int32_t positions; /* rows of the rotary tables; more than length - start of every sequence */
+  int32_t reserved;
 } griffin_decoder;
 
 /* Keys and values of every sequence, wherever they lie: each sequence of a batch has a length and a capacity of its own.
@@ -51,13 +53,13 @@ typedef struct {
   int32_t reserved;
 } griffin_cache;
 
-/* One layer's experts, as in griffin_rows. */
+/* One layer's experts, as in griffin_io. */
 typedef struct {
   const void *experts;
   int64_t n_experts;
   const uint16_t *row_mask;
   int32_t index_bytes, reserved;
-  const griffin_tier *tier;
+  const griffin_dynamic *dynamic;
 } griffin_experts;
 
 /* Run one token of each of `rows` sequences. experts: (n_layers,). logits: (rows, V), float32. */

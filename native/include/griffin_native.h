@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 4, GRIFFIN_MAX_ROWS = 16 };
+enum { GRIFFIN_ABI = 5, GRIFFIN_MAX_ROWS = 16 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_INT8, GRIFFIN_INT4 };
 enum griffin_activation { GRIFFIN_SILU, GRIFFIN_GELU, GRIFFIN_GELU_TANH, GRIFFIN_RELU, GRIFFIN_RELU2 };
 enum griffin_status {
@@ -64,15 +64,15 @@ typedef struct {
   const float *bias;   /* (out,) or NULL */
 } griffin_matrix;
 
-/* A second tier, for each token anew: the gate is computed of all experts, up and down only of the k of them that have the
- * largest |act(gate)| * weight for this token. Where a block has no gate, up takes its place: it is computed of all experts,
- * and down of the k. */
+/* Dynamic neuron selection: for each token, the gate is computed for all experts, and up and down only for the k of them
+ * with the largest scores |act(gate)| * weight. In a block without a gate, up takes its place: it is computed for all
+ * experts, and down for the k. Relatives: TEAL and CATS, which threshold activations where this takes the k largest. */
 typedef struct {
-  griffin_matrix gate;      /* (D_ff, D): the gate in another format, read instead of the block's own; weight NULL: its own */
+  griffin_matrix gate;      /* (D_ff, D): the gate in another format, read in place of the block's; weight NULL: none */
   const float *weight;      /* (1 or rows, D_ff), none of them negative */
   int64_t weight_stride;    /* floats from one row's to the next; 0: one for all rows */
   int64_t k;                /* 1..n_experts */
-} griffin_tier;
+} griffin_dynamic;
 
 /* Rows in, rows out. Types are GRIFFIN_F32 or GRIFFIN_BF16, strides the bytes from one row to the next. y is written
  * whole and never read; x and y must not overlap. */
@@ -85,11 +85,15 @@ typedef struct {
   const void *experts;      /* (n_experts,) each in 0..D_ff-1, or NULL: all neurons. Ignored by matvec. */
   int64_t n_experts;
   const uint16_t *row_mask; /* (n_experts,) or NULL: bit r of entry i says that row r wants expert i */
-  const griffin_tier *tier; /* or NULL: every expert is computed. Ignored by matvec. */
-} griffin_rows;
+  const griffin_dynamic *dynamic; /* or NULL: every expert is computed. Ignored by matvec. */
+} griffin_io;
 
 /* -- set-up -------------------------------------------------------------------------------------------------------- */
 GRIFFIN_API int griffin_abi(void);
+/* For callers that declare the structs themselves: the size of a struct by its name, such as "griffin_matrix", and the
+ * offset of its last field; -1 for an unknown name. */
+GRIFFIN_API int64_t griffin_sizeof(const char *name);
+GRIFFIN_API int64_t griffin_last_offset(const char *name);
 /* Use the process's own GNU OpenMP pool: addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads. With NULL
  * the library's own small pool is used (the default until this is called). */
 GRIFFIN_API void griffin_use_openmp(void *gomp_parallel, void *thread_num, void *num_threads);
@@ -103,8 +107,8 @@ GRIFFIN_API int64_t griffin_ff_bytes(void);     /* of weights and scales that fe
 
 /* -- one parallel region each ----------------------------------------------------------------------------------------- */
 /* y = W_2[:,E] (act(W_g[E] x + b_g) * (W_1[E] x + b_1)) + b_2, ungated y = W_2[:,E] act(W_1[E] x + b_1) + b_2 */
-GRIFFIN_API int griffin_ff(const griffin_ff_block *block, const griffin_rows *rows, int threads);
-GRIFFIN_API int griffin_matvec(const griffin_matrix *matrix, const griffin_rows *rows, int threads);
+GRIFFIN_API int griffin_ff(const griffin_ff_block *block, const griffin_io *io, int threads);
+GRIFFIN_API int griffin_matvec(const griffin_matrix *matrix, const griffin_io *io, int threads);
 
 /* -- data --------------------------------------------------------------------------------------------------------------- */
 /* Union of one expert set a row: experts (rows, k). Fills union_out (ascending, room for min(rows * k, d_ff)) and

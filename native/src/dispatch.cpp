@@ -5,7 +5,7 @@
 #include <string>
 
 #include "griffin_native.h"
-#include "rows.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {

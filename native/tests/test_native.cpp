@@ -94,12 +94,12 @@ void compare(const char* what, const std::string& isa, const Case& c, const std:
          c.d, c.d_ff, c.rows, c.threads, c.activation, c.gated, sqrt(error), sqrt(norm));
 }
 
-struct Io {  // x and y of one call, y poisoned with NaN
+struct Call {  // x and y of one call, y poisoned with NaN
   std::vector<float> xf, yf, x_value;
   std::vector<uint16_t> xb, yb;
-  griffin_rows rows{};
+  griffin_io io{};
 
-  Io(const Case& c, int d_in, int d_out) {
+  Call(const Case& c, int d_in, int d_out) {
     std::normal_distribution<float> normal;
     xf.resize(static_cast<size_t>(c.rows) * d_in);
     for (float& v : xf) v = normal(rng);
@@ -118,17 +118,17 @@ struct Io {  // x and y of one call, y poisoned with NaN
       }
     yf.assign(static_cast<size_t>(c.rows) * d_out, NAN);
     yb.assign(yf.size(), 0x7fc0);
-    rows.x = c.bf16_x ? static_cast<const void*>(xb.data()) : xf.data();
-    rows.y = c.bf16_y ? static_cast<void*>(yb.data()) : yf.data();
-    rows.x_type = c.bf16_x ? GRIFFIN_BF16 : GRIFFIN_F32;
-    rows.y_type = c.bf16_y ? GRIFFIN_BF16 : GRIFFIN_F32;
-    rows.x_stride = d_in * (c.bf16_x ? 2 : 4);
-    rows.y_stride = d_out * (c.bf16_y ? 2 : 4);
-    rows.rows = c.rows;
+    io.x = c.bf16_x ? static_cast<const void*>(xb.data()) : xf.data();
+    io.y = c.bf16_y ? static_cast<void*>(yb.data()) : yf.data();
+    io.x_type = c.bf16_x ? GRIFFIN_BF16 : GRIFFIN_F32;
+    io.y_type = c.bf16_y ? GRIFFIN_BF16 : GRIFFIN_F32;
+    io.x_stride = d_in * (c.bf16_x ? 2 : 4);
+    io.y_stride = d_out * (c.bf16_y ? 2 : 4);
+    io.rows = c.rows;
   }
   std::vector<double> y() const {
     std::vector<double> out(yf.begin(), yf.end());
-    if (rows.y_type == GRIFFIN_BF16)
+    if (io.y_type == GRIFFIN_BF16)
       for (size_t i = 0; i < out.size(); i++) out[i] = from_bf16(yb[i]);
     return out;
   }
@@ -167,7 +167,7 @@ void check_ff(const std::string& isa, const Case& c) {
   block.up_bias = or_null(up_bias);
   block.out_bias = or_null(out_bias);
 
-  Io io(c, c.d, c.d);
+  Call call(c, c.d, c.d);
   const int kind = between(0, 3);  // all neurons, a shared set of int64, one set a row, and one expert a row
   const int k = kind == 3 ? 1 : between(1, c.d_ff);
   std::vector<int64_t> sets;
@@ -186,20 +186,20 @@ void check_ff(const std::string& isa, const Case& c) {
     for (int j = 0; j < (kind == 0 ? c.d_ff : k); j++)
       wanted[r].push_back(kind == 0 ? j : sets[(kind == 1 ? 0 : r * k) + j]);
   if (kind == 1) {
-    io.rows.experts = sets.data();
-    io.rows.n_experts = k;
-    io.rows.index_bytes = 8;
+    call.io.experts = sets.data();
+    call.io.n_experts = k;
+    call.io.index_bytes = 8;
   } else if (kind >= 2) {
-    io.rows.n_experts = griffin_union(sets.data(), 8, c.rows, k, c.d_ff, joined.data(), mask.data());
-    io.rows.experts = joined.data();
-    io.rows.index_bytes = 4;
-    io.rows.row_mask = mask.data();
+    call.io.n_experts = griffin_union(sets.data(), 8, c.rows, k, c.d_ff, joined.data(), mask.data());
+    call.io.experts = joined.data();
+    call.io.index_bytes = 4;
+    call.io.row_mask = mask.data();
   }
-  // A second tier over the same experts, of which it takes the `first` ones.
-  griffin_tier tier{};
+  // Dynamic selection of the `first` best of the same experts.
+  griffin_dynamic dynamic{};
   std::vector<float> weight(static_cast<size_t>(c.d_ff));
   const int first = between(1, kind == 0 ? c.d_ff : k);
-  const bool tiered = between(0, 1) == 1;
+  const bool selects = between(0, 1) == 1;
   std::vector<double> expected;
   for (int r = 0; r < c.rows; r++) {
     std::vector<double> y(static_cast<size_t>(c.d)), first_product(static_cast<size_t>(c.d_ff)), z(first_product);
@@ -207,13 +207,13 @@ void check_ff(const std::string& isa, const Case& c) {
     for (const int64_t j : wanted[r]) {
       double g = c.biased ? gate_bias[j] : 0, u = c.biased ? up_bias[j] : 0;
       for (int i = 0; i < c.d; i++) {
-        g += double{gate.values[j * c.d + i]} * io.x_value[static_cast<size_t>(r) * c.d + i];
-        u += double{up.values[j * c.d + i]} * io.x_value[static_cast<size_t>(r) * c.d + i];
+        g += double{gate.values[j * c.d + i]} * call.x_value[static_cast<size_t>(r) * c.d + i];
+        u += double{up.values[j * c.d + i]} * call.x_value[static_cast<size_t>(r) * c.d + i];
       }
       first_product[j] = fabs(act(c.activation, c.gated ? g : u));
       z[j] = c.gated ? act(c.activation, g) * u : act(c.activation, u);
     }
-    if (tiered) {
+    if (selects) {
       if (r == 0)
         for (float& w : weight) w = static_cast<float>(between(1, 1000));
       const auto score = [&](int64_t j) { return first_product[j] * weight[j]; };
@@ -229,34 +229,34 @@ void check_ff(const std::string& isa, const Case& c) {
       for (int i = 0; i < c.d; i++) y[i] += z[j] * down.values[j * c.d + i];
     expected.insert(expected.end(), y.begin(), y.end());
   }
-  if (tiered) {
-    tier.weight = weight.data();
-    tier.k = first;
+  if (selects) {
+    dynamic.weight = weight.data();
+    dynamic.k = first;
     const Weights& read = c.gated ? gate : up;
-    if (between(0, 1)) tier.gate = {c.d, c.d_ff, c.format, 0, read.rows.data(), read.stride, read.scale.data(), nullptr};
-    io.rows.tier = &tier;
+    if (between(0, 1)) dynamic.gate = {c.d, c.d_ff, c.format, 0, read.rows.data(), read.stride, read.scale.data(), nullptr};
+    call.io.dynamic = &dynamic;
   }
   for (int repeat = 0; repeat < 2; repeat++)
-    if (griffin_ff(&block, &io.rows, c.threads) != GRIFFIN_OK) failures++;
-  compare("ff", isa, c, expected, io.y(), c.bf16_y);
+    if (griffin_ff(&block, &call.io, c.threads) != GRIFFIN_OK) failures++;
+  compare("ff", isa, c, expected, call.y(), c.bf16_y);
 }
 
 void check_matvec(const std::string& isa, const Case& c) {
   const Weights w(c.format, c.d_ff, c.d);
   const auto bias = random_bias(c.biased, c.d_ff);
-  Io io(c, c.d, c.d_ff);
+  Call call(c, c.d, c.d_ff);
   const griffin_matrix matrix{c.d, c.d_ff, c.format, 0, w.rows.data(), w.stride, w.scale.data(), or_null(bias)};
-  if (griffin_matvec(&matrix, &io.rows, c.threads) != GRIFFIN_OK) failures++;
+  if (griffin_matvec(&matrix, &call.io, c.threads) != GRIFFIN_OK) failures++;
   std::vector<double> expected;
   for (int r = 0; r < c.rows; r++)
     for (int o = 0; o < c.d_ff; o++) {
       double y = c.biased ? bias[o] : 0;
       for (int i = 0; i < c.d; i++)
         y += double{w.values[static_cast<size_t>(o) * c.d + i]} *
-             io.x_value[static_cast<size_t>(r) * c.d + i];
+             call.x_value[static_cast<size_t>(r) * c.d + i];
       expected.push_back(y);
     }
-  compare("matvec", isa, c, expected, io.y(), c.bf16_y);
+  compare("matvec", isa, c, expected, call.y(), c.bf16_y);
 }
 
 }  // namespace

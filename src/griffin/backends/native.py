@@ -38,7 +38,7 @@ def ff(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int, group: i
     Shapes: as `kernel.ff`; `block` is a number that `NativeFF.number` gives, `group` the place of a set in its `sets`.
     """
     own = _BLOCKS[block]
-    return kernel.ff(own.block, x, experts, row_mask, tier=own.sets[group].tier)
+    return kernel.ff(own.block, x, experts, row_mask, dynamic=own.sets[group].tier)
 
 
 @ff.register_fake
@@ -51,7 +51,7 @@ class Set(NamedTuple):
 
     experts: Tensor
     row_mask: Tensor | None
-    tier: operands.Tier | None
+    tier: operands.Dynamic | None
 
 
 class NativeFF:
@@ -93,11 +93,11 @@ class NativeFF:
             own = slice(at, at + kernel.MAX_ROWS)
             self._sets.append(Set(*kernel.union(experts[own], self._width), self._tier(tier, own)))
 
-    def _tier(self, tier: Tier | None, rows: slice) -> operands.Tier | None:
+    def _tier(self, tier: Tier | None, rows: slice) -> operands.Dynamic | None:
         if tier is None:
             return None
         gate = None if tier.split.gate is None else sketch(self._ff, tier.split.gate)
-        return operands.tier(self._block, tier.weights[rows], tier.split.chosen, gate=gate)
+        return operands.dynamic(self._block, tier.weights[rows], tier.split.chosen, gate=gate)
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
@@ -129,7 +129,7 @@ class NativeFF:
         if torch.compiler.is_compiling():
             y: Tensor = ff(x, experts, mask, self.number, group)
             return y
-        return kernel.ff(self._block, x, experts, mask, tier=tier)  # without the dispatcher's overhead
+        return kernel.ff(self._block, x, experts, mask, dynamic=tier)  # without the dispatcher's overhead
 
 
 def unusable(block: FFBlock) -> str | None:

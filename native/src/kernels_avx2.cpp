@@ -2,7 +2,8 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "rows.h"
+#include "half.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
@@ -41,7 +42,7 @@ struct V {
   }
 };
 
-#include "rows_generic.inl"
+#include "kernels_generic.inl"
 
 inline __m256i dot_bytes(__m256i a, __m256i b) {  // unsigned a, signed b; sums of two products must fit int16
   return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));

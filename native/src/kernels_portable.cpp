@@ -2,7 +2,7 @@
 #include <string.h>
 
 #include "half.h"
-#include "rows.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
@@ -29,18 +29,14 @@ struct V {
     } else {
       uint16_t raw[8] = {};
       memcpy(raw, row + (size_t)i * 2, (size_t)count * 2);
-      for (int j = 0; j < 8; j++) {
-        const uint32_t bits = (uint32_t)raw[j] << 16;
-        if constexpr (kFormat == 1) memcpy(&r.v[j], &bits, 4);
-        if constexpr (kFormat == 2) r.v[j] = half_to_float(raw[j]);
-      }
+      for (int j = 0; j < 8; j++) r.v[j] = kFormat == 1 ? bf16_to_float(raw[j]) : half_to_float(raw[j]);
     }
     return r;
   }
   template <int kFormat> static F load_row(const uint8_t* row, int i) { return load_tail<kFormat>(row, i, 8); }
 };
 
-#include "rows_generic.inl"
+#include "kernels_generic.inl"
 
 inline float half_scale(const uint8_t* row, int i, int p) {
   uint16_t half;

@@ -2,7 +2,8 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "rows.h"
+#include "half.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
@@ -35,7 +36,7 @@ struct V {
   }
 };
 
-#include "rows_generic.inl"
+#include "kernels_generic.inl"
 
 // Sums of four products of bytes in each int32 lane: unsigned a, signed b.
 inline __m512i dot_bytes(__m512i a, __m512i b) {
