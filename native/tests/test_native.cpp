@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "griffin_native.h"
+#include "griffin_decode.h"
 
 namespace {
 
@@ -259,6 +259,121 @@ void check_matvec(const std::string& isa, const Case& c) {
   compare("matvec", isa, c, expected, call.y(), c.bf16_y);
 }
 
+// A small decoder in a format, and one step of it: refused as soon as something is missing, and within its buffers.
+// (That its logits are right is tested from Python, against Transformers.)
+struct Decoder {
+  static constexpr int kLayers = 2, kD = 24, kHeads = 4, kKvHeads = 2, kSize = 8, kWidth = 20, kVocabulary = 11;
+  std::vector<Weights> weights;
+  std::vector<griffin_layer> layers{kLayers};
+  std::vector<float> norm = random_bias(true, kD), embedding = random_bias(true, kVocabulary * kD), tables, logits;
+  std::vector<std::vector<float>> buffers;
+  std::vector<void*> keys, values;
+  std::vector<int64_t> head_stride, tokens;
+  std::vector<int32_t> length;
+  griffin_decoder decoder{};
+  griffin_cache cache{};
+  int rows;
+
+  griffin_matrix matrix(int format, int d_out, int d_in) {
+    weights.emplace_back(format, d_out, d_in);
+    const Weights& w = weights.back();
+    return {d_in, d_out, format, 0, w.rows.data(), w.stride, w.scale.data(), nullptr};
+  }
+
+  Decoder(int format, int n_rows) : rows(n_rows) {
+    weights.reserve(kLayers * 7 + 1);
+    for (griffin_layer& layer : layers) {
+      layer.attention = layer.feedforward = {norm.data(), 1e-5f, 0};
+      layer.q = matrix(format, kHeads * kSize, kD), layer.o = matrix(format, kD, kHeads * kSize);
+      layer.k = matrix(format, kKvHeads * kSize, kD), layer.v = matrix(format, kKvHeads * kSize, kD);
+      const griffin_matrix gate = matrix(format, kWidth, kD), up = matrix(format, kWidth, kD),
+                           down = matrix(format, kWidth, kD);
+      griffin_ff_block& ff = layer.ff;
+      ff.d_model = kD, ff.d_ff = kWidth, ff.format = format, ff.activation = GRIFFIN_SILU;
+      ff.gate = gate.weight, ff.up = up.weight, ff.down = down.weight;
+      ff.gate_stride = gate.stride, ff.up_stride = up.stride, ff.down_stride = down.stride;
+      ff.gate_scale = gate.scale, ff.up_scale = up.scale, ff.down_scale = down.scale, ff.scale_stride = 4;
+    }
+    for (int r = 0; r < rows; r++) {
+      length.push_back(between(0, 9)), tokens.push_back(between(0, kVocabulary - 1));
+      head_stride.push_back((length[r] + 1) * kSize * int64_t{4});
+    }
+    for (int i = 0; i < kLayers * rows * 2; i++) {  // with room for the one token of this step
+      buffers.push_back(random_bias(true, kKvHeads * (length[i % rows] + 1) * kSize));
+      (i < kLayers * rows ? keys : values).push_back(buffers.back().data());
+    }
+    decoder.n_layers = kLayers, decoder.d_model = kD, decoder.heads = kHeads, decoder.kv_heads = kKvHeads;
+    decoder.head_size = decoder.rotary = kSize, decoder.vocabulary = kVocabulary;
+    decoder.positions = *std::max_element(length.begin(), length.end()) + 1;
+    tables = random_bias(true, decoder.positions * kSize / 2);
+    decoder.cosines[0] = decoder.sines[0] = tables.data();
+    decoder.attention_scale = decoder.embedding_scale = decoder.residual_scale = decoder.logits_scale = 1;
+    decoder.layers = layers.data(), decoder.embedding = embedding.data(), decoder.embedding_stride = 4 * kD;
+    decoder.final = {norm.data(), 1e-5f, 0}, decoder.head = matrix(format, kVocabulary, kD);
+    cache.keys = keys.data(), cache.values = values.data(), cache.head_stride = head_stride.data();
+    cache.length = length.data(), cache.type = GRIFFIN_F32;
+  }
+
+  int run(const griffin_experts* experts = nullptr) {
+    logits.assign(static_cast<size_t>(rows) * kVocabulary, NAN);
+    return griffin_decode(&decoder, &cache, experts, tokens.data(), rows, logits.data(), between(1, 4));
+  }
+
+  // Runs with a value changed, which must be refused, and puts it back.
+  template <class T, class U>
+  void refuses(const char* what, T& place, U value) {
+    const T before = place;
+    place = static_cast<T>(value);
+    if (run() != GRIFFIN_BAD_ARGUMENT) failures++, printf("decode takes a wrong %s\n", what);
+    place = before;
+  }
+};
+
+void check_decode(int format) {
+  Decoder d(format, between(1, 5));
+  if (d.run() != GRIFFIN_OK) failures++, printf("decode refuses format %d\n", format);
+  for (const float v : d.logits)
+    if (!(fabsf(v) < 1e6f)) failures++, printf("decode: a logit is %g in format %d\n", v, format);
+  griffin_layer& layer = d.layers[1];
+  for (griffin_matrix* const m : {&layer.q, &layer.k, &layer.v, &layer.o, &d.decoder.head}) {
+    d.refuses("weight", m->weight, nullptr);
+    d.refuses("format", m->format, 5);
+    d.refuses("format", m->format, -1);
+    d.refuses("width", m->d_in, m->d_in + 1);
+    d.refuses("height", m->d_out, m->d_out - 1);
+    if (format == GRIFFIN_INT8) d.refuses("scale", m->scale, nullptr);
+  }
+  d.refuses("mix of formats", layer.k.format, format == GRIFFIN_F32 ? GRIFFIN_BF16 : GRIFFIN_F32);
+  d.refuses("up", layer.ff.up, nullptr);
+  d.refuses("down", layer.ff.down, nullptr);
+  d.refuses("block width", layer.ff.d_model, Decoder::kD + 1);
+  d.refuses("block format", layer.ff.format, 7);
+  d.refuses("activation", layer.ff.activation, 9);
+  d.refuses("table", layer.rope, 1);
+  d.refuses("table", layer.rope, 2);
+  d.refuses("table", d.decoder.sines[0], nullptr);
+  d.refuses("number of positions", d.decoder.positions, d.decoder.positions - 1);
+  d.refuses("rotary width", d.decoder.rotary, 5);
+  d.refuses("rotary width", d.decoder.rotary, Decoder::kSize + 2);
+  d.refuses("embedding", d.decoder.embedding, nullptr);
+  d.refuses("embedding format", d.decoder.embedding_format, GRIFFIN_F16);
+  d.refuses("vocabulary", d.decoder.vocabulary, Decoder::kVocabulary + 1);
+  d.refuses("keys", d.keys.back(), nullptr);
+  d.refuses("values", d.values.front(), nullptr);
+  d.refuses("length", d.length[0], -1);
+  d.refuses("token", d.tokens[0], Decoder::kVocabulary);
+  d.decoder.positions = 0;  // not needed without rotary layers
+  for (griffin_layer& each : d.layers) each.rope = -1;
+  if (d.run() != GRIFFIN_OK) failures++, printf("decode needs rotary tables without rotary layers\n");
+
+  std::vector<griffin_experts> experts(Decoder::kLayers);
+  const int32_t some[] = {1, 4, 9};
+  experts[0].experts = some, experts[0].n_experts = 3, experts[0].index_bytes = 4;
+  if (d.run(experts.data()) != GRIFFIN_OK) failures++, printf("decode refuses experts\n");
+  experts[0].index_bytes = 2;
+  if (d.run(experts.data()) != GRIFFIN_BAD_ARGUMENT) failures++, printf("decode takes experts of 2 bytes\n");
+}
+
 }  // namespace
 
 int main() {
@@ -273,6 +388,7 @@ int main() {
         check_ff(isa, c);
         check_matvec(isa, c);
       }
+    for (int format = GRIFFIN_F32; format <= GRIFFIN_INT4; format++) check_decode(format);
   }
   if (griffin_ff(nullptr, nullptr, 1) != GRIFFIN_BAD_ARGUMENT || griffin_set_isa("mmx") != GRIFFIN_NO_ISA) failures++;
   printf("%d cases on %s (%s), %d failed\n", cases, griffin_isas(), griffin_threading(), failures);
