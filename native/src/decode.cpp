@@ -1,6 +1,6 @@
-// A whole generation step in one parallel region. The matrices, the cache and the experts are shared out. What is only a
-// vector long (the residual stream, in float32, its norms, and the inputs prepared from them) every thread computes for
-// itself: that is cheaper than waiting for another to have done it, so six barriers a layer are enough (seven with
+// A whole generation step in one parallel region. The matrices, the cache and the experts are shared out. What is only
+// a vector long (the residual stream, in float32, its norms, and the inputs prepared from them) every thread computes
+// for itself: that is cheaper than waiting for another to have done it, so six barriers a layer are enough (seven with
 // dynamic selection).
 #include "griffin_decode.h"
 
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <utility>
 
 #include "attend.h"
 #include "checks.h"
@@ -83,12 +84,13 @@ class Step {
 #if defined(GRIFFIN_X86)
     const char* const isa = kernels().name;
     if (!strncmp(isa, "avx512", 6)) attend_ = attend_avx512;
-    else if (!strcmp(isa, "avx2")) attend_ = attend_avx2;
+    if (!strcmp(isa, "avx2")) attend_ = attend_avx2;
 #endif
     float* next = reinterpret_cast<float*>(memory);
-    const auto take = [&next](int64_t floats) { float* const own = next; next += floats; return own; };
+    const auto take = [&next](int64_t floats) { return std::exchange(next, next + floats); };
     accumulators_ = take(sizes_.accumulator * threads);
-    dynamic_ = take(sizes_.dynamic), y_ = take(sizes_.d), q_ = take(sizes_.q), k_ = take(sizes_.kv), v_ = take(sizes_.kv);
+    dynamic_ = take(sizes_.dynamic), y_ = take(sizes_.d), q_ = take(sizes_.q), k_ = take(sizes_.kv),
+    v_ = take(sizes_.kv);
     partial_ = take(sizes_.partial * threads), scores_ = take(sizes_.scores * threads);
     own_ = next;
   }
@@ -106,7 +108,8 @@ class Step {
     for (int l = 0; l < m_.n_layers; l++) {
       const griffin_layer& layer = m_.layers[l];
       norm_rows(layer.attention, x, h);
-      multiply({to(layer.q, q_, heads), to(layer.k, k_, kv_heads), to(layer.v, v_, kv_heads)}, h, inputs, thread, threads);
+      multiply({to(layer.q, q_, heads), to(layer.k, k_, kv_heads), to(layer.v, v_, kv_heads)}, h, inputs, thread,
+               threads);
       barrier_.wait(threads);
       position_and_store(layer, l, thread, threads);
       barrier_.wait(threads);
@@ -237,7 +240,8 @@ class Step {
     return partial_ + thread * sizes_.partial + (static_cast<int64_t>(r) * m_.heads + head) * m_.head_size;
   }
   float* partial_max(int thread, int r, int head) const {
-    return partial_ + thread * sizes_.partial + static_cast<int64_t>(rows_) * m_.heads * m_.head_size + r * m_.heads + head;
+    return partial_ + thread * sizes_.partial + static_cast<int64_t>(rows_) * m_.heads * m_.head_size + r * m_.heads +
+           head;
   }
   float* partial_sum(int thread, int r, int head) const { return partial_max(thread, r, head) + rows_ * m_.heads; }
 
@@ -318,7 +322,8 @@ bool valid(const griffin_decoder& m, const griffin_layer& layer) {
 
 bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_experts* experts, const int64_t* tokens,
            int rows) {
-  if (rows < 1 || rows > GRIFFIN_MAX_ROWS || m.n_layers < 1 || m.d_model < 1 || m.heads < 1 || m.kv_heads < 1) return false;
+  if (rows < 1 || rows > GRIFFIN_MAX_ROWS || m.n_layers < 1 || m.d_model < 1 || m.heads < 1 || m.kv_heads < 1)
+    return false;
   if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize) return false;
   if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_size) return false;
   if (!m.layers || !m.embedding || !cache.keys || !cache.values || !cache.head_stride || !cache.length) return false;
@@ -347,13 +352,16 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_e
 }  // namespace
 }  // namespace griffin
 
-extern "C" int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache, const griffin_experts* experts,
-                              const int64_t* tokens, int rows, float* logits, int threads) {
+extern "C" int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache,
+                              const griffin_experts* experts, const int64_t* tokens, int rows, float* logits,
+                              int threads) {
   using namespace griffin;
-  if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, experts, tokens, rows)) return GRIFFIN_BAD_ARGUMENT;
+  if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, experts, tokens, rows))
+    return GRIFFIN_BAD_ARGUMENT;
   // The team may turn out smaller than asked for; never larger.
   threads = threads < 1 ? 1 : threads;
-  char* const memory = static_cast<char*>(scratch(Step::bytes(*decoder, experts, rows, longest(*cache, rows), threads)));
+  char* const memory =
+      static_cast<char*>(scratch(Step::bytes(*decoder, experts, rows, longest(*cache, rows), threads)));
   if (!memory) return GRIFFIN_NO_MEMORY;
   Step step(*decoder, *cache, experts, tokens, rows, logits, threads, memory);
   parallel(threads, [](void* data, int thread, int team) { static_cast<Step*>(data)->run(thread, team); }, &step);

@@ -1,5 +1,6 @@
-// Dynamic neuron selection: for each token, the gates of all experts, then the choice of the k experts whose up and down
-// are read. Its relatives TEAL and CATS threshold activations; here the k largest gate scores of a token are chosen.
+// Dynamic neuron selection: for each token, the gates of all experts, then the choice of the k experts whose up and
+// down are read. Its relatives TEAL and CATS threshold activations; here the k largest gate scores of a token are
+// chosen.
 #pragma once
 #include "inputs.h"
 

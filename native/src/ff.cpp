@@ -18,7 +18,8 @@ namespace {
 constexpr int kExperts = 8;     // whose down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
 
-int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }  // off the 4096-byte multiples that share a cache set
+// Off the 4096-byte multiples that share a cache set.
+int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
 
 class Part {
  public:
@@ -51,8 +52,8 @@ class Part {
     rows_read_ += (gated ? 2 : 1) + listed;
   }
 
-  // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride]. Without
-  // a gate, that is act(up), and z itself.
+  // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride].
+  // Without a gate, that is act(up), and z itself.
   void enter(const int64_t* j, const int64_t* next_j, int m, uint32_t mask, const float* const* gates, int64_t stride) {
     const uint8_t *w[2], *next[2], *down[2];
     float up_scale[2], up_bias[2], down_scale[2];
@@ -85,8 +86,9 @@ class Part {
   // Weight rows that were read.
   int64_t rows_read() const { return rows_read_; }
 
-  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the experts that come next, `ahead`, are
-  // prefetched, as gate and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
+  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the experts that come next, `ahead`,
+  // are prefetched, as gate and up rows are in `enter`: in either phase the memory is kept at work on the other
+  // neurons.
   void leave(const uint8_t* const* ahead, int n_ahead) {
     const int d = block_.d_model;
     for (int begin = 0; begin < d; begin += kColumns) {
@@ -94,8 +96,8 @@ class Part {
       int rest = n_ahead;  // the first row of input prefetches for all
       for (int r = 0; r < rows_; r++) {
         if (!listed_[r]) continue;
-        kernels_.axpy[block_.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead,
-                                     rest);
+        kernels_.axpy[block_.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end,
+                                     ahead, rest);
         rest = 0;
       }
     }
@@ -198,7 +200,8 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const In
       while (i < last) {  // two neurons at a time share the loads of x, if they are for the same rows
         const int m = i + 1 < last && mask(i) == mask(i + 1) ? 2 : 1;
         const int64_t p[2] = {places[i], places[i + m - 1]}, j[2] = {expert[p[0]], expert[p[1]]};
-        const int64_t next[2] = {i + 2 < end ? expert[places[i + 2]] : j[0], i + 3 < end ? expert[places[i + 3]] : j[0]};
+        const int64_t next[2] = {i + 2 < end ? expert[places[i + 2]] : j[0],
+                                 i + 3 < end ? expert[places[i + 3]] : j[0]};
         const float* const gates[2] = {chosen->gates + p[0], chosen->gates + p[1]};
         part.enter(j, next, m, mask(i), gates, chosen->stride);
         i += m;
@@ -209,7 +212,8 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const In
   count_ff_bytes(part.rows_read() * (griffin_row_bytes(block.format, block.d_model) + (block.up_scale ? 4 : 0)));
 }
 
-void ff_reduce(const griffin_ff_block& block, const griffin_io& io, const float* accumulators, int thread, int threads) {
+void ff_reduce(const griffin_ff_block& block, const griffin_io& io, const float* accumulators, int thread,
+               int threads) {
   const int d = block.d_model;
   const int64_t stride = accumulator_stride(d), team_stride = ff_accumulator(d, io.rows);
   const bool bf16 = io.y_type == GRIFFIN_BF16;
@@ -219,8 +223,9 @@ void ff_reduce(const griffin_ff_block& block, const griffin_io& io, const float*
   const int count = static_cast<int>(stop < d ? stop : d) - first;
   if (count <= 0) return;
   for (int r = 0; r < io.rows; r++)
-    kernels().reduce(accumulators + r * stride + first, team_stride, threads, block.out_bias ? block.out_bias + first : nullptr,
-               static_cast<char*>(io.y) + r * io.y_stride + first * element_size(io.y_type), bf16, count);
+    kernels().reduce(accumulators + r * stride + first, team_stride, threads,
+                     block.out_bias ? block.out_bias + first : nullptr,
+                     static_cast<char*>(io.y) + r * io.y_stride + first * element_size(io.y_type), bf16, count);
 }
 
 }  // namespace griffin
@@ -237,9 +242,13 @@ extern "C" int griffin_ff(const griffin_ff_block* block, const griffin_io* io, i
   char* const dynamic_memory = memory + inputs + accumulators;
   std::optional<Dynamic> dynamic;
   if (io->dynamic) dynamic.emplace(*block, *io, reinterpret_cast<float*>(dynamic_memory + inputs));
-  Call call{block, io, Inputs(*io, block->format, block->d_model, memory),
+  Call call{block,
+            io,
+            Inputs(*io, block->format, block->d_model, memory),
             Inputs(*io, dynamic ? dynamic->format() : block->format, block->d_model, dynamic ? dynamic_memory : memory),
-            reinterpret_cast<float*>(memory + inputs), dynamic ? &*dynamic : nullptr, {}};
+            reinterpret_cast<float*>(memory + inputs),
+            dynamic ? &*dynamic : nullptr,
+            {}};
   parallel(
       threads,
       [](void* data, int thread, int team) {

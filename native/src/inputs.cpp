@@ -5,10 +5,7 @@
 namespace griffin {
 
 Inputs::Inputs(const griffin_io& io, int format, int d, void* memory)
-    : kernels_(kernels()),
-      io_(io),
-      d_(d),
-      integer_(format == GRIFFIN_INT8 || format == GRIFFIN_INT4),
+    : kernels_(kernels()), io_(io), d_(d), integer_(format == GRIFFIN_INT8 || format == GRIFFIN_INT4),
       bf16_(format == GRIFFIN_BF16 && io.x_type == GRIFFIN_BF16 && kernels_.dot_bf16),
       dot_(bf16_ ? kernels_.dot_bf16 : kernels_.dot[format]) {
   const int64_t n = io.rows * d_padded(d);
@@ -51,7 +48,7 @@ void Inputs::prepare(int thread, int threads) {
     memset(row + d_, 0, sizeof(float) * (pad - d_));
     if (integer_)
       input_[r].sum128 = kernels_.quantise(row, static_cast<int>(pad), q_ + r * pad, lane_scale_ + r * pad / 4,
-                                     group_scale_ + r * pad / kGroup, group_sum8_ + r * pad / kGroup);
+                                           group_scale_ + r * pad / kGroup, group_sum8_ + r * pad / kGroup);
   }
 }
 

@@ -9,9 +9,7 @@ constexpr int element_size(int type) { return type == GRIFFIN_F32 ? 4 : 2; }
 
 class Inputs {
  public:
-  static int64_t bytes(int d, int rows) {
-    return round_up(rows * (d_padded(d) * 8 + d_padded(d) / 4), 64);
-  }
+  static int64_t bytes(int d, int rows) { return round_up(rows * (d_padded(d) * 8 + d_padded(d) / 4), 64); }
   Inputs(const griffin_io& io, int format, int d, void* memory);
   void prepare(int thread, int threads);  // this thread's share of the rows; after a barrier they may be used
   const Input& operator[](int r) const { return input_[r]; }

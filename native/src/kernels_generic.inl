@@ -1,7 +1,7 @@
 // Products with weight rows, written once over a vector type V; every instruction set's unit includes this inside its
-// anonymous namespace, after half.h. V provides: F (float vector), kWidth, kMaxN (rows that fit in registers), zero, set1, load, store,
-// fma, add, sum, prefetch, and load<format>(row, i) / load_tail<format>(row, i, count) giving kWidth floats from a row.
-// Nothing else is assumed.
+// anonymous namespace, after half.h. V provides: F (float vector), kWidth, kMaxN (rows that fit in registers), zero,
+// set1, load, store, fma, add, sum, prefetch, and load<format>(row, i) / load_tail<format>(row, i, count) giving kWidth
+// floats from a row. Nothing else is assumed.
 
 template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : kFormat == 3 ? 1 : 2; }
 
@@ -18,15 +18,15 @@ template <class V, int kFormat> struct FloatDot {
     for (; i + U * W <= d; i += U * W) {
       for (int m = 0; m < M; m++)
         for (int b = 0; b < U * W * kBytes; b += 64) V::prefetch(next[m] + i * kBytes + b);
-  #pragma GCC unroll 4
+#pragma GCC unroll 4
       for (int u = 0; u < U; u++) {
         typename V::F wv[M];
-  #pragma GCC unroll 2
+#pragma GCC unroll 2
         for (int m = 0; m < M; m++) wv[m] = V::template load_row<kFormat>(w[m], i + u * W);
-  #pragma GCC unroll 8
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
           const typename V::F xv = V::load(x[n]->f32 + i + u * W);
-  #pragma GCC unroll 2
+#pragma GCC unroll 2
           for (int m = 0; m < M; m++) acc[u][m][n] = V::fma(wv[m], xv, acc[u][m][n]);
         }
       }

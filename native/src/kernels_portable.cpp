@@ -8,14 +8,30 @@ namespace griffin {
 namespace {
 
 struct V {
-  struct F { float v[8]; };
+  struct F {
+    float v[8];
+  };
   static constexpr int kWidth = 8, kMaxN = 4;
-  static F set1(float value) { F r; for (int i = 0; i < 8; i++) r.v[i] = value; return r; }
+  static F set1(float value) {
+    F r;
+    for (int i = 0; i < 8; i++) r.v[i] = value;
+    return r;
+  }
   static F zero() { return set1(0); }
-  static F load(const float* p) { F r; memcpy(&r, p, sizeof r); return r; }
+  static F load(const float* p) {
+    F r;
+    memcpy(&r, p, sizeof r);
+    return r;
+  }
   static void store(float* p, F a) { memcpy(p, &a, sizeof a); }
-  static F fma(F a, F b, F c) { for (int i = 0; i < 8; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
-  static F add(F a, F b) { for (int i = 0; i < 8; i++) a.v[i] += b.v[i]; return a; }
+  static F fma(F a, F b, F c) {
+    for (int i = 0; i < 8; i++) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static F add(F a, F b) {
+    for (int i = 0; i < 8; i++) a.v[i] += b.v[i];
+    return a;
+  }
   static float sum(F a) { return ((a.v[0] + a.v[1]) + (a.v[2] + a.v[3])) + ((a.v[4] + a.v[5]) + (a.v[6] + a.v[7])); }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -94,12 +110,14 @@ void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d
 
 }  // namespace
 
-const Kernels kPortable = {
-    "portable",
-    {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>, dot_rows<IntDot<false>>,
-     dot_rows<IntDot<true>>},
-    nullptr,
-    {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},
-    quantise_row, reduce_parts, widen_bf16, sum_floats<V>};
+const Kernels kPortable = {"portable",
+                           {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>,
+                            dot_rows<IntDot<false>>, dot_rows<IntDot<true>>},
+                           nullptr,
+                           {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},
+                           quantise_row,
+                           reduce_parts,
+                           widen_bf16,
+                           sum_floats<V>};
 
 }  // namespace griffin

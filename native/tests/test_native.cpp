@@ -1,5 +1,6 @@
-// The library against plain double loops, made for the sanitizer build: every buffer is exactly as long as promised and on
-// the heap, so that a read or write beyond it is caught. Random shapes, all formats and instruction sets; exits 1 on a miss.
+// The library against plain double loops, made for the sanitizer build: every buffer is exactly as long as promised and
+// on the heap, so that a read or write beyond it is caught. Random shapes, all formats and instruction sets; exits 1 on
+// a miss.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -90,8 +91,8 @@ void compare(const char* what, const std::string& isa, const Case& c, const std:
   const double limit = bf16_y ? 0.004 : 3e-5;
   if (sqrt(error) <= limit * sqrt(norm) + 1e-5) return;
   failures++;
-  printf("%s %s format %d d %d d_ff %d rows %d threads %d act %d gated %d: error %g of %g\n", what, isa.c_str(), c.format,
-         c.d, c.d_ff, c.rows, c.threads, c.activation, c.gated, sqrt(error), sqrt(norm));
+  printf("%s %s format %d d %d d_ff %d rows %d threads %d act %d gated %d: error %g of %g\n", what, isa.c_str(),
+         c.format, c.d, c.d_ff, c.rows, c.threads, c.activation, c.gated, sqrt(error), sqrt(norm));
 }
 
 struct Call {  // x and y of one call, y poisoned with NaN
@@ -217,12 +218,12 @@ void check_ff(const std::string& isa, const Case& c) {
       if (r == 0)
         for (float& w : weight) w = static_cast<float>(between(1, 1000));
       const auto score = [&](int64_t j) { return first_product[j] * weight[j]; };
-      std::sort(wanted[r].begin(), wanted[r].end(), [&](int64_t a, int64_t b) {
-        return score(a) != score(b) ? score(a) > score(b) : a < b;
-      });
+      std::sort(wanted[r].begin(), wanted[r].end(),
+                [&](int64_t a, int64_t b) { return score(a) != score(b) ? score(a) > score(b) : a < b; });
       // What is too close to call in float32 may be either; then it must not matter.
       const size_t n = wanted[r].size(), edge = static_cast<size_t>(first);
-      if (edge < n && score(wanted[r][edge]) > 0 && score(wanted[r][edge]) > 0.9999 * score(wanted[r][edge - 1])) return;
+      if (edge < n && score(wanted[r][edge]) > 0 && score(wanted[r][edge]) > 0.9999 * score(wanted[r][edge - 1]))
+        return;
       if (edge < n) wanted[r].resize(edge);
     }
     for (const int64_t j : wanted[r])
@@ -233,7 +234,8 @@ void check_ff(const std::string& isa, const Case& c) {
     dynamic.weight = weight.data();
     dynamic.k = first;
     const Weights& read = c.gated ? gate : up;
-    if (between(0, 1)) dynamic.gate = {c.d, c.d_ff, c.format, 0, read.rows.data(), read.stride, read.scale.data(), nullptr};
+    if (between(0, 1))
+      dynamic.gate = {c.d, c.d_ff, c.format, 0, read.rows.data(), read.stride, read.scale.data(), nullptr};
     call.io.dynamic = &dynamic;
   }
   for (int repeat = 0; repeat < 2; repeat++)
@@ -252,8 +254,7 @@ void check_matvec(const std::string& isa, const Case& c) {
     for (int o = 0; o < c.d_ff; o++) {
       double y = c.biased ? bias[o] : 0;
       for (int i = 0; i < c.d; i++)
-        y += double{w.values[static_cast<size_t>(o) * c.d + i]} *
-             call.x_value[static_cast<size_t>(r) * c.d + i];
+        y += double{w.values[static_cast<size_t>(o) * c.d + i]} * call.x_value[static_cast<size_t>(r) * c.d + i];
       expected.push_back(y);
     }
   compare("matvec", isa, c, expected, call.y(), c.bf16_y);
@@ -265,7 +266,7 @@ struct Decoder {
   static constexpr int kLayers = 2, kD = 24, kHeads = 4, kKvHeads = 2, kSize = 8, kWidth = 20, kVocabulary = 11;
   std::vector<Weights> weights;
   std::vector<griffin_layer> layers{kLayers};
-  std::vector<float> norm = random_bias(true, kD), embedding = random_bias(true, kVocabulary * kD), tables, logits;
+  std::vector<float> norm = random_bias(true, kD), embedding, tables, logits;
   std::vector<std::vector<float>> buffers;
   std::vector<void*> keys, values;
   std::vector<int64_t> head_stride, tokens;
@@ -294,6 +295,7 @@ struct Decoder {
       ff.gate_stride = gate.stride, ff.up_stride = up.stride, ff.down_stride = down.stride;
       ff.gate_scale = gate.scale, ff.up_scale = up.scale, ff.down_scale = down.scale, ff.scale_stride = 4;
     }
+    embedding = random_bias(true, kVocabulary * kD);
     for (int r = 0; r < rows; r++) {
       length.push_back(between(0, 9)), tokens.push_back(between(0, kVocabulary - 1));
       head_stride.push_back((length[r] + 1) * kSize * int64_t{4});
@@ -383,8 +385,16 @@ int main() {
     griffin_set_isa(isa.c_str());
     for (int format = GRIFFIN_F32; format <= GRIFFIN_INT4; format++)
       for (int i = 0; i < 60; i++, cases++) {
-        const Case c{format, between(1, i % 3 ? 200 : 1300), between(1, 40), between(1, 16), between(1, 4), between(0, 4),
-                     between(0, 1) == 1, between(0, 1) == 1, between(0, 1) == 1, between(0, 1) == 1};
+        const Case c{format,
+                     between(1, i % 3 ? 200 : 1300),
+                     between(1, 40),
+                     between(1, 16),
+                     between(1, 4),
+                     between(0, 4),
+                     between(0, 1) == 1,
+                     between(0, 1) == 1,
+                     between(0, 1) == 1,
+                     between(0, 1) == 1};
         check_ff(isa, c);
         check_matvec(isa, c);
       }
