@@ -71,9 +71,6 @@ void Dynamic::gate(const Inputs& x, int thread, int threads) {
   const int64_t begin = n_ * thread / threads, end = n_ * (thread + 1) / threads;
   const Experts expert{io_};
   const auto row = [this](int64_t j) { return weight_ + j * weight_stride_; };
-  const auto scale_of = [this](int64_t j) {
-    return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(scale_) + j * scale_stride_);
-  };
   for (int64_t i = begin; i < end; i += 2) {
     const int m = end - i >= 2 ? 2 : 1;
     const int64_t j[2] = {expert[i], expert[i + m - 1]};
@@ -87,14 +84,16 @@ void Dynamic::gate(const Inputs& x, int thread, int threads) {
       for (int r = 0; r < n; r++) in[r] = &x[first + r];
       x.dot()(w, m, in, n, block_.d_model, out, next);
       for (int p = 0; p < m; p++) {
-        const float scale = scale_ ? scale_of(j[p]) : 1.f;
+        const float scale =
+            scale_ ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(scale_) + j[p] * scale_stride_)
+                   : 1.f;
         const float bias = bias_ ? bias_[j[p]] : 0.f;
         for (int r = 0; r < n; r++) {
           const int64_t at = (first + r) * stride_ + i + p;
           const bool wanted = !io_.row_mask || (io_.row_mask[i + p] >> (first + r) & 1);
           gates_[at] = activate(block_.activation, out[p * n + r] * scale + bias);
-          const float weight = dynamic_.weight[(first + r) * dynamic_.weight_stride + j[p]];
-          scores_[at] = wanted ? fabsf(gates_[at]) * weight : -1.f;
+          scores_[at] =
+              wanted ? fabsf(gates_[at]) * dynamic_.weight[(first + r) * dynamic_.weight_stride + j[p]] : -1.f;
         }
       }
     }

@@ -35,18 +35,17 @@ class Part {
       w[1] = row(block_.gate, block_.gate_stride, j);
       next[1] = row(block_.gate, block_.gate_stride, next_j);
     }
-    const float up_scale = scale(block_.up_scale, j), down_scale = scale(block_.down_scale, j);
+    const float up_scale = scale(block_.up_scale, j);
     const float gate_scale = gated ? scale(block_.gate_scale, j) : 1.f;
     const float up_bias = block_.up_bias ? block_.up_bias[j] : 0.f;
     const float gate_bias = block_.gate_bias ? block_.gate_bias[j] : 0.f;
-    const uint8_t* const down = row(block_.down, block_.down_stride, j);
     bool listed = false;
     multiply(w, gated ? 2 : 1, next, mask, [&](const int* wanted, int n, const float* out) {
       for (int i = 0; i < n; i++) {
         const float up = out[i] * up_scale + up_bias;
         const float z = gated ? activate(block_.activation, out[n + i] * gate_scale + gate_bias) * up
                               : activate(block_.activation, up);
-        listed |= list(wanted[i], down, down_scale, z);
+        listed |= list(wanted[i], j, z);
       }
     });
     rows_read_ += (gated ? 2 : 1) + listed;
@@ -55,30 +54,28 @@ class Part {
   // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride].
   // Without a gate, that is act(up), and z itself.
   void enter(const int64_t* j, const int64_t* next_j, int m, uint32_t mask, const float* const* gates, int64_t stride) {
-    const uint8_t *w[2], *next[2], *down[2];
-    float up_scale[2], up_bias[2], down_scale[2];
+    const uint8_t *w[2], *next[2];
     bool listed[2] = {};
-    for (int i = 0; i < m; i++) {
-      w[i] = row(block_.up, block_.up_stride, j[i]);
-      next[i] = row(block_.up, block_.up_stride, next_j[i]);
-      down[i] = row(block_.down, block_.down_stride, j[i]);
-      up_scale[i] = scale(block_.up_scale, j[i]), down_scale[i] = scale(block_.down_scale, j[i]);
-      up_bias[i] = block_.up_bias ? block_.up_bias[j[i]] : 0.f;
-    }
     if (!block_.gate) {
       for (int i = 0; i < m; i++) {
         for (int r = 0; r < rows_; r++)
-          if (mask >> r & 1) listed[i] |= list(r, down[i], down_scale[i], gates[i][r * stride]);
+          if (mask >> r & 1) listed[i] |= list(r, j[i], gates[i][r * stride]);
         rows_read_ += listed[i];
       }
       return;
     }
+    for (int i = 0; i < m; i++) {
+      w[i] = row(block_.up, block_.up_stride, j[i]);
+      next[i] = row(block_.up, block_.up_stride, next_j[i]);
+    }
     multiply(w, m, next, mask, [&](const int* wanted, int n, const float* out) {
-      for (int i = 0; i < m; i++)
+      for (int i = 0; i < m; i++) {
+        const float up_scale = scale(block_.up_scale, j[i]), bias = block_.up_bias ? block_.up_bias[j[i]] : 0.f;
         for (int at = 0; at < n; at++) {
-          const float up = out[i * n + at] * up_scale[i] + up_bias[i];
-          listed[i] |= list(wanted[at], down[i], down_scale[i], gates[i][wanted[at] * stride] * up);
+          const int r = wanted[at];
+          listed[i] |= list(r, j[i], gates[i][r * stride] * (out[i * n + at] * up_scale + bias));
         }
+      }
     });
     rows_read_ += m + listed[0] + listed[1];
   }
@@ -129,11 +126,11 @@ class Part {
     }
   }
 
-  // The down row joins row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
-  bool list(int r, const uint8_t* down, float down_scale, float z) {
+  // Neuron j's down row joins row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
+  bool list(int r, int64_t j, float z) {
     if (z == 0.f) return false;
-    z_[r][listed_[r]] = z * down_scale;
-    down_[r][listed_[r]++] = down;
+    z_[r][listed_[r]] = z * scale(block_.down_scale, j);
+    down_[r][listed_[r]++] = row(block_.down, block_.down_stride, j);
     return true;
   }
 
