@@ -66,8 +66,11 @@ def activate(name: str, v: Tensor) -> Tensor:
 
 def expected(
     block: operands.Block, x: Tensor, activation: str, wanted: Tensor, biases: tuple[Tensor, ...] = ()
-) -> Tensor:
-    """Shapes: x (B, D); wanted (B, D_ff) bool; returns (B, D) float64."""
+) -> tuple[Tensor, Tensor]:
+    """The result, and the sums of its terms' absolute values.
+
+    Shapes: x (B, D); wanted (B, D_ff) bool; returns (B, D) float64 twice.
+    """
     parts = [part.double() for part in operands.unpack(block)]
     down, x = parts[-1], seen(x, block.format)
     products = [x @ part.T for part in parts[:-1]]
@@ -76,12 +79,13 @@ def expected(
     z = activate(activation, products[0])
     if block.gated:
         z = z * products[1]
-    return (z * wanted) @ down + (biases[-1].double() if biases else 0)
+    z, bias = z * wanted, biases[-1].double() if biases else torch.zeros(down.shape[1]).double()
+    return z @ down + bias, z.abs() @ down.abs() + bias.abs()
 
 
-def close(y: Tensor, truth: Tensor) -> None:
+def close(y: Tensor, truth: Tensor, size: Tensor | None = None) -> None:
     limit = BF16_OUTPUT if y.dtype == torch.bfloat16 else SUMMATION
-    error = float((y.double() - truth).norm() / (truth.norm() + 1e-3))
+    error = float((y.double() - truth).norm() / ((truth if size is None else size).norm() + 1e-3))
     assert error < limit, error  # NaN, a poisoned output that was not written, fails too
 
 
@@ -120,7 +124,9 @@ def test_ff_equals_float64(fmt, d, d_ff, rows, threads, kind, dtype, out_dtype, 
     for _ in range(2):
         assert kernel.ff(block, x, experts, mask, out=y, threads=threads) is y
     biases = block.tensors[-3 if gated else -2 :] if biased else ()
-    close(y, expected(block, x, activation, wanted, biases))
+    truth, terms = expected(block, x, activation, wanted, biases)
+    # AVX2 rounds the factors of int4's down rows to 15 bits: small against the terms, not against a sum that cancels.
+    close(y, truth, terms if fmt == "int4" and library.isa() == "avx2" else None)
     assert out[:, :2].isnan().all()
     assert out[:, d + 2 :].isnan().all()
 
