@@ -1,8 +1,9 @@
 # make demo and make test need nothing but a Python from 3.11 on: both make the virtual environment and install into it.
 PYTHON ?= python3
 BIN := .venv/bin
+NATIVE = $(wildcard native/include/* native/src/* native/tests/*)
 
-.PHONY: demo test test-native test-vllm lint clean
+.PHONY: demo test test-native test-vllm lint format clean
 
 demo: .venv/installed
 	$(BIN)/griffin demo
@@ -25,6 +26,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: .venv/installed
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
 
 .venv/installed: pyproject.toml constraints.txt $(wildcard native/CMakeLists.txt native/*/*)
 	$(PYTHON) -m venv .venv

@@ -60,7 +60,7 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
         tiers = [operands.dynamic(b, weight, split.chosen, gate=s) for b, s in zip(blocks, sketches, strict=True)]
         _check(blocks[0], x, weight, experts[0], tiers[0], sketches[0], split.chosen, activation)
         before = library.ff_bytes()
-        kernel.ff(blocks[0], x, experts[0], tier=tiers[0])
+        kernel.ff(blocks[0], x, experts[0], dynamic=tiers[0])
         read = (library.ff_bytes() - before) / blocks[0].weight_bytes
         seconds: dict[str, list[float]] = {"dense": [], "plain": [], "tier": []}
         for number in range(rounds + 3):
@@ -68,7 +68,7 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
                 start = time.perf_counter()
                 for block, e, p, t in zip(blocks, experts, plain, tiers, strict=True):
                     if name == "tier":
-                        kernel.ff(block, x, e, tier=t)
+                        kernel.ff(block, x, e, dynamic=t)
                     else:
                         kernel.ff(block, x, p if name == "plain" else None)
                 if number >= 3:  # the first rounds warm up
@@ -110,7 +110,7 @@ def _check(
     best = (gates.abs() * weight[experts]).topk(k).indices[0]
     chosen = experts[best]
     expected = (gates[:, best] * (x @ up[chosen].T)) @ down[chosen]
-    off = float((kernel.ff(block, x, experts, tier=own) - expected).norm() / expected.norm())
+    off = float((kernel.ff(block, x, experts, dynamic=own) - expected).norm() / expected.norm())
     if off > 0.15:
         raise SystemExit(f"the tier's result is off by {off:.3f}; nothing was timed")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin.native import kernel, library, operands
+from griffin.native import abi, kernel, library, operands
 
 pytestmark = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
 
@@ -66,8 +66,11 @@ def activate(name: str, v: Tensor) -> Tensor:
 
 def expected(
     block: operands.Block, x: Tensor, activation: str, wanted: Tensor, biases: tuple[Tensor, ...] = ()
-) -> Tensor:
-    """Shapes: x (B, D); wanted (B, D_ff) bool; returns (B, D) float64."""
+) -> tuple[Tensor, Tensor]:
+    """The result, and the sums of its terms' absolute values.
+
+    Shapes: x (B, D); wanted (B, D_ff) bool; returns (B, D) float64 twice.
+    """
     parts = [part.double() for part in operands.unpack(block)]
     down, x = parts[-1], seen(x, block.format)
     products = [x @ part.T for part in parts[:-1]]
@@ -76,16 +79,17 @@ def expected(
     z = activate(activation, products[0])
     if block.gated:
         z = z * products[1]
-    return (z * wanted) @ down + (biases[-1].double() if biases else 0)
+    z, bias = z * wanted, biases[-1].double() if biases else torch.zeros(down.shape[1]).double()
+    return z @ down + bias, z.abs() @ down.abs() + bias.abs()
 
 
-def close(y: Tensor, truth: Tensor) -> None:
+def close(y: Tensor, truth: Tensor, size: Tensor | None = None) -> None:
     limit = BF16_OUTPUT if y.dtype == torch.bfloat16 else SUMMATION
-    error = float((y.double() - truth).norm() / (truth.norm() + 1e-3))
+    error = float((y.double() - truth).norm() / ((truth if size is None else size).norm() + 1e-3))
     assert error < limit, error  # NaN, a poisoned output that was not written, fails too
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     d=st.integers(1, 700),
@@ -95,7 +99,7 @@ def close(y: Tensor, truth: Tensor) -> None:
     kind=st.sampled_from(["all", "shared", "own", "one"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     out_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    activation=st.sampled_from(operands.ACTIVATIONS),
+    activation=st.sampled_from(abi.ACTIVATIONS),
     gated=st.booleans(),
     biased=st.booleans(),
 )
@@ -120,12 +124,14 @@ def test_ff_equals_float64(fmt, d, d_ff, rows, threads, kind, dtype, out_dtype, 
     for _ in range(2):
         assert kernel.ff(block, x, experts, mask, out=y, threads=threads) is y
     biases = block.tensors[-3 if gated else -2 :] if biased else ()
-    close(y, expected(block, x, activation, wanted, biases))
+    truth, terms = expected(block, x, activation, wanted, biases)
+    # AVX2 rounds the factors of int4's down rows to 15 bits: small against the terms, not against a sum that cancels.
+    close(y, truth, terms if fmt == "int4" and library.isa() == "avx2" else None)
     assert out[:, :2].isnan().all()
     assert out[:, d + 2 :].isnan().all()
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 @pytest.mark.parametrize("d_in", [1, 33, 576, 1000])
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_matvec_equals_float64(fmt: str, d_in: int, rows: int) -> None:
@@ -140,7 +146,7 @@ def test_matvec_equals_float64(fmt: str, d_in: int, rows: int) -> None:
         close(y, seen(x.to(dtype), fmt) @ operands.unpack(matrix)[0].double().T + bias.double())
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 def test_rows_do_not_depend_on_their_neighbours(fmt: str) -> None:
     """A row of a batch with its own experts equals that row alone, up to the order of summation."""
     torch.manual_seed(0)
@@ -165,7 +171,7 @@ def test_relu_reads_nothing_for_dead_neurons() -> None:
     assert torch.equal(kernel.ff(block, torch.ones(1, 8)), torch.full((1, 8), 24.0))
 
 
-@pytest.mark.parametrize("fmt", library.FORMATS)
+@pytest.mark.parametrize("fmt", abi.FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_comes_out(fmt: str, bad: float) -> None:
     x = torch.randn(2, 100)

@@ -12,7 +12,7 @@ extern "C" {
 
 /* y = x / sqrt(mean(x^2) + eps) * weight; weight NULL: the norm is left out (y = x). */
 typedef struct {
-  const float *weight;
+  const float* weight;
   float eps;
   int32_t reserved;
 } griffin_norm;
@@ -28,41 +28,44 @@ typedef struct {
 typedef struct {
   int32_t n_layers, d_model, heads, kv_heads, head_size, vocabulary;
   int32_t rotary;           /* values of a head that are rotated, pairs (i, i + rotary / 2) */
-  int32_t embedding_format; /* GRIFFIN_F32, GRIFFIN_BF16 or GRIFFIN_F16 */
+  int32_t embedding_format; /* GRIFFIN_F32 or GRIFFIN_BF16 */
   float attention_scale;    /* of q . k */
   float embedding_scale, residual_scale, logits_scale;
   float attention_softcap, logits_softcap; /* 0: none */
-  const griffin_layer *layers;
-  const void *embedding; /* (V, D) */
+  const griffin_layer* layers;
+  const void* embedding; /* (V, D) */
   int64_t embedding_stride;
   griffin_norm final;
   griffin_matrix head;
   const float *cosines[2], *sines[2]; /* rotary tables, (positions, rotary / 2) */
+  int32_t positions;                  /* rows of the rotary tables; more than length - start of every sequence */
+  int32_t reserved;
 } griffin_decoder;
 
-/* Keys and values of every sequence, wherever they lie: each sequence of a batch has a length and a capacity of its own.
- * A layer's keys of a sequence are (K, capacity, E), with room for one more token. */
+/* Keys and values of every sequence, wherever they lie: each sequence of a batch has a length and a capacity of its
+ * own. A layer's keys of a sequence are (K, capacity, E), with room for one more token. */
 typedef struct {
   void *const *keys, *const *values; /* (n_layers, rows) */
-  const int64_t *head_stride;        /* (rows,) bytes */
-  const int32_t *length;             /* (rows,) tokens in it; this step's is written behind them */
-  const int32_t *start;              /* (rows,) first token that is no padding, or NULL: 0 */
+  const int64_t* head_stride;        /* (rows,) bytes */
+  const int32_t* length;             /* (rows,) tokens in it; this step's is written behind them */
+  const int32_t* start;              /* (rows,) first token that is no padding, or NULL: 0 */
   int32_t type;                      /* GRIFFIN_F32 or GRIFFIN_BF16 */
   int32_t reserved;
 } griffin_cache;
 
-/* One layer's experts, as in griffin_rows. */
+/* One layer's experts, as in griffin_io. */
 typedef struct {
-  const void *experts;
+  const void* experts;
   int64_t n_experts;
-  const uint16_t *row_mask;
+  const uint16_t* row_mask;
   int32_t index_bytes, reserved;
-  const griffin_tier *tier;
+  const griffin_dynamic* dynamic;
 } griffin_experts;
 
 /* Run one token of each of `rows` sequences. experts: (n_layers,). logits: (rows, V), float32. */
-GRIFFIN_API int griffin_decode(const griffin_decoder *decoder, const griffin_cache *cache, const griffin_experts *experts,
-                               const int64_t *tokens, int rows, float *logits, int threads);
+GRIFFIN_API int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache,
+                               const griffin_experts* experts, const int64_t* tokens, int rows, float* logits,
+                               int threads);
 
 #ifdef __cplusplus
 }

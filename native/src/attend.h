@@ -6,14 +6,14 @@ namespace griffin {
 
 // The query heads that share one key/value head, over `count` cached tokens.
 struct Attend {
-  const float* q;      // (heads, size), scaled
-  const void *k, *v;   // (count, size), contiguous
+  const float* q;     // (heads, size), scaled
+  const void *k, *v;  // (count, size), contiguous
   int heads, size, count;
-  float softcap;       // 0: none
-  float* scores;       // (heads, count), room to work in
-  float* out;          // (heads, size): sum over tokens of exp(score - max) * v
-  float* max;          // (heads,): the largest score
-  float* sum;          // (heads,): sum of exp(score - max)
+  float softcap;  // 0: none
+  float* scores;  // (heads, count), room to work in
+  float* out;     // (heads, size): sum over tokens of exp(score - max) * v
+  float* max;     // (heads,): the largest score
+  float* sum;     // (heads,): sum of exp(score - max)
 };
 
 using AttendFn = void (*)(const Attend& part, bool bf16);

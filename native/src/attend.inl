@@ -5,18 +5,12 @@
 #include <type_traits>
 
 #include "attend.h"
+#include "half.h"
 
 namespace griffin {
 namespace {
 
 constexpr int kMaxSize = 512, kTokens = 4;
-
-inline float widened(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
 
 // exp(x) for x <= 0 to 2 units in the last place: 2^n times a polynomial on |f| <= ln 2 / 2, in steps that vectorise.
 inline float exponential(float x) {
@@ -30,14 +24,11 @@ inline float exponential(float x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  memcpy(&scale, &bits, 4);
-  return p * scale;
+  return p * float_of(static_cast<uint32_t>((static_cast<int32_t>(n) + 127) << 23));
 }
 
-// Tokens t .. t + kTokens of k or v as float32, where they are or, of another type, in `room`; beyond the last one the first
-// again. Returns how many there are.
+// Tokens t .. t + kTokens of k or v as float32, where they are or, of another type, in `room`; beyond the last one the
+// first again. Returns how many there are.
 template <class T>
 int widen_rows(const T* data, int t, int count, int size, float (*room)[kMaxSize], const float** rows) {
   const int n = count - t < kTokens ? count - t : kTokens;
@@ -46,7 +37,7 @@ int widen_rows(const T* data, int t, int count, int size, float (*room)[kMaxSize
     if constexpr (std::is_same_v<T, float>) {
       rows[j] = from;
     } else {
-      for (int i = 0; i < size; i++) room[j][i] = widened(from[i]);
+      for (int i = 0; i < size; i++) room[j][i] = bf16_to_float(from[i]);
       rows[j] = room[j];
     }
   }
@@ -63,7 +54,8 @@ void attend(const Attend& a) {
   for (int t = 0; t < count; t += kTokens) {
     const int n = widen_rows(k, t, count, size, room, rows);
     for (int h = 0; h < a.heads; h++) {
-      const float *const q = a.q + h * size, *const r0 = rows[0], *const r1 = rows[1], *const r2 = rows[2], *const r3 = rows[3];
+      const float *const q = a.q + h * size, *const r0 = rows[0], *const r1 = rows[1], *const r2 = rows[2],
+                         *const r3 = rows[3];
       float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
       for (int i = 0; i < size; i++) {
@@ -100,8 +92,7 @@ void attend(const Attend& a) {
       const float *const r0 = rows[0], *const r1 = rows[1], *const r2 = rows[2], *const r3 = rows[3];
       float* const out = a.out + h * size;
 #pragma omp simd
-      for (int i = 0; i < size; i++)
-        out[i] += (p0 * r0[i] + p1 * r1[i]) + (p2 * r2[i] + p3 * r3[i]);
+      for (int i = 0; i < size; i++) out[i] += (p0 * r0[i] + p1 * r1[i]) + (p2 * r2[i] + p3 * r3[i]);
     }
   }
 }

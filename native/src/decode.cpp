@@ -1,6 +1,7 @@
-// A whole generation step in one parallel region. The matrices, the cache and the experts are shared out. What is only a
-// vector long (the residual stream, in float32, its norms, and the inputs prepared from them) every thread computes for
-// itself: that is cheaper than waiting for another to have done it, so six barriers a layer are enough (seven where there is a second tier).
+// A whole generation step in one parallel region. The matrices, the cache and the experts are shared out. What is only
+// a vector long (the residual stream, in float32, its norms, and the inputs prepared from them) every thread computes
+// for itself: that is cheaper than waiting for another to have done it, so six barriers a layer are enough (seven with
+// dynamic selection).
 #include "griffin_decode.h"
 
 #include <math.h>
@@ -8,8 +9,11 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <utility>
 
 #include "attend.h"
+#include "checks.h"
+#include "half.h"
 #include "parallel.h"
 #include "parts.h"
 
@@ -20,17 +24,7 @@ constexpr int kMaxHeadSize = 512;
 
 float widen(const void* row, int format, int64_t i) {
   if (format == GRIFFIN_F32) return static_cast<const float*>(row)[i];
-  float out;
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(row)[i]) << 16;
-  memcpy(&out, &bits, 4);
-  return out;
-}
-
-uint16_t narrow(float value) {  // to bf16, to nearest even
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+  return bf16_to_float(static_cast<const uint16_t*>(row)[i]);
 }
 
 void normalise(const griffin_norm& norm, const float* x, float* y, int n) {
@@ -59,7 +53,7 @@ int longest(const griffin_cache& cache, int rows) { return *std::max_element(cac
 
 // In floats; all but `inputs` rounded up to 16, a cache line.
 struct Sizes {
-  int64_t d, q, kv, partial, scores, inputs, accumulator, tier = 0;
+  int64_t d, q, kv, partial, scores, inputs, accumulator, dynamic = 0;
   Sizes(const griffin_decoder& m, const griffin_experts* experts, int rows, int length, int threads) {
     const int heads = m.heads * m.head_size;
     d = round_up(static_cast<int64_t>(rows) * m.d_model, 16);
@@ -70,13 +64,13 @@ struct Sizes {
     inputs = Inputs::bytes(m.d_model > heads ? m.d_model : heads, rows) / 4;
     accumulator = ff_accumulator(m.d_model, rows);
     for (int l = 0; experts && l < m.n_layers; l++) {
-      if (!experts[l].tier) continue;
-      griffin_rows own = {};
+      if (!experts[l].dynamic) continue;
+      griffin_io own = {};
       own.experts = experts[l].experts, own.n_experts = experts[l].n_experts, own.rows = rows;
-      tier = std::max(tier, round_up(Tier::floats(m.layers[l].ff, own, threads), 16));
+      dynamic = std::max(dynamic, round_up(Dynamic::floats(m.layers[l].ff, own, threads), 16));
     }
   }
-  int64_t shared() const { return d + q + 2 * kv + tier; }
+  int64_t shared() const { return d + q + 2 * kv + dynamic; }
   int64_t own() const { return inputs + accumulator + 2 * d + q + partial + scores; }
 };
 
@@ -90,12 +84,13 @@ class Step {
 #if defined(GRIFFIN_X86)
     const char* const isa = kernels().name;
     if (!strncmp(isa, "avx512", 6)) attend_ = attend_avx512;
-    else if (!strcmp(isa, "avx2")) attend_ = attend_avx2;
+    if (!strcmp(isa, "avx2")) attend_ = attend_avx2;
 #endif
     float* next = reinterpret_cast<float*>(memory);
-    const auto take = [&next](int64_t floats) { float* const own = next; next += floats; return own; };
+    const auto take = [&next](int64_t floats) { return std::exchange(next, next + floats); };
     accumulators_ = take(sizes_.accumulator * threads);
-    tier_ = take(sizes_.tier), y_ = take(sizes_.d), q_ = take(sizes_.q), k_ = take(sizes_.kv), v_ = take(sizes_.kv);
+    dynamic_ = take(sizes_.dynamic), y_ = take(sizes_.d), q_ = take(sizes_.q), k_ = take(sizes_.kv),
+    v_ = take(sizes_.kv);
     partial_ = take(sizes_.partial * threads), scores_ = take(sizes_.scores * threads);
     own_ = next;
   }
@@ -113,7 +108,8 @@ class Step {
     for (int l = 0; l < m_.n_layers; l++) {
       const griffin_layer& layer = m_.layers[l];
       norm_rows(layer.attention, x, h);
-      multiply({to(layer.q, q_, heads), to(layer.k, k_, kv_heads), to(layer.v, v_, kv_heads)}, h, inputs, thread, threads);
+      multiply({to(layer.q, q_, heads), to(layer.k, k_, kv_heads), to(layer.v, v_, kv_heads)}, h, inputs, thread,
+               threads);
       barrier_.wait(threads);
       position_and_store(layer, l, thread, threads);
       barrier_.wait(threads);
@@ -153,39 +149,39 @@ class Step {
 
   static Product to(const griffin_matrix& matrix, float* y, int64_t n_out) { return {&matrix, y, n_out * 4, false}; }
 
-  griffin_rows rows(const float* x, int64_t n_in) const {
-    griffin_rows rows = {};
-    rows.x = x, rows.x_stride = n_in * 4, rows.x_type = GRIFFIN_F32, rows.rows = rows_;
-    rows.y = y_, rows.y_stride = m_.d_model * int64_t{4}, rows.y_type = GRIFFIN_F32;
-    return rows;
+  griffin_io io(const float* x, int64_t n_in) const {
+    griffin_io io = {};
+    io.x = x, io.x_stride = n_in * 4, io.x_type = GRIFFIN_F32, io.rows = rows_;
+    io.y = y_, io.y_stride = m_.d_model * int64_t{4}, io.y_type = GRIFFIN_F32;
+    return io;
   }
 
   void multiply(std::initializer_list<Product> products, const float* x, float* memory, int thread, int threads) const {
     const griffin_matrix& first = *products.begin()->matrix;
-    const griffin_rows own = rows(x, first.d_in);
+    const griffin_io own = io(x, first.d_in);
     Inputs inputs(own, first.format, first.d_in, memory);
     inputs.prepare(0, 1);
     multiply_part(products.begin(), static_cast<int>(products.size()), inputs, rows_, thread, threads);
   }
 
   void feedforward(const griffin_layer& layer, int l, const float* x, float* memory, int thread, int threads) {
-    griffin_rows own = rows(x, m_.d_model);
+    griffin_io own = io(x, m_.d_model);
     if (experts_) {
       own.experts = experts_[l].experts, own.n_experts = experts_[l].n_experts;
-      own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes, own.tier = experts_[l].tier;
+      own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes, own.dynamic = experts_[l].dynamic;
     }
     Chosen chosen;
-    if (own.tier) {
-      Tier tier(layer.ff, own, tier_);
-      Inputs inputs(own, tier.format(), m_.d_model, memory);
+    if (own.dynamic) {
+      Dynamic dynamic(layer.ff, own, dynamic_);
+      Inputs inputs(own, dynamic.format(), m_.d_model, memory);
       inputs.prepare(0, 1);
-      tier.gate(inputs, thread, threads);
+      dynamic.gate(inputs, thread, threads);
       barrier_.wait(threads);
-      chosen = tier.choose(thread);
+      chosen = dynamic.choose(thread);
     }
     Inputs inputs(own, layer.ff.format, m_.d_model, memory);
     inputs.prepare(0, 1);
-    ff_accumulate(layer.ff, own, inputs, own.tier ? &chosen : nullptr, accumulators_, thread, threads);
+    ff_accumulate(layer.ff, own, inputs, own.dynamic ? &chosen : nullptr, accumulators_, thread, threads);
     barrier_.wait(threads);
     ff_reduce(layer.ff, own, accumulators_, thread, threads);
   }
@@ -236,7 +232,7 @@ class Step {
     if (cache_.type == GRIFFIN_F32) {
       memcpy(to, from, sizeof(float) * m_.head_size);
     } else {
-      for (int i = 0; i < m_.head_size; i++) reinterpret_cast<uint16_t*>(to)[i] = narrow(from[i]);
+      for (int i = 0; i < m_.head_size; i++) reinterpret_cast<uint16_t*>(to)[i] = float_to_bf16(from[i]);
     }
   }
 
@@ -244,7 +240,8 @@ class Step {
     return partial_ + thread * sizes_.partial + (static_cast<int64_t>(r) * m_.heads + head) * m_.head_size;
   }
   float* partial_max(int thread, int r, int head) const {
-    return partial_ + thread * sizes_.partial + static_cast<int64_t>(rows_) * m_.heads * m_.head_size + r * m_.heads + head;
+    return partial_ + thread * sizes_.partial + static_cast<int64_t>(rows_) * m_.heads * m_.head_size + r * m_.heads +
+           head;
   }
   float* partial_sum(int thread, int r, int head) const { return partial_max(thread, r, head) + rows_ * m_.heads; }
 
@@ -306,37 +303,65 @@ class Step {
   const Sizes sizes_;
   AttendFn attend_;
   Barrier barrier_;
-  float *accumulators_, *tier_, *y_, *q_, *k_, *v_, *partial_, *scores_;
+  float *accumulators_, *dynamic_, *y_, *q_, *k_, *v_, *partial_, *scores_;
   float* own_;  // of each thread in turn: prepared inputs, residual stream, its norm, attended values
 };
 
+bool has_shape(const griffin_matrix& matrix, int64_t d_out, int64_t d_in) {
+  return valid_matrix(matrix) && matrix.d_out == d_out && matrix.d_in == d_in;
+}
+
+bool valid(const griffin_decoder& m, const griffin_layer& layer) {
+  const int64_t heads = int64_t{m.heads} * m.head_size, kv_heads = int64_t{m.kv_heads} * m.head_size;
+  if (!has_shape(layer.q, heads, m.d_model) || !has_shape(layer.o, m.d_model, heads)) return false;
+  if (!has_shape(layer.k, kv_heads, m.d_model) || !has_shape(layer.v, kv_heads, m.d_model)) return false;
+  if (layer.k.format != layer.q.format || layer.v.format != layer.q.format) return false;
+  if (!valid_block(layer.ff) || layer.ff.d_model != m.d_model) return false;
+  return layer.rope < 0 || (layer.rope < 2 && m.cosines[layer.rope] && m.sines[layer.rope]);
+}
+
 bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_experts* experts, const int64_t* tokens,
            int rows) {
-  if (rows < 1 || rows > GRIFFIN_MAX_ROWS || m.n_layers < 1 || m.d_model < 1 || m.heads < 1 || m.kv_heads < 1) return false;
-  if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize || m.rotary > m.head_size) return false;
+  if (rows < 1 || rows > GRIFFIN_MAX_ROWS || m.n_layers < 1 || m.d_model < 1 || m.heads < 1 || m.kv_heads < 1)
+    return false;
+  if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize) return false;
+  if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_size) return false;
   if (!m.layers || !m.embedding || !cache.keys || !cache.values || !cache.head_stride || !cache.length) return false;
   if (m.embedding_format != GRIFFIN_F32 && m.embedding_format != GRIFFIN_BF16) return false;
   if (cache.type != GRIFFIN_F32 && cache.type != GRIFFIN_BF16) return false;
+  if (!has_shape(m.head, m.vocabulary, m.d_model)) return false;
+  bool rope = false;
   for (int l = 0; l < m.n_layers; l++) {
     const griffin_layer& layer = m.layers[l];
-    if (layer.k.format != layer.q.format || layer.v.format != layer.q.format) return false;
-    if (experts && experts[l].tier && !Tier::valid(layer.ff, *experts[l].tier)) return false;
+    if (!valid(m, layer)) return false;
+    rope |= layer.rope >= 0;
+    if (!experts) continue;
+    if (!valid_experts(experts[l])) return false;
+    if (experts[l].dynamic && !valid_dynamic(layer.ff, *experts[l].dynamic)) return false;
   }
-  for (int r = 0; r < rows; r++)
-    if (cache.length[r] < 0 || tokens[r] < 0 || tokens[r] >= m.vocabulary) return false;
+  for (int r = 0; r < rows; r++) {
+    const int start = cache.start ? cache.start[r] : 0;
+    if (start < 0 || cache.length[r] < start || tokens[r] < 0 || tokens[r] >= m.vocabulary) return false;
+    if (rope && cache.length[r] - start >= m.positions) return false;  // the rotary tables are too short
+  }
+  for (int64_t i = 0; i < int64_t{m.n_layers} * rows; i++)
+    if (!cache.keys[i] || !cache.values[i]) return false;
   return true;
 }
 
 }  // namespace
 }  // namespace griffin
 
-extern "C" int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache, const griffin_experts* experts,
-                              const int64_t* tokens, int rows, float* logits, int threads) {
+extern "C" int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache,
+                              const griffin_experts* experts, const int64_t* tokens, int rows, float* logits,
+                              int threads) {
   using namespace griffin;
-  if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, experts, tokens, rows)) return GRIFFIN_BAD_ARGUMENT;
+  if (!decoder || !cache || !tokens || !logits || !valid(*decoder, *cache, experts, tokens, rows))
+    return GRIFFIN_BAD_ARGUMENT;
   // The team may turn out smaller than asked for; never larger.
   threads = threads < 1 ? 1 : threads;
-  char* const memory = static_cast<char*>(scratch(Step::bytes(*decoder, experts, rows, longest(*cache, rows), threads)));
+  char* const memory =
+      static_cast<char*>(scratch(Step::bytes(*decoder, experts, rows, longest(*cache, rows), threads)));
   if (!memory) return GRIFFIN_NO_MEMORY;
   Step step(*decoder, *cache, experts, tokens, rows, logits, threads, memory);
   parallel(threads, [](void* data, int thread, int team) { static_cast<Step*>(data)->run(thread, team); }, &step);

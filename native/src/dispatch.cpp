@@ -5,7 +5,7 @@
 #include <string>
 
 #include "griffin_native.h"
-#include "rows.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
@@ -27,8 +27,8 @@ struct Machine {
   Machine() {
 #if defined(GRIFFIN_X86)
     __builtin_cpu_init();  // its answers include what the operating system saves (XCR0)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       const bool vnni = __builtin_cpu_supports("avx512vnni"), bf16 = __builtin_cpu_supports("avx512bf16");
       Kernels set = vnni ? kAvx512Vnni : kAvx512;
       if (bf16) set.dot_bf16 = dot_bf16_avx512;

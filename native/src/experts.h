@@ -5,11 +5,11 @@
 namespace griffin {
 
 struct Experts {
-  const griffin_rows& rows;
+  const griffin_io& io;
   int64_t operator[](int64_t i) const {
-    if (!rows.experts) return i;
-    return rows.index_bytes == 4 ? static_cast<const int32_t*>(rows.experts)[i]
-                                 : static_cast<const int64_t*>(rows.experts)[i];
+    if (!io.experts) return i;
+    return io.index_bytes == 4 ? static_cast<const int32_t*>(io.experts)[i]
+                               : static_cast<const int64_t*>(io.experts)[i];
   }
 };
 

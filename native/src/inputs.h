@@ -1,7 +1,7 @@
 // Rows of input, prepared once a call for the weight format and shared by all threads.
 #pragma once
 #include "griffin_native.h"
-#include "rows.h"
+#include "kernels.h"
 
 namespace griffin {
 
@@ -9,10 +9,8 @@ constexpr int element_size(int type) { return type == GRIFFIN_F32 ? 4 : 2; }
 
 class Inputs {
  public:
-  static int64_t bytes(int d, int rows) {
-    return round_up(rows * (d_padded(d) * 8 + d_padded(d) / 4), 64);
-  }
-  Inputs(const griffin_rows& rows, int format, int d, void* memory);
+  static int64_t bytes(int d, int rows) { return round_up(rows * (d_padded(d) * 8 + d_padded(d) / 4), 64); }
+  Inputs(const griffin_io& io, int format, int d, void* memory);
   void prepare(int thread, int threads);  // this thread's share of the rows; after a barrier they may be used
   const Input& operator[](int r) const { return input_[r]; }
   DotFn dot() const { return dot_; }
@@ -21,7 +19,7 @@ class Inputs {
   static int64_t d_padded(int d) { return round_up(d, kPad); }
 
   const Kernels& kernels_;
-  const griffin_rows& rows_;
+  const griffin_io& io_;
   const int d_;
   const bool integer_;  // weights meet x in integers
   const bool bf16_;     // weights meet x in bf16

@@ -1,4 +1,5 @@
 // y = W x + b: each thread takes a contiguous share of W's rows, two at a time, so that both share the loads of x.
+#include "checks.h"
 #include "parallel.h"
 #include "parts.h"
 
@@ -17,18 +18,10 @@ void store(void* y, bool bf16, int64_t at, float value) {
 
 struct Call {
   const griffin_matrix* matrix;
-  const griffin_rows* rows;
+  const griffin_io* io;
   Inputs inputs;
   Barrier barrier;
 };
-
-bool valid(const griffin_matrix& matrix, const griffin_rows& rows) {
-  const bool types = (rows.x_type == GRIFFIN_F32 || rows.x_type == GRIFFIN_BF16) &&
-                     (rows.y_type == GRIFFIN_F32 || rows.y_type == GRIFFIN_BF16);
-  if (!rows.x || !rows.y || !types || rows.rows < 1 || rows.rows > GRIFFIN_MAX_ROWS) return false;
-  return matrix.weight && matrix.d_in >= 1 && matrix.d_out >= 1 && matrix.format >= GRIFFIN_F32 &&
-         matrix.format <= GRIFFIN_INT4 && (matrix.format != GRIFFIN_INT8 || matrix.scale);
-}
 
 // Rows begin..end of one matrix.
 void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
@@ -76,19 +69,19 @@ void multiply_part(const Product* products, int count, const Inputs& x, int rows
 
 using namespace griffin;
 
-extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_rows* rows, int threads) {
-  if (!matrix || !rows || threads < 1 || !valid(*matrix, *rows)) return GRIFFIN_BAD_ARGUMENT;
-  void* const memory = scratch(Inputs::bytes(matrix->d_in, rows->rows));
+extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads) {
+  if (!matrix || !io || threads < 1 || !valid_io(*io) || !valid_matrix(*matrix)) return GRIFFIN_BAD_ARGUMENT;
+  void* const memory = scratch(Inputs::bytes(matrix->d_in, io->rows));
   if (!memory) return GRIFFIN_NO_MEMORY;
-  Call call{matrix, rows, Inputs(*rows, matrix->format, matrix->d_in, memory), {}};
+  Call call{matrix, io, Inputs(*io, matrix->format, matrix->d_in, memory), {}};
   parallel(
       threads,
       [](void* data, int thread, int team) {
         Call& c = *static_cast<Call*>(data);
         c.inputs.prepare(thread, team);
         c.barrier.wait(team);
-        const Product product{c.matrix, c.rows->y, c.rows->y_stride, c.rows->y_type == GRIFFIN_BF16};
-        multiply_part(&product, 1, c.inputs, c.rows->rows, thread, team);
+        const Product product{c.matrix, c.io->y, c.io->y_stride, c.io->y_type == GRIFFIN_BF16};
+        multiply_part(&product, 1, c.inputs, c.io->rows, thread, team);
       },
       &call);
   count_call();

@@ -65,8 +65,10 @@ class Pool {
     wake_.notify_all();
     task.function(task.data, 0, threads);
     for (int spin = 0; left_.load(std::memory_order_acquire) > 0; spin++)
-      if (spin < kSpin) GRIFFIN_PAUSE();
-      else std::this_thread::yield();
+      if (spin < kSpin)
+        GRIFFIN_PAUSE();
+      else
+        std::this_thread::yield();
   }
 
  private:
@@ -147,8 +149,10 @@ void Barrier::wait(int threads) {
     return;
   }
   for (int spin = 0; __atomic_load_n(&phase, __ATOMIC_ACQUIRE) == now; spin++)
-    if (spin < 4000) GRIFFIN_PAUSE();
-    else std::this_thread::yield();  // the thread we wait for may need this core
+    if (spin < 4000)
+      GRIFFIN_PAUSE();
+    else
+      std::this_thread::yield();  // the thread we wait for may need this core
 }
 
 }  // namespace griffin

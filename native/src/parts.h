@@ -1,8 +1,8 @@
-// What the threads of one parallel region do together: each calls the part with its own number. No barrier is inside; what
-// a part writes is whole once all threads have passed a barrier after it.
+// What the threads of one parallel region do together: each calls the part with its own number. No barrier is inside;
+// what a part writes is whole once all threads have passed a barrier after it.
 #pragma once
 #include "inputs.h"
-#include "tier.h"
+#include "dynamic.h"
 
 namespace griffin {
 
@@ -19,11 +19,12 @@ void multiply_part(const Product* products, int count, const Inputs& x, int rows
 
 // Floats of one thread's accumulators.
 int64_t ff_accumulator(int d_model, int rows);
-// This thread's experts: their down rows, weighted, are added up in accumulators of its own, which lie one thread's after
-// the other's. `rows` says the experts; its x and y are not looked at. `chosen`: what the second tier leaves of them, or null.
-void ff_accumulate(const griffin_ff_block& block, const griffin_rows& rows, const Inputs& x, const Chosen* chosen,
+// This thread's experts: their down rows, weighted, are added up in accumulators of its own, which lie one thread's
+// after the other's. `io` gives the experts; its x and y are not used. `chosen`: the ones that dynamic selection keeps,
+// or null.
+void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const Inputs& x, const Chosen* chosen,
                    float* accumulators, int thread, int threads);
 // After a barrier: this thread's columns of y, the sum of all threads' accumulators.
-void ff_reduce(const griffin_ff_block& block, const griffin_rows& rows, const float* accumulators, int thread, int threads);
+void ff_reduce(const griffin_ff_block& block, const griffin_io& io, const float* accumulators, int thread, int threads);
 
 }  // namespace griffin

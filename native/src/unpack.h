@@ -5,7 +5,7 @@
 namespace griffin {
 
 struct Unpack {
-  int format;          // GRIFFIN_INT8 or GRIFFIN_INT4
+  int format;  // GRIFFIN_INT8 or GRIFFIN_INT4
   const uint8_t* rows;
   int64_t d, stride;   // length of a row, bytes from one to the next
   const float* scale;  // int8 only

@@ -9,11 +9,7 @@ namespace griffin {
 namespace {
 
 inline void put(float value, float* out) { *out = value; }
-inline void put(float value, uint16_t* out) {  // to nearest, ties to even; weights are finite
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  *out = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+inline void put(float value, uint16_t* out) { *out = finite_to_bf16(value); }  // weights are finite
 
 template <class T>
 void unpack_int8(const int8_t* row, float scale, int64_t count, T* out) {
@@ -23,7 +19,8 @@ void unpack_int8(const int8_t* row, float scale, int64_t count, T* out) {
 // 32 weights of one scale, in the low or the high nibbles of 32 bytes.
 template <int kShift, class T>
 void unpack_group(const uint8_t* bytes, float scale, T* out) {
-  for (int i = 0; i < 32; i++) put(scale * static_cast<float>(static_cast<int>((bytes[i] >> kShift) & 15) - 8), out + i);
+  for (int i = 0; i < 32; i++)
+    put(scale * static_cast<float>(static_cast<int>((bytes[i] >> kShift) & 15) - 8), out + i);
 }
 
 template <class T>

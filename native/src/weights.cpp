@@ -13,7 +13,7 @@
 #include "griffin_native.h"
 #include "half.h"
 #include "parallel.h"
-#include "rows.h"
+#include "kernels.h"
 
 using namespace griffin;
 
@@ -163,11 +163,7 @@ int griffin_unpack(int format, const void* rows_in, int64_t n, int64_t d, int64_
         y[c] = half_to_float(half) * static_cast<float>(((row[at.byte] >> at.shift) & 15) - 8);
       } else {
         memcpy(&half, row + 2 * c, 2);
-        const uint32_t bits = static_cast<uint32_t>(half) << 16;
-        if (format == GRIFFIN_BF16)
-          memcpy(y + c, &bits, 4);
-        else
-          y[c] = half_to_float(half);
+        y[c] = format == GRIFFIN_BF16 ? bf16_to_float(half) : half_to_float(half);
       }
     }
   }

@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
+"""`gelu` is the exact one (erf). The order is that of the native library's numbers (`enum griffin_activation`)."""
 
 
 @torch.no_grad()

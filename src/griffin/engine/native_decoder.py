@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from griffin.attachment.selection import Selection, by_layer
 from griffin.backends.native import NativeFF, Set
 from griffin.engine.cache import BufferedCache
-from griffin.native import kernel, library, operands
+from griffin.native import abi, kernel, library, operands
 from griffin.weights.quantised import QuantisedLinear
 
 # The families of the common shape, and what their RMSNorm adds to its weight.
@@ -29,58 +29,6 @@ _FAMILIES = {
 }
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # others change with the length
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-_pointer, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", _pointer), ("eps", _f32), ("reserved", _i32)]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *[(name, _Norm) for name in ("attention", "query", "key", "after_attention")],
-        *[(name, _Norm) for name in ("feedforward", "after_feedforward")],
-        *[(name, operands.MatrixStruct) for name in ("q", "k", "v", "o")],
-        ("ff", operands.BlockStruct),
-        ("rope", _i32),
-        ("window", _i32),
-    ]
-
-
-class _Decoder(ctypes.Structure):
-    _fields_ = [
-        *[(name, _i32) for name in ("n_layers", "d_model", "heads", "kv_heads", "head_size", "vocabulary")],
-        *[(name, _i32) for name in ("rotary", "embedding_format")],
-        *[(name, _f32) for name in ("attention_scale", "embedding_scale", "residual_scale", "logits_scale")],
-        *[(name, _f32) for name in ("attention_softcap", "logits_softcap")],
-        ("layers", _pointer),
-        ("embedding", _pointer),
-        ("embedding_stride", _i64),
-        ("final", _Norm),
-        ("head", operands.MatrixStruct),
-        ("cosines", _pointer * 2),
-        ("sines", _pointer * 2),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [
-        *[(name, _pointer) for name in ("keys", "values", "head_stride", "length", "start")],
-        ("type", _i32),
-        ("reserved", _i32),
-    ]
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = [
-        ("experts", _pointer),
-        ("n_experts", _i64),
-        ("row_mask", _pointer),
-        ("index_bytes", _i32),
-        ("reserved", _i32),
-        ("tier", _pointer),
-    ]
 
 
 def why_not_native(model: Any) -> str | None:
@@ -136,13 +84,13 @@ class Caches:
         addresses = [
             [row.data_ptr() for layer in layers for own in layer for row in own[which].unbind()] for which in range(2)
         ]
-        tables = [(_pointer * len(table))(*table) for table in addresses]
+        tables = [(ctypes.c_void_p * len(table))(*table) for table in addresses]
         self._kept = tables
         self._sequences = torch.tensor([own[0].shape[0] for own in first])
         strides = torch.tensor([own[0].stride(1) * own[0].element_size() for own in first])
         self._strides = strides.repeat_interleave(self._sequences)
         self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
-        self._struct = _Cache(
+        self._struct = abi.CacheStruct(
             *map(ctypes.addressof, tables),
             self._strides.data_ptr(),
             self._lengths.data_ptr(),
@@ -160,10 +108,10 @@ class ExpertsTable:
     """
 
     def __init__(self, sets: Mapping[int, Set], layers: int) -> None:
-        self.table = (_Experts * layers)()
+        self.table = (abi.ExpertsStruct * layers)()
         self._kept = dict(sets)
         for layer, (indices, mask, dynamic) in sets.items():
-            self.table[layer] = _Experts(
+            self.table[layer] = abi.ExpertsStruct(
                 indices.data_ptr(),
                 indices.shape[0],
                 None if mask is None else mask.data_ptr(),
@@ -196,7 +144,7 @@ class NativeDecoder:
         decoder = model.get_decoder()
         self._rotary_module = decoder.rotary_emb
         self._positions = 0
-        self._layers = (_Layer * len(decoder.layers))()
+        self._layers = (abi.LayerStruct * len(decoder.layers))()
         self._rope_types = self._find_rope_types()
         for index, layer in enumerate(decoder.layers):
             self._layers[index] = self._layer(layer, ff[index].block)
@@ -236,10 +184,10 @@ class NativeDecoder:
 
     # -- building ---------------------------------------------------------------------------------------------------
 
-    def _decoder(self, decoder: nn.Module) -> _Decoder:
+    def _decoder(self, decoder: nn.Module) -> abi.DecoderStruct:
         config, model = self._config, self._model
         attention = decoder.layers[0].self_attn  # type: ignore[union-attr, index]
-        struct = _Decoder()
+        struct = abi.DecoderStruct()
         struct.n_layers, struct.d_model = len(self._layers), config.hidden_size
         struct.heads, struct.kv_heads = config.num_attention_heads, config.num_key_value_heads
         struct.head_size = attention.head_dim
@@ -267,9 +215,9 @@ class NativeDecoder:
         self._make_rope_tables(2048)
         return struct
 
-    def _layer(self, layer: Any, ff: operands.Block) -> _Layer:
+    def _layer(self, layer: Any, ff: operands.Block) -> abi.LayerStruct:
         attention = layer.self_attn
-        struct = _Layer()
+        struct = abi.LayerStruct()
         struct.attention = self._norm(layer.input_layernorm)
         if hasattr(layer, "pre_feedforward_layernorm"):
             struct.after_attention = self._norm(layer.post_attention_layernorm)
@@ -313,15 +261,16 @@ class NativeDecoder:
             pair = [table[0, :, :half].float().contiguous() for table in (cosines, sines)]
             self._struct.cosines[which], self._struct.sines[which] = (table.data_ptr() for table in pair)
             self._struct.rotary = 2 * half
+            self._struct.positions = positions
             tables.append(pair)
         self._tables, self._positions = tables, positions
 
-    def _norm(self, module: Any) -> _Norm:
+    def _norm(self, module: Any) -> abi.NormStruct:
         weight = self._keep((module.weight.detach().float() + self._offset).contiguous())
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if eps is None:
             raise UnsupportedError(f"the native step cannot read the epsilon of {type(module).__name__}")
-        return _Norm(weight.data_ptr(), eps, 0)
+        return abi.NormStruct(weight.data_ptr(), eps, 0)
 
     def _matrix(self, module: Any) -> Any:
         if isinstance(module, QuantisedLinear) and len(module.packed) == 1:

@@ -12,44 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin.native import library, operands
+from griffin.native import abi, library, operands
 
 MAX_ROWS = 16
 
-_pointer, _i32, _i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
-
-class _Rows(ctypes.Structure):
-    _fields_ = [
-        ("x", _pointer),
-        ("y", _pointer),
-        ("x_stride", _i64),
-        ("y_stride", _i64),
-        *[(name, _i32) for name in ("x_type", "y_type", "rows", "index_bytes")],
-        ("experts", _pointer),
-        ("n_experts", _i64),
-        ("row_mask", _pointer),
-        ("tier", _pointer),
-    ]
-
-
-def _rows(x: Tensor, d_in: int, d_out: int, out: Tensor | None) -> tuple[_Rows, Tensor]:
-    if x.dim() != 2 or x.shape[1] != d_in or not 1 <= x.shape[0] <= MAX_ROWS or x.dtype not in library.ROW_TYPES:
+def _io(x: Tensor, d_in: int, d_out: int, out: Tensor | None) -> tuple[abi.IoStruct, Tensor]:
+    if x.dim() != 2 or x.shape[1] != d_in or not 1 <= x.shape[0] <= MAX_ROWS or x.dtype not in abi.ROW_TYPES:
         raise ValueError(f"x: {tuple(x.shape)} {x.dtype}, expected (1..{MAX_ROWS}, {d_in}) float32 or bfloat16")
     if x.stride(1) != 1 and d_in > 1:
         x = x.contiguous()
     if out is None:
         out = torch.empty(x.shape[0], d_out, dtype=x.dtype)
-    elif out.shape != (x.shape[0], d_out) or out.dtype not in library.ROW_TYPES or (d_out > 1 and out.stride(1) != 1):
+    elif out.shape != (x.shape[0], d_out) or out.dtype not in abi.ROW_TYPES or (d_out > 1 and out.stride(1) != 1):
         raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected ({x.shape[0]}, {d_out}), rows contiguous")
     if x.device.type != "cpu" or out.device.type != "cpu":
         raise ValueError(f"x on {x.device}, out on {out.device}: expected both on cpu")
-    rows = _Rows(
+    io = abi.IoStruct(
         x.data_ptr(), out.data_ptr(), x.stride(0) * x.element_size(), out.stride(0) * out.element_size(),
-        library.ROW_TYPES[x.dtype], library.ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None, None,
+        abi.ROW_TYPES[x.dtype], abi.ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None, None,
     )  # fmt: skip
-    rows.keep = x  # a copy made above lives as long as its address
-    return rows, out
+    io.keep = x  # a copy made above lives as long as its address
+    return io, out
 
 
 def ff(
@@ -72,32 +56,32 @@ def ff(
         out: (B, D) float32 or bfloat16, must not overlap x; default a new tensor of x's dtype
         returns out
 
-    `tier`: of the experts, each row computes those only that the second tier leaves it.
+    `dynamic`: dynamic neuron selection; each row is computed with the best of the experts only.
 
     `threads` defaults to torch.get_num_threads(). Raises ValueError for other shapes, dtypes or devices.
     """
-    rows, out = _rows(x, block.d_model, block.d_model, out)
+    io, out = _io(x, block.d_model, block.d_model, out)
     if experts is not None:
         if experts.dim() != 1 or experts.dtype not in (torch.int32, torch.int64) or not experts.is_contiguous():
             raise ValueError(
                 f"experts: {tuple(experts.shape)} {experts.dtype}, expected (k,) int32 or int64, contiguous"
             )
-        rows.index_bytes, rows.n_experts = experts.element_size(), experts.shape[0]
-        rows.experts = experts.data_ptr() or block.struct.up  # an empty tensor has no address, and NULL means all
+        io.index_bytes, io.n_experts = experts.element_size(), experts.shape[0]
+        io.experts = experts.data_ptr() or block.struct.up  # an empty tensor has no address, and NULL means all
     if row_mask is not None:
         if experts is None or row_mask.shape != experts.shape or row_mask.dtype != torch.uint16:
             raise ValueError(
                 f"row_mask: {tuple(row_mask.shape)} {row_mask.dtype}, expected uint16, one for each expert"
             )
-        rows.row_mask = row_mask.data_ptr()
+        io.row_mask = row_mask.data_ptr()
     if dynamic is not None:
-        own = dynamic.kept[0]
-        if len(own) not in (1, x.shape[0]):
-            raise ValueError(f"tier: weights of {len(own)} rows, but x has {x.shape[0]}")
-        rows.tier = ctypes.addressof(dynamic.struct)
+        weights = dynamic.kept[0]
+        if len(weights) not in (1, x.shape[0]):
+            raise ValueError(f"dynamic: weights of {len(weights)} rows, but x has {x.shape[0]}")
+        io.dynamic = ctypes.addressof(dynamic.struct)
     library.check(
         library.loaded().griffin_ff(
-            ctypes.addressof(block.struct), ctypes.addressof(rows), threads or torch.get_num_threads()
+            ctypes.addressof(block.struct), ctypes.addressof(io), threads or torch.get_num_threads()
         )
     )
     return out
@@ -110,9 +94,9 @@ def matvec(matrix: operands.Matrix, x: Tensor, *, out: Tensor | None = None, thr
         x: (B, in) float32 or bfloat16, 1 <= B <= 16
         out: (B, out) float32 or bfloat16; default a new tensor of x's dtype
     """
-    rows, out = _rows(x, matrix.d_in, matrix.d_out, out)
+    io, out = _io(x, matrix.d_in, matrix.d_out, out)
     address = ctypes.addressof(matrix.struct)
-    library.check(library.loaded().griffin_matvec(address, ctypes.addressof(rows), threads or torch.get_num_threads()))
+    library.check(library.loaded().griffin_matvec(address, ctypes.addressof(io), threads or torch.get_num_threads()))
     return out
 
 

@@ -4,7 +4,7 @@ The library (folder `native/`, C interface in `native/include/griffin_native.h`)
 the addresses of the OpenMP runtime that torch has loaded, so that both run on one pool of threads. Nothing is loaded
 before the first use.
 
-What it computes on is in `operands`, what it computes in `kernel`.
+The interface is declared in `abi`. What the library computes on is in `operands`, what it computes in `kernel`.
 """
 
 from __future__ import annotations
@@ -14,43 +14,12 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-ABI = 4
-FORMATS = ("f32", "bf16", "f16", "int8", "int4")
-"""of weights; the place in the tuple is the interface's number"""
-ROW_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""dtypes of inputs and outputs, and the interface's numbers"""
-_STATUS = {1: "bad argument", 2: "an expert outside 0..D_ff-1", 3: "out of memory", 4: "no such instruction set"}
+from griffin.native import abi
 
-_pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
-
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "griffin_abi": (ctypes.c_int, []),
-    "griffin_use_openmp": (None, [_pointer] * 3),
-    "griffin_set_isa": (ctypes.c_int, [ctypes.c_char_p]),
-    "griffin_isa": (ctypes.c_char_p, []),
-    "griffin_isas": (ctypes.c_char_p, []),
-    "griffin_threading": (ctypes.c_char_p, []),
-    "griffin_calls": (_i64, []),
-    "griffin_ff_bytes": (_i64, []),
-    "griffin_ff": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
-    "griffin_matvec": (ctypes.c_int, [_pointer, _pointer, ctypes.c_int]),
-    "griffin_decode": (ctypes.c_int, [_pointer, _pointer, _pointer, _pointer, ctypes.c_int, _pointer, ctypes.c_int]),
-    "griffin_union": (_i64, [_pointer, ctypes.c_int, ctypes.c_int, _i64, _i64, _pointer, _pointer]),
-    "griffin_row_bytes": (_i64, [ctypes.c_int, _i64]),
-    "griffin_pack": (ctypes.c_int, [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
-    "griffin_unpack": (ctypes.c_int, [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
-    "griffin_unpack_block": (
-        ctypes.c_int,
-        [ctypes.c_int, _pointer, _i64, _i64, _i64, _pointer, *[_i64] * 3, _pointer, ctypes.c_int, _i64, ctypes.c_int],
-    ),
-    "griffin_advise_huge": (ctypes.c_int, [_pointer, _i64]),
-    "griffin_read_bandwidth": (ctypes.c_double, [_pointer, _i64, ctypes.c_int]),
-}
+_pointer = ctypes.c_void_p
 
 
 def _find() -> Path | None:
@@ -103,13 +72,11 @@ def _load() -> ctypes.CDLL | str:
         )
     try:
         library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+        difference = abi.bind(library)
     except (OSError, AttributeError) as error:
         return f"the native library {path} cannot be loaded: {error}"
-    if (found := library.griffin_abi()) != ABI:
-        return f"the native library {path} has interface {found}, this package wants {ABI}: reinstall griffin-llm"
+    if difference is not None:
+        return f"the native library {path} {difference}: reinstall griffin-llm"
     if (openmp := _torch_openmp()) is not None:
         library.griffin_use_openmp(*openmp)
     forced = os.environ.get("GRIFFIN_NATIVE_ISA")
@@ -166,7 +133,7 @@ def ff_bytes() -> int:
 def check(status: int) -> None:
     """Raises ValueError for a status that is not success."""
     if status != 0:
-        raise ValueError(f"native library: {_STATUS.get(status, status)}")
+        raise ValueError(f"native library: {abi.STATUS.get(status, status)}")
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -5,7 +5,6 @@ Words: D model width, D_ff feedforward width.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
@@ -13,38 +12,9 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from griffin.native import library, memory, packing
+from griffin.native import abi, library, memory, packing
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-"""`gelu` is the exact one (erf); `relu2` is relu(x)^2."""
 _FLOAT_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-_pointer, _i32, _i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-
-
-class BlockStruct(ctypes.Structure):
-    _fields_ = [
-        *[(name, _i32) for name in ("d_model", "d_ff", "format", "activation")],
-        *[(name, _pointer) for name in ("gate", "up", "down")],
-        *[(name, _i64) for name in ("gate_stride", "up_stride", "down_stride")],
-        *[(name, _pointer) for name in ("gate_scale", "up_scale", "down_scale")],
-        ("scale_stride", _i64),
-        *[(name, _pointer) for name in ("gate_bias", "up_bias", "out_bias")],
-    ]
-
-
-class MatrixStruct(ctypes.Structure):
-    _fields_ = [
-        *[(name, _i32) for name in ("d_in", "d_out", "format", "reserved")],
-        ("weight", _pointer),
-        ("stride", _i64),
-        ("scale", _pointer),
-        ("bias", _pointer),
-    ]
-
-
-class TierStruct(ctypes.Structure):
-    _fields_ = [("gate", MatrixStruct), ("weight", _pointer), ("weight_stride", _i64), ("k", _i64)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +45,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """A second tier as the library sees it. Make one by `tier`."""
+    """Dynamic neuron selection as the library sees it. Make one by `dynamic`."""
 
     k: int
     struct: Any = field(repr=False)
@@ -180,7 +150,7 @@ def _block(
     """
     d_ff, names = len(parts[0]), ("gate", "up", "down")[-len(parts) :]
     biases = _bias("gate_bias", gate_bias, d_ff), _bias("up_bias", up_bias, d_ff), _bias("out_bias", out_bias, d)
-    struct = BlockStruct(d, d_ff, library.FORMATS.index(format), _activation(activation))
+    struct = abi.BlockStruct(d, d_ff, abi.FORMATS.index(format), _activation(activation))
     for name, part in zip(names, parts, strict=True):
         setattr(struct, name, part.data_ptr())
         setattr(struct, f"{name}_stride", part.stride(0) * part.element_size())
@@ -193,9 +163,9 @@ def _block(
 
 
 def _activation(name: str) -> int:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS.index(name)
+    if name not in abi.ACTIVATIONS:
+        raise ValueError(f"activation {name!r}: expected one of {', '.join(abi.ACTIVATIONS)}")
+    return abi.ACTIVATIONS.index(name)
 
 
 # -- matrices --------------------------------------------------------------
@@ -238,8 +208,8 @@ def _matrix(format: str, d_in: int, rows: Tensor, scale: Tensor | None, bias: Te
     """A matrix over checked rows, float or quantised."""
     d_out, stride = len(rows), rows.stride(0) * rows.element_size()
     bias = _bias("bias", bias, d_out)
-    struct = MatrixStruct(
-        d_in, d_out, library.FORMATS.index(format), 0, rows.data_ptr(), stride, library.address(scale),
+    struct = abi.MatrixStruct(
+        d_in, d_out, abi.FORMATS.index(format), 0, rows.data_ptr(), stride, library.address(scale),
         library.address(bias),
     )  # fmt: skip
     data = (rows,) if scale is None else (rows, scale)
@@ -247,22 +217,23 @@ def _matrix(format: str, d_in: int, rows: Tensor, scale: Tensor | None, bias: Te
     return Matrix(d_in, d_out, format, sum(t.nbytes for t in data), struct, kept)
 
 
-# -- second tier --------------------------------------------------------------
+# -- dynamic neuron selection --------------------------------------------------------------
 
 
 def dynamic(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) -> Dynamic:
-    """Of a token's experts the k with the largest `|act(gate)| * weight`, whose up and down alone are read.
+    """Compute, for each token, up and down only for the k experts with the largest scores `|act(gate)| * weight`.
 
-    Where there is no gate, up takes its place, and of the k down alone is read.
+    In a block without a gate, up takes its place: it is computed for all experts, and down for the k. Relatives are
+    TEAL and CATS, which threshold activations; here the k largest gate scores of a token are chosen.
 
     Args:
         block: the block.
-        weight: what the gate is multiplied by, not negative.
+        weight: factors of the scores, not negative.
         k: experts of a token.
-        gate: the gate in another format, read instead of the block's own; without a bias, which is the block's.
+        gate: the gate in another format, read in place of the block's; its bias is still the block's.
 
     Shapes:
-        weight: (D_ff,), or (B, D_ff) where every row of input has its own; float32
+        weight: (D_ff,), or (B, D_ff) with one row for each row of input; float32
         gate: (D_ff, D)
 
     Raises ValueError for other shapes or dtypes, or a k outside of 1..D_ff.
@@ -276,7 +247,7 @@ def dynamic(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None)
         raise ValueError(f"k is {k}, expected 1..{block.d_ff}")
     if gate is not None and (gate.d_out, gate.d_in) != (block.d_ff, block.d_model):
         raise ValueError(f"gate: ({gate.d_out}, {gate.d_in}), expected ({block.d_ff}, {block.d_model})")
-    struct = TierStruct(weight=rows.data_ptr(), weight_stride=block.d_ff if len(rows) > 1 else 0, k=k)
+    struct = abi.DynamicStruct(weight=rows.data_ptr(), weight_stride=block.d_ff if len(rows) > 1 else 0, k=k)
     if gate is not None:
         struct.gate = gate.struct
     return Dynamic(k, struct, (rows, gate))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.native import library
+from griffin.native import abi, library
 
 GROUP = 32
 """Weights that share an int4 scale, and inputs that share a scale where int8 or int4 weights meet them."""
@@ -15,7 +15,7 @@ def row_bytes(format: str, d: int) -> int:
     """Bytes of a row of d int8 or int4 weights, int8's scale not included."""
     if format not in ("int8", "int4"):
         raise ValueError(f"format {format!r}: expected 'int8' or 'int4'")
-    return int(library.loaded().griffin_row_bytes(library.FORMATS.index(format), d))
+    return int(library.loaded().griffin_row_bytes(abi.FORMATS.index(format), d))
 
 
 def pack(format: str, source: Tensor, rows: Tensor, scale: Tensor | None) -> None:
@@ -31,7 +31,7 @@ def pack(format: str, source: Tensor, rows: Tensor, scale: Tensor | None) -> Non
         out, s = rows[begin:], scale[begin:] if scale is not None else None
         library.check(
             library.loaded().griffin_pack(
-                library.FORMATS.index(format), part.data_ptr(), len(part), d, d, out.data_ptr(), rows.stride(0),
+                abi.FORMATS.index(format), part.data_ptr(), len(part), d, d, out.data_ptr(), rows.stride(0),
                 library.address(s), 4 * s.stride(0) if s is not None else 0,
             )
         )  # fmt: skip
@@ -49,7 +49,7 @@ def unpack_rows(
     n, format = rows.shape[0], "int4" if scale is None else "int8"
     check_rows("rows", rows, torch.Size((n, row_bytes(format, d))), torch.uint8)
     if (
-        out.dtype not in library.ROW_TYPES
+        out.dtype not in abi.ROW_TYPES
         or out.dim() != 2
         or out.shape[0] != n
         or (out.shape[1] > 1 and out.stride(1) != 1)
@@ -62,8 +62,8 @@ def unpack_rows(
     scale_stride = 0 if scale is None else 4 * scale.stride(0)
     library.check(
         library.loaded().griffin_unpack_block(
-            library.FORMATS.index(format), rows.data_ptr(), n, d, rows.stride(0), library.address(scale), scale_stride,
-            begin, begin + out.shape[1], out.data_ptr(), library.ROW_TYPES[out.dtype], out.stride(0),
+            abi.FORMATS.index(format), rows.data_ptr(), n, d, rows.stride(0), library.address(scale), scale_stride,
+            begin, begin + out.shape[1], out.data_ptr(), abi.ROW_TYPES[out.dtype], out.stride(0),
             threads or torch.get_num_threads(),
         )
     )  # fmt: skip

@@ -2,7 +2,8 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "rows.h"
+#include "half.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
@@ -24,7 +25,8 @@ struct V {
     if constexpr (kFormat == 0) return _mm512_loadu_ps((const float*)row + i);
     if constexpr (kFormat == 1) return widen(_mm256_loadu_si256((const __m256i*)((const uint16_t*)row + i)));
     if constexpr (kFormat == 2) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const uint16_t*)row + i)));
-    if constexpr (kFormat == 3) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(row + i))));
+    if constexpr (kFormat == 3)
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(row + i))));
   }
   template <int kFormat> static F load_tail(const uint8_t* row, int i, int count) {
     const __mmask16 mask = count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
@@ -35,7 +37,7 @@ struct V {
   }
 };
 
-#include "rows_generic.inl"
+#include "kernels_generic.inl"
 
 // Sums of four products of bytes in each int32 lane: unsigned a, signed b.
 inline __m512i dot_bytes(__m512i a, __m512i b) {
@@ -169,8 +171,8 @@ struct Int4Dot {
   }
 };
 
-// One block of 32 * G columns, G = 4 or 2 groups, half of them in low nibbles. A permutation looks at an index's low four
-// bits only, so a table of -8..7 turns a byte's low nibble into a float, whatever its high nibble is.
+// One block of 32 * G columns, G = 4 or 2 groups, half of them in low nibbles. A permutation looks at an index's low
+// four bits only, so a table of -8..7 turns a byte's low nibble into a float, whatever its high nibble is.
 template <int G> inline void axpy_int4_block(float* a, const uint8_t* const* w, const float* z, int n, int c, int p) {
   const __m512 table = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
   __m512 v[2 * G];
@@ -207,11 +209,15 @@ void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d
   }
 }
 
-#define GRIFFIN_AVX512_KERNELS(NAME)                                                                                  \
-  {NAME,                                                                                                              \
-   {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>, dot_rows<Int8Dot>, dot_rows<Int4Dot>}, \
-   nullptr,                                                                                                           \
-   {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},                                   \
-   quantise_row, reduce_parts, widen_bf16, sum_floats<V>}
+#define GRIFFIN_AVX512_KERNELS(NAME)                                                                 \
+  {NAME,                                                                                             \
+   {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>, dot_rows<Int8Dot>, \
+    dot_rows<Int4Dot>},                                                                              \
+   nullptr,                                                                                          \
+   {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},                  \
+   quantise_row,                                                                                     \
+   reduce_parts,                                                                                     \
+   widen_bf16,                                                                                       \
+   sum_floats<V>}
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Products with weight rows, written once over a vector type V; every instruction set's unit includes this inside its
-// anonymous namespace. V provides: F (float vector), kWidth, kMaxN (rows that fit in registers), zero, set1, load, store,
-// fma, add, sum, prefetch, and load<format>(row, i) / load_tail<format>(row, i, count) giving kWidth floats from a row.
-// Nothing else is assumed.
+// anonymous namespace, after half.h. V provides: F (float vector), kWidth, kMaxN (rows that fit in registers), zero,
+// set1, load, store, fma, add, sum, prefetch, and load<format>(row, i) / load_tail<format>(row, i, count) giving kWidth
+// floats from a row. Nothing else is assumed.
 
 template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : kFormat == 3 ? 1 : 2; }
 
@@ -18,15 +18,15 @@ template <class V, int kFormat> struct FloatDot {
     for (; i + U * W <= d; i += U * W) {
       for (int m = 0; m < M; m++)
         for (int b = 0; b < U * W * kBytes; b += 64) V::prefetch(next[m] + i * kBytes + b);
-  #pragma GCC unroll 4
+#pragma GCC unroll 4
       for (int u = 0; u < U; u++) {
         typename V::F wv[M];
-  #pragma GCC unroll 2
+#pragma GCC unroll 2
         for (int m = 0; m < M; m++) wv[m] = V::template load_row<kFormat>(w[m], i + u * W);
-  #pragma GCC unroll 8
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
           const typename V::F xv = V::load(x[n]->f32 + i + u * W);
-  #pragma GCC unroll 2
+#pragma GCC unroll 2
           for (int m = 0; m < M; m++) acc[u][m][n] = V::fma(wv[m], xv, acc[u][m][n]);
         }
       }
@@ -108,17 +108,6 @@ void axpy_rows(float* acc, const uint8_t* const* w, const float* z, int n, int, 
   }
 }
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
 // The three below are plain loops: the unit's compiler flags make vectors of them.
 float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_scale, float* group_sum8) {
   float sum128 = 0;
@@ -126,13 +115,13 @@ float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, floa
     const float* xg = x + g * kGroup;
     uint32_t top = 0;  // of |x|, as bits: they order as the values do
     for (int i = 0; i < kGroup; i++) {
-      const uint32_t bits = to_bits(xg[i]) & 0x7fffffffu;
+      const uint32_t bits = bits_of(xg[i]) & 0x7fffffffu;
       top = bits > top ? bits : top;
     }
     const bool finite = top < 0x7f800000u;
-    const float scale = finite ? from_bits(top) / 127.f : from_bits(0x7fc00000u);  // NaN and infinity come out as NaN
+    const float scale = finite ? float_of(top) / 127.f : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
     // 127 / max rather than 1 / scale: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
-    const float inverse = finite && top > 0x0da24260u ? 127.f / from_bits(top) : 0.f;
+    const float inverse = finite && top > 0x0da24260u ? 127.f / float_of(top) : 0.f;
     int32_t total = 0;
     if (finite) {
       for (int i = 0; i < kGroup; i++) {
@@ -151,12 +140,6 @@ float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, floa
   return sum128;
 }
 
-inline uint16_t round_bf16(float value) {  // to nearest, ties to even
-  const uint32_t bits = to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
-  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 void reduce_parts(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count) {
   float block[64];
   for (int c = 0; c < count; c += 64) {
@@ -168,7 +151,7 @@ void reduce_parts(const float* part, int64_t stride, int parts, const float* bia
       for (int i = 0; i < n; i++) block[i] += bias[c + i];
     if (bf16) {
       uint16_t* y = (uint16_t*)out + c;
-      for (int i = 0; i < n; i++) y[i] = round_bf16(block[i]);
+      for (int i = 0; i < n; i++) y[i] = float_to_bf16(block[i]);
     } else {
       memcpy((float*)out + c, block, sizeof(float) * (size_t)n);
     }
@@ -176,7 +159,7 @@ void reduce_parts(const float* part, int64_t stride, int parts, const float* bia
 }
 
 void widen_bf16(const uint16_t* bf16, float* out, int count) {
-  for (int i = 0; i < count; i++) out[i] = from_bits((uint32_t)bf16[i] << 16);
+  for (int i = 0; i < count; i++) out[i] = bf16_to_float(bf16[i]);
 }
 
 template <class V> float sum_floats(const float* data, int64_t count) {

@@ -2,20 +2,36 @@
 #include <string.h>
 
 #include "half.h"
-#include "rows.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
 
 struct V {
-  struct F { float v[8]; };
+  struct F {
+    float v[8];
+  };
   static constexpr int kWidth = 8, kMaxN = 4;
-  static F set1(float value) { F r; for (int i = 0; i < 8; i++) r.v[i] = value; return r; }
+  static F set1(float value) {
+    F r;
+    for (int i = 0; i < 8; i++) r.v[i] = value;
+    return r;
+  }
   static F zero() { return set1(0); }
-  static F load(const float* p) { F r; memcpy(&r, p, sizeof r); return r; }
+  static F load(const float* p) {
+    F r;
+    memcpy(&r, p, sizeof r);
+    return r;
+  }
   static void store(float* p, F a) { memcpy(p, &a, sizeof a); }
-  static F fma(F a, F b, F c) { for (int i = 0; i < 8; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
-  static F add(F a, F b) { for (int i = 0; i < 8; i++) a.v[i] += b.v[i]; return a; }
+  static F fma(F a, F b, F c) {
+    for (int i = 0; i < 8; i++) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static F add(F a, F b) {
+    for (int i = 0; i < 8; i++) a.v[i] += b.v[i];
+    return a;
+  }
   static float sum(F a) { return ((a.v[0] + a.v[1]) + (a.v[2] + a.v[3])) + ((a.v[4] + a.v[5]) + (a.v[6] + a.v[7])); }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -29,18 +45,14 @@ struct V {
     } else {
       uint16_t raw[8] = {};
       memcpy(raw, row + (size_t)i * 2, (size_t)count * 2);
-      for (int j = 0; j < 8; j++) {
-        const uint32_t bits = (uint32_t)raw[j] << 16;
-        if constexpr (kFormat == 1) memcpy(&r.v[j], &bits, 4);
-        if constexpr (kFormat == 2) r.v[j] = half_to_float(raw[j]);
-      }
+      for (int j = 0; j < 8; j++) r.v[j] = kFormat == 1 ? bf16_to_float(raw[j]) : half_to_float(raw[j]);
     }
     return r;
   }
   template <int kFormat> static F load_row(const uint8_t* row, int i) { return load_tail<kFormat>(row, i, 8); }
 };
 
-#include "rows_generic.inl"
+#include "kernels_generic.inl"
 
 inline float half_scale(const uint8_t* row, int i, int p) {
   uint16_t half;
@@ -98,12 +110,14 @@ void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d
 
 }  // namespace
 
-const Kernels kPortable = {
-    "portable",
-    {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>, dot_rows<IntDot<false>>,
-     dot_rows<IntDot<true>>},
-    nullptr,
-    {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},
-    quantise_row, reduce_parts, widen_bf16, sum_floats<V>};
+const Kernels kPortable = {"portable",
+                           {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>,
+                            dot_rows<IntDot<false>>, dot_rows<IntDot<true>>},
+                           nullptr,
+                           {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},
+                           quantise_row,
+                           reduce_parts,
+                           widen_bf16,
+                           sum_floats<V>};
 
 }  // namespace griffin

@@ -1,15 +1,15 @@
 // What one instruction set provides: products with weight rows. Each set is one translation unit with its own compiler
-// flags; to keep code of one set out of the others (the linker may merge inline functions), those units include C headers
-// only and define everything in an anonymous namespace.
+// flags; to keep code of one set out of the others (the linker may merge inline functions), those units include C
+// headers only and define everything in an anonymous namespace.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 namespace griffin {
 
-constexpr int kPad = 512;       // inputs are zero-padded to this many values, accumulators too
-constexpr int kGroup = 32;      // weights that share an int4 scale, inputs that share an int8 scale
-constexpr int kMaxRows = 8;     // rows of input that one `dot` call takes
+constexpr int kPad = 512;    // inputs are zero-padded to this many values, accumulators too
+constexpr int kGroup = 32;   // weights that share an int4 scale, inputs that share an int8 scale
+constexpr int kMaxRows = 8;  // rows of input that one `dot` call takes
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -17,15 +17,15 @@ inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / t
 struct Input {
   const float* f32 = nullptr;
   const uint16_t* bf16 = nullptr;
-  const int8_t* q = nullptr;         // x / s, s = max |x| / 127 over a group
-  const float* lane_scale = nullptr; // s, eight times for each group: one for each int32 lane of a dot product of bytes
-  const float* group_scale = nullptr; // s for each group
-  const float* group_sum8 = nullptr; // 8 s sum(q) for each group: what int4's offset of 8 adds
-  float sum128 = 0;                  // 128 sum over groups of s sum(q): what an offset of 128 adds
+  const int8_t* q = nullptr;           // x / s, s = max |x| / 127 over a group
+  const float* lane_scale = nullptr;   // s, eight times for each group: one for each int32 lane of a byte product
+  const float* group_scale = nullptr;  // s for each group
+  const float* group_sum8 = nullptr;   // 8 s sum(q) for each group: what int4's offset of 8 adds
+  float sum128 = 0;                    // 128 sum over groups of s sum(q): what an offset of 128 adds
 };
 
-// out[i * n + r] = <w[i], x[r]> for i < m (1 or 2), r < n (1..kMaxRows). int8: without the row's scale. `next`: rows that
-// will be wanted soon (m of them, never null; prefetched only).
+// out[i * n + r] = <w[i], x[r]> for i < m (1 or 2), r < n (1..kMaxRows). int8: without the row's scale. `next`: rows
+// that will be wanted soon (m of them, never null; prefetched only).
 using DotFn = void (*)(const uint8_t* const* w, int m, const Input* const* x, int n, int d, float* out,
                        const uint8_t* const* next);
 // acc[c] += sum over i < n of z[i] * w[i][c], for columns c in [begin, end); begin is a multiple of 128, end too or d.

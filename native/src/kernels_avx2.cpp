@@ -2,7 +2,8 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "rows.h"
+#include "half.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
@@ -30,7 +31,8 @@ struct V {
       return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
     }
     if constexpr (kFormat == 2) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const uint16_t*)row + i)));
-    if constexpr (kFormat == 3) return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + i))));
+    if constexpr (kFormat == 3)
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + i))));
   }
   template <int kFormat> static F load_tail(const uint8_t* row, int i, int count) {
     if (count >= 8) return load_row<kFormat>(row, i);
@@ -41,7 +43,7 @@ struct V {
   }
 };
 
-#include "rows_generic.inl"
+#include "kernels_generic.inl"
 
 inline __m256i dot_bytes(__m256i a, __m256i b) {  // unsigned a, signed b; sums of two products must fit int16
   return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
@@ -80,8 +82,8 @@ struct Int8Dot {
   }
 };
 
-// The groups of 32 weights that two halves of a block's bytes hold: of 128 weights, bytes 0..31 hold groups 0 and 2, bytes
-// 32..63 groups 1 and 3; of the 64 weights of a last odd block, bytes 0..31 hold groups 0 and 1.
+// The groups of 32 weights that two halves of a block's bytes hold: of 128 weights, bytes 0..31 hold groups 0 and 2,
+// bytes 32..63 groups 1 and 3; of the 64 weights of a last odd block, bytes 0..31 hold groups 0 and 1.
 inline __m256i low_nibbles(__m256i raw) { return _mm256_and_si256(raw, _mm256_set1_epi8(15)); }
 inline __m256i high_nibbles(__m256i raw) { return low_nibbles(_mm256_srli_epi16(raw, 4)); }
 
@@ -146,14 +148,14 @@ struct Int4Dot {
   }
 };
 
-// Down rows of int4 in integers: the coefficients z[i] * scale of a block's groups, for up to kMaxTerms rows, are rounded to
-// 15 bits of their largest, so that a pair of rows takes one multiply-add of 16-bit integers a column pair. The rounding,
-// 2^-16 of the largest coefficient, is far below that of the 4-bit weights.
+// Down rows of int4 in integers: the coefficients z[i] * scale of a block's groups, for up to kMaxTerms rows, are
+// rounded to 15 bits of their largest, so that a pair of rows takes one multiply-add of 16-bit integers a column pair.
+// The rounding, 2^-16 of the largest coefficient, is far below that of the 4-bit weights.
 constexpr int kMaxTerms = 16;
 
 struct Coefficients {
   alignas(16) int32_t pair[kMaxTerms / 2][4];  // rows 2i and 2i + 1 in the halves of 32 bits, for four groups
-  __m128i sum;                  // over the rows, by group
+  __m128i sum;                                 // over the rows, by group
   float scale;
 };
 
@@ -173,7 +175,8 @@ inline void make_coefficients(const uint8_t* const* w, const float* z, int n, in
   out.scale = largest / 32767.f + poison;
   out.sum = _mm_setzero_si128();
   for (int i = 0; i < n; i += 2) {
-    const __m128i even = _mm_cvtps_epi32(_mm_mul_ps(a[i], inverse)), odd = _mm_cvtps_epi32(_mm_mul_ps(a[i + 1], inverse));
+    const __m128i even = _mm_cvtps_epi32(_mm_mul_ps(a[i], inverse)),
+                  odd = _mm_cvtps_epi32(_mm_mul_ps(a[i + 1], inverse));
     out.sum = _mm_add_epi32(out.sum, _mm_add_epi32(even, odd));
     _mm_store_si128((__m128i*)out.pair[i / 2], _mm_blend_epi16(even, _mm_slli_epi32(odd, 16), 0xaa));
   }
@@ -242,11 +245,14 @@ void axpy_int4(float* acc, const uint8_t* const* w, const float* z, int n, int d
 
 }  // namespace
 
-const Kernels kAvx2 = {
-    "avx2",
-    {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>, dot_rows<Int8Dot>, dot_rows<Int4Dot>},
-    nullptr,
-    {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},
-    quantise_row, reduce_parts, widen_bf16, sum_floats<V>};
+const Kernels kAvx2 = {"avx2",
+                       {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>, dot_rows<Int8Dot>,
+                        dot_rows<Int4Dot>},
+                       nullptr,
+                       {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>, axpy_rows<V, 3>, axpy_int4},
+                       quantise_row,
+                       reduce_parts,
+                       widen_bf16,
+                       sum_floats<V>};
 
 }  // namespace griffin

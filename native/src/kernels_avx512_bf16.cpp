@@ -3,17 +3,18 @@
 
 #include <string.h>
 
-#include "rows.h"
+#include "half.h"
+#include "kernels.h"
 
 namespace griffin {
 namespace {
 
-struct V {  // what rows_generic.inl's other functions need here; only its dispatch is used
+struct V {  // what kernels_generic.inl's other functions need here; only its dispatch is used
   using F = __m512;
   static constexpr int kWidth = 16, kMaxN = 8;
 };
 
-#include "rows_generic.inl"
+#include "kernels_generic.inl"
 
 struct Bf16Dot {
   static constexpr int kMaxN = 8;

@@ -1,0 +1,46 @@
+// Dynamic neuron selection: for each token, the gates of all experts, then the choice of the k experts whose up and
+// down are read. Its relatives TEAL and CATS threshold activations; here the k largest gate scores of a token are
+// chosen.
+#pragma once
+#include "inputs.h"
+
+namespace griffin {
+
+// The experts that some row wants: places in griffin_io::experts, ascending, and which rows want each (null: all do).
+struct Chosen {
+  const int32_t* places;
+  const uint16_t* masks;
+  int64_t count;
+  const float* gates;  // act(gate) of every expert, (rows, stride)
+  int64_t stride;
+};
+
+class Dynamic {
+ public:
+  static int64_t floats(const griffin_ff_block& block, const griffin_io& io, int threads);
+  Dynamic(const griffin_ff_block& block, const griffin_io& io, float* memory);
+
+  int format() const { return format_; }  // the weight format that the inputs of `gate` are prepared for
+  // This thread's share of the gates. No barrier is inside.
+  void gate(const Inputs& x, int thread, int threads);
+  // After a barrier. Every thread makes the same choice, which is cheaper than waiting for one thread to make it.
+  Chosen choose(int thread) const;
+
+ private:
+  static int64_t experts(const griffin_ff_block& block, const griffin_io& io) {
+    return io.experts ? io.n_experts : block.d_ff;
+  }
+
+  const griffin_ff_block& block_;
+  const griffin_io& io_;
+  const griffin_dynamic& dynamic_;
+  const int64_t n_, stride_;
+  float *gates_, *scores_, *own_;
+  // Where the gate's rows, their scales and biases are, strides in bytes.
+  int format_;
+  const uint8_t* weight_;
+  const float *scale_, *bias_;
+  int64_t weight_stride_, scale_stride_;
+};
+
+}  // namespace griffin

@@ -1,0 +1,37 @@
+// The layout of the interface's structs, for a caller that declares them once more.
+#include <stddef.h>
+#include <string.h>
+
+#include "griffin_decode.h"
+
+namespace {
+
+struct Layout {
+  const char* name;
+  int64_t size, last_offset;
+};
+
+#define LAYOUT(type, last) {#type, sizeof(type), offsetof(type, last)}
+constexpr Layout kLayouts[] = {
+    LAYOUT(griffin_ff_block, out_bias), LAYOUT(griffin_matrix, bias),    LAYOUT(griffin_dynamic, k),
+    LAYOUT(griffin_io, dynamic),        LAYOUT(griffin_norm, reserved),  LAYOUT(griffin_layer, window),
+    LAYOUT(griffin_decoder, reserved),  LAYOUT(griffin_cache, reserved), LAYOUT(griffin_experts, dynamic),
+};
+
+const Layout* find(const char* name) {
+  for (const Layout& layout : kLayouts)
+    if (name && !strcmp(name, layout.name)) return &layout;
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" int64_t griffin_sizeof(const char* name) {
+  const Layout* const layout = find(name);
+  return layout ? layout->size : -1;
+}
+
+extern "C" int64_t griffin_last_offset(const char* name) {
+  const Layout* const layout = find(name);
+  return layout ? layout->last_offset : -1;
+}
