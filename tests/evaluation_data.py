@@ -35,6 +35,22 @@ def bytes_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
     return tiny_llama(dtype, vocab_size=259, max_position_embeddings=WINDOW, eos_token_id=2, num_hidden_layers=2)
 
 
+def special_model(dtype: torch.dtype = torch.float64) -> tuple[LlamaForCausalLM, str, str, str]:
+    """A model that answers "The river" with a special token: `<s>` and another token have changed places.
+
+    Returns the model, the shown text before that token, its written form, and the shown text of the next token.
+    """
+    model, tokenizer = bytes_model(dtype), bytes_tokenizer()
+    ids = tokenizer("The river", return_tensors="pt")
+    answer = model.generate(**ids, do_sample=False, max_new_tokens=12)[0, ids["input_ids"].shape[1] :].tolist()
+    at = next(n for n in range(2, 12) if answer[n] not in answer[:n] and 35 < answer[n + 1] < 98)  # then ASCII
+    swapped = torch.tensor([tokenizer.bos_token_id, answer[at]])
+    with torch.no_grad():
+        for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
+            weight[swapped] = weight[swapped.flip(0)]
+    return model, tokenizer.decode(answer[:at]), "<s>", tokenizer.decode(answer[at + 1 : at + 2])
+
+
 def write_data(folder: Path) -> Path:
     """Write a few rows of every task; returns the folder."""
     topics = ("river", "garden", "engine", "violin")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from conftest import tiny_llama
-from evaluation_data import bytes_model, bytes_tokenizer, write_data
+from evaluation_data import bytes_model, bytes_tokenizer, special_model, write_data
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
@@ -35,6 +35,7 @@ from lm_eval.models.huggingface import HFLM
 from griffin.attachment import attach
 from griffin.cli import main
 from griffin.config import GriffinConfig
+from griffin.engine.step import Sampling
 from griffin.integrations.lm_eval import SUITES, TASKS, GriffinLM, evaluate, generating
 from griffin.integrations.lm_eval import data as data_files
 from griffin.integrations.lm_eval.generating import Shared
@@ -455,6 +456,22 @@ def test_stop_texts_end_an_answer(model: LlamaForCausalLM, tokenizer: PreTrained
     whole = generated(lm, ["The river"])[0]
     stop = whole[5:7]
     assert generated(lm, ["The river"], until=[stop]) == [whole[: whole.index(stop)]]
+
+
+def test_special_tokens_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, before, special, after = special_model()
+    for density in (1.0, 0.999):
+        lm = griffin_lm(model, tokenizer, density=density)
+        assert generated(lm, ["The river"], until=[special]) == [before]
+        # the harness takes special tokens out before it looks for the stop texts itself
+        assert generated(lm, ["The river"], until=[special + after])[0].startswith(before)
+    ids = tokenizer("The river", return_tensors="pt")["input_ids"]
+    ends = tokenizer(special + after)["input_ids"]
+    with attach(model, GriffinConfig(density=0.999)) as handle:
+        for stop, count in ((special, 1), (special + after, 2)):
+            batch = generating.Batch(ids, None, 30, (stop,), Sampling(max_tokens=30))
+            row = generating.answer(model, tokenizer, batch, handle)[0].tolist()
+            assert row[row.index(ends[0]) :] == ends[:count]
 
 
 def test_long_prompts_are_cut_and_counted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

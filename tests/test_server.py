@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
 from conftest import tiny_llama
+from evaluation_data import bytes_tokenizer, special_model
 from griffin.config import GriffinConfig
 from griffin.integrations.server.app import make_app
 from griffin.integrations.server.engine import Engine
@@ -233,6 +234,30 @@ def test_a_stop_text_ends_the_answer(quick: Server) -> None:
     ended = client.completions.create(**asked, stop=["@@@", stop]).choices[0]
     assert ended.finish_reason == "stop"
     assert ended.text == whole.text[: whole.text.index(stop)]
+
+
+def test_special_tokens_as_stop_texts_and_the_offsets_of_tokens() -> None:
+    model, before, special, after = special_model(torch.float32)
+    with served((model, bytes_tokenizer())) as own:
+        asked: dict[str, Any] = {"model": NAME, "prompt": "The river", "temperature": 0, "max_tokens": 12}
+        asked["extra_body"] = {"griffin": {"density": 1.0}}
+        client = own.client()
+        for stop in (special, special + after):
+            ended = client.completions.create(**asked, stop=["@@@", stop]).choices[0]
+            assert (ended.text, ended.finish_reason) == (before, "stop")
+        whole = client.completions.create(**asked, logprobs=1).choices[0]
+        assert whole.logprobs is not None
+        tokens, offsets = whole.logprobs.tokens, whole.logprobs.text_offset
+        assert tokens is not None
+        assert offsets is not None
+        assert special in tokens
+        assert any(token.startswith("bytes:") for token in tokens)
+        for token, start, end in zip(tokens, offsets, [*offsets[1:], len(whole.text)], strict=True):
+            if token == special:
+                assert start == end == len(before)  # a special token is no text
+            elif not token.startswith("bytes:"):
+                assert whole.text[start : start + len(token)] == token
+            assert start <= end <= start + 2
 
 
 @pytest.mark.model

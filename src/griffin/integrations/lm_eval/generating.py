@@ -72,9 +72,7 @@ def answer(
     Shapes:
         Returns (B, T), int64, T <= new_tokens, padded on the right.
     """
-    ends = set(end_tokens(model, tokenizer))
-    added = tokenizer.get_added_vocab()
-    ends |= {added[text] for text in batch.stop if text in added}  # special tokens do not show in the text
+    ends = end_tokens(model, tokenizer)
     going = {row: Answer(tokenizer, batch.stop) for row in range(len(batch.prompts))}
     found: list[list[int]] = [[] for _ in going]
     steps = generate_step(
