@@ -248,7 +248,6 @@ def test_what_fails_outside(error: BaseException, code: int, capsys: Any, monkey
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(arguments, "read_text", fail)
     monkeypatch.setattr("griffin.cli.commands.generate.read_text", fail)
     assert main(["generate", "-f", "x"]) == code
     err = capsys.readouterr().err
@@ -537,6 +536,40 @@ def test_chat_interrupt_and_too_long_message_do_not_end_it(
     assert lines[:2] == ["stopped", "stopped before the first token; the message is not kept"]
     assert "the model's context is 512" in lines[2]
     assert lines[3].startswith("1 turn")
+
+
+@pytest.mark.parametrize("source", ["argument", "file", "stdin", "system"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    source: str, tiny: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, stdin: Any
+) -> None:
+    mark, file = "\ufeff".encode(), tmp_path / "prompt.txt"
+
+    def answered(mark: bytes, text: bytes = b"w1 w2 w3") -> tuple[int, str, str]:
+        file.write_bytes(mark + text)
+        stdin(mark + text)
+        marked = (mark + text).decode()
+        words = {"argument": [marked], "file": ["-f", str(file)], "stdin": [], "system": ["w4", "--system", marked]}
+        code = main(["generate", "-m", tiny, *words[source], "--max-tokens", "5", "--density", "0.25"])
+        out, err = capsys.readouterr()
+        return code, out, err.split(",")[0]
+
+    code, out, err = answered(mark)
+    assert (code, out, err) == answered(b"")
+    assert (code, len(out.split())) == (0, 5)
+    if source != "system":
+        code, out, err = answered(mark, b"")
+        assert (code, out) == (2, "")
+        assert "the prompt is empty" in err
+
+
+def test_a_byte_order_mark_before_a_command_of_a_chat(tiny: str, capsys: Any, stdin: Any) -> None:
+    mark = "\ufeff".encode()
+    stdin(mark + b"/help\n" + mark + b"/stats\n")  # two files, one after the other
+    assert main(["chat", "-m", tiny, "--max-tokens", "4", "--system", "\ufeffw1"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("/density 0.75")
+    assert "0 turns" in err
 
 
 def test_chat_input_that_is_not_utf_8(tiny: str, capsys: Any, stdin: Any) -> None:

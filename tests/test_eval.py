@@ -458,6 +458,17 @@ def test_stop_texts_end_an_answer(model: LlamaForCausalLM, tokenizer: PreTrained
     assert generated(lm, ["The river"], until=[stop]) == [whole[: whole.index(stop)]]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_data_file(data: Path, tmp_path: Path) -> None:
+    for path in (own for own in data.rglob("*") if own.is_file()):
+        marked = tmp_path / path.relative_to(data)
+        marked.parent.mkdir(parents=True, exist_ok=True)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = "\ufeff".encode() + content
+        marked.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    for task in TASKS:
+        assert data_files.load(task, tmp_path) == data_files.load(task, data)
+
+
 def test_special_tokens_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     model, before, special, after = special_model()
     for density in (1.0, 0.999):

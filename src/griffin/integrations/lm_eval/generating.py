@@ -183,7 +183,7 @@ class Shared:
 
     def _read(self, path: Path) -> None:
         try:
-            text = path.read_text(encoding="ascii", errors="replace")
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
         except OSError as error:
             raise GriffinError(f"cannot read {path}: {error.strerror or error}") from error
         for line in text.splitlines():
