@@ -28,7 +28,8 @@ from griffin.errors import GriffinError
 from griffin.models import builtin, packed
 from griffin.models.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
 from griffin.models.cache_entry import MANIFEST
-from griffin.models.load import check_gguf, load
+from griffin.models.gguf_file import check_gguf
+from griffin.models.load import load
 from griffin.models.progress import progress
 from griffin.native import library
 
@@ -203,6 +204,47 @@ def test_gguf_cut_anywhere(tmp_path: Path) -> None:
     for size in range(len(data)):
         cut.write_bytes(data[:size])
         message_of(GriffinError, lambda: check_gguf(cut), "cut.gguf", "fetch the file again")
+
+
+def write_parts(folder: Path, parts: int) -> list[Path]:
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama", split_max_tensors=1)
+    for number in range(parts):
+        writer.add_tensor(f"blk.{number}.weight", np.ones((4, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_gguf_in_parts(tmp_path: Path, weights: str | None) -> None:
+    if weights is not None and (reason := library.available()):
+        pytest.skip(reason)
+    first, second, third = write_parts(tmp_path, 3)
+    assert second.name == "tiny-00002-of-00003.gguf"
+    join = f"llama-gguf-split --merge {first} {tmp_path / 'tiny.gguf'}"
+    for number, path in enumerate((first, second, third), 1):
+        says = f"{path} is part {number} of 3 of a model; expected a model in one file; all are in {tmp_path}"
+        message_of(GriffinError, lambda path=path: load(path, weights=weights), says, join)  # type: ignore[misc]
+    third.unlink()
+    message_of(GriffinError, lambda: load(first), f"; tiny-00003-of-00003.gguf is missing in {tmp_path}: fetch", join)
+    first.unlink()
+    message_of(
+        GriffinError, lambda: load(second), "tiny-00001-of-00003.gguf, tiny-00003-of-00003.gguf are missing", join
+    )
+    renamed = second.rename(tmp_path / "model.gguf")
+    message_of(GriffinError, lambda: load(renamed), "is part 2 of 3", "own names again", "NAME-00001-of-00003.gguf")
+
+
+def test_gguf_that_is_only_named_like_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.gguf"
+    write_gguf(path)
+    assert check_gguf(path) == "llama"  # joined and not renamed
+    path.write_bytes(path.read_bytes()[:-1])
+    message_of(GriffinError, lambda: load(path), "is damaged or cut off", "its name says that it is part 1 of 2")
+    path.write_bytes(b"the rest")
+    message_of(GriffinError, lambda: load(path), "is no GGUF file", "its name says that it is part 1 of 2")
 
 
 def test_gguf_garbled_length_ends_soon(tmp_path: Path) -> None:
