@@ -18,11 +18,13 @@ from conftest import tiny_llama
 WINDOW = 2048
 
 
-def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, after three special tokens."""
+def bytes_tokenizer(merge: str = "") -> PreTrainedTokenizerFast:
+    """One token a byte, after three special tokens; last, if there is one, a token for two letters."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: number + 3 for number, letter in enumerate(letters)}
-    tokens = Tokenizer(models.BPE(vocabulary, []))
+    if merge:
+        vocabulary[merge] = len(vocabulary)
+    tokens = Tokenizer(models.BPE(vocabulary, [(merge[0], merge[1])] if merge else []))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -30,9 +32,11 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def bytes_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+def bytes_model(dtype: torch.dtype = torch.float64, merges: int = 0) -> LlamaForCausalLM:
     """A random model of that vocabulary."""
-    return tiny_llama(dtype, vocab_size=259, max_position_embeddings=WINDOW, eos_token_id=2, num_hidden_layers=2)
+    return tiny_llama(
+        dtype, vocab_size=259 + merges, max_position_embeddings=WINDOW, eos_token_id=2, num_hidden_layers=2
+    )
 
 
 def special_model(dtype: torch.dtype = torch.float64) -> tuple[LlamaForCausalLM, str, str, str]:

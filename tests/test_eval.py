@@ -528,6 +528,50 @@ def test_wrong_model_arguments(
         griffin_lm(model, tokenizer, **arguments)
 
 
+@pytest.mark.parametrize("phase", ["continuation", "last_token"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_hf_scores_is_scored_at_every_density(phase: str, batch_size: int) -> None:
+    tokenizer = bytes_tokenizer(merge="ab")
+    texts = [
+        ("The river was", ["", "x", " wide", "y"]),
+        ("a", ["b", "bc", "c", ""]),  # one token with the context's last; another one more; apart; nothing
+        ("xa", ["bab", "b", "d"]),
+        ("So ", ["", "n"]),  # the space goes to the choice
+        ("", ["ab", "<s>ab"]),
+    ]
+    model = bytes_model(merges=1)
+    hf = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    expected = hf.loglikelihood(requests(texts), True)
+    empty = [number for number, score in enumerate(expected) if score == (0.0, True)]
+    assert empty == [0, 4, 7, 9]
+    arguments = {"phase": phase, "batch_size": batch_size}
+    assert griffin_lm(model, tokenizer, density=1.0, **arguments).loglikelihood(requests(texts)) == expected
+    found = griffin_lm(model, tokenizer, density=0.5, **arguments).loglikelihood(requests(texts))
+    assert [number for number, score in enumerate(found) if score == (0.0, True)] == empty
+    assert all(math.isfinite(score) for score, _ in found)
+    if phase == "continuation" and batch_size == 1:
+        for request, score in zip(requests(texts), found, strict=True):
+            context, continuation = hf._encode_pair(*request.args) if request.args[0] else ([1], [2 + 256 + 1])
+            by_hand = continuation_by_hand(model, GriffinConfig(density=0.5), [context], 0, continuation)
+            assert score == (pytest.approx(by_hand[0], abs=EXACT), by_hand[1])
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_choice_without_tokens_scores_nothing_alone(density: float) -> None:
+    model, tokenizer = bytes_model(merges=1), bytes_tokenizer(merge="ab")
+    lm = griffin_lm(model, tokenizer, density=density)
+    for context, choice in (("The river was", ""), ("xa", "b"), ("", ""), ("", "<s>")):
+        assert lm.loglikelihood(requests([(context, [choice])])) == [(0.0, True)]
+    with pytest.raises(ValueError, match="a context has no tokens"):
+        lm.loglikelihood(requests([(" ", ["x"])]))
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(("", "abc", ""))]
+    expected = HFLM(model, tokenizer=tokenizer).loglikelihood_rolling(rolling, True)
+    found = lm.loglikelihood_rolling(rolling)
+    assert found[0] == found[2] == expected[0] == 0.0
+    assert (found == expected) == (density == 1.0)
+    assert math.isfinite(found[1])
+
+
 def test_a_continuation_longer_than_the_window_is_refused(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
