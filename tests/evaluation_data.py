@@ -39,6 +39,17 @@ def bytes_model(dtype: torch.dtype = torch.float64, merges: int = 0) -> LlamaFor
     )
 
 
+def save_bytes_model(folder: Path, template: str | None = None) -> str:
+    """Save them, for commands that load a model; greedy answers of this one do not end by themselves."""
+    model, tokenizer = bytes_model(torch.float32), bytes_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def special_model(dtype: torch.dtype = torch.float64) -> tuple[LlamaForCausalLM, str, str, str]:
     """A model that answers "The river" with a special token: `<s>` and another token have changed places.
 

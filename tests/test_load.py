@@ -1,5 +1,6 @@
 """Loading: names, folders, GGUF files, the built-in models' way into the cache, and every message on the way."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -588,11 +589,21 @@ def test_smollm2_answers(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.model
-def test_smollm2_equals_its_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_smollm2_equals_its_gguf(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = BUILTIN[DEFAULT_MODEL]
     source = tmp_path / "model.gguf"
     builtin.fetch(row, tmp_path)
     builtin.assemble(row, tmp_path, source)
+    kept: list[Any] = []
+
+    def read_once(path: Path, dtype: torch.dtype) -> Any:  # it takes transformers a while, the tests' longest
+        if not kept:
+            kept.append(builtin.read_gguf(path, dtype))
+        return copy.deepcopy(kept[0])
+
+    monkeypatch.setattr("griffin.models.load.read_gguf", read_once)
     direct_model, direct = load(source, device="cpu")
     cached_model, cached = load(DEFAULT_MODEL, device="cpu")
     assert capfd.readouterr() == ("", "")
@@ -610,7 +621,27 @@ def test_smollm2_equals_its_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert cached.chat_template == direct.chat_template
     assert len(cached) == len(direct)
     assert direct_model.config.eos_token_id == cached_model.config.eos_token_id == 2
+    found, expected = direct_model.state_dict(), cached_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert str(tmp_path) not in (cache_folder() / DEFAULT_MODEL / "config.json").read_text()
+    if library.available() is None:
+        _in_weights(source, monkeypatch, tmp_path)
+
+
+def _in_weights(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same file quantised: as the built-in model is, and once."""
+    builtin_model, tokenizer = load(DEFAULT_MODEL, weights="int8")
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
+    made, _ = load(source, weights="int8")
+    monkeypatch.setattr("griffin.models.load.read_gguf", lambda *_: pytest.fail("requantised again"))
+    again, again_tokenizer = load(source, weights="int8")
+    expected = builtin_model.state_dict()
+    for model in (made, again):
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again_tokenizer("The capital of France is").input_ids == tokenizer("The capital of France is").input_ids
 
 
 # ---------------------------------------------------------------------------------------------- weights=
@@ -635,27 +666,6 @@ def test_packed_models_are_made_once(tiny: Path, tmp_path: Path, monkeypatch: py
     (folder / "packed.safetensors").write_bytes(b"cut")
     assert packed.packed_folder("tiny", "ab" * 32, weights, lambda: load(tiny, dtype="bf16")) == folder
     packed.read_packed(folder, weights, None)
-
-
-@pytest.mark.model
-def test_a_gguf_file_in_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := library.available():
-        pytest.skip(reason)
-    row = BUILTIN[DEFAULT_MODEL]
-    source = tmp_path / "model.gguf"
-    builtin.fetch(row, tmp_path)
-    builtin.assemble(row, tmp_path, source)
-    builtin_model, tokenizer = load(DEFAULT_MODEL, weights="int8")
-    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
-    made, _ = load(source, weights="int8")
-    monkeypatch.setattr("griffin.models.load.read_gguf", lambda *_: pytest.fail("requantised again"))
-    again, again_tokenizer = load(source, weights="int8")
-    expected = builtin_model.state_dict()
-    for model in (made, again):
-        found = model.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert again_tokenizer("The capital of France is").input_ids == tokenizer("The capital of France is").input_ids
 
 
 def test_weights_are_refused(tiny: Path) -> None:

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
 from conftest import tiny_llama
-from evaluation_data import bytes_tokenizer, special_model
+from evaluation_data import bytes_tokenizer, save_bytes_model, special_model
 from griffin.config import GriffinConfig
 from griffin.integrations.server.app import make_app
 from griffin.integrations.server.engine import Engine
@@ -619,8 +619,8 @@ def schemathesis_given(operation: Any) -> Any:
 
 
 @contextlib.contextmanager
-def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "griffin", "serve", "-m", NAME, "--dtype", "bf16", "--port", "0", *words]
+def process(model: str, *words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "griffin", "serve", "-m", model, "--name", NAME, "--port", "0", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as own:
         assert own.stderr is not None
         try:
@@ -634,10 +634,18 @@ def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
             own.kill()
 
 
-@pytest.mark.model
-def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Any) -> None:
-    with process() as (own, url), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(post, url, ask(max_tokens=60))
+def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Path) -> None:
+    model = save_bytes_model(tmp_path / "tiny")
+    with process(model) as (own, url):
+        port = url.rpartition(":")[2]
+        own.kill()
+        own.wait(10)
+    started = process(model, "--port", port, GRIFFIN_API_KEY="k")  # at the same port
+    with started as (own, again), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert again == url
+        assert post(again, ask())[0] == 401
+        assert post(again, ask(), Authorization="Bearer k")[0] == 200
+        answer = pool.submit(post, url, ask(max_tokens=600), Authorization="Bearer k")
 
         def running() -> bool:
             with urllib.request.urlopen(f"{url}/health") as health:
@@ -647,17 +655,9 @@ def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Any) -> None:
         own.send_signal(signal.SIGTERM)
         status, body = answer.result(60)
         assert status == 200  # what was running is answered
-        assert body["usage"]["completion_tokens"] == 60
+        assert body["usage"]["completion_tokens"] == 600
         own.wait(30)
         assert own.returncode in (0, -signal.SIGTERM)
-    with process() as (own, url):
-        port = url.rpartition(":")[2]
-        own.kill()
-        own.wait(10)
-    with process("--port", port, GRIFFIN_API_KEY="k") as (_, again):  # at the same port
-        assert again == url
-        assert post(again, ask())[0] == 401
-        assert post(again, ask(), Authorization="Bearer k")[0] == 200
 
 
 def test_wrong_usage_is_one_line() -> None:
