@@ -18,11 +18,13 @@ from conftest import tiny_llama
 WINDOW = 2048
 
 
-def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, after three special tokens."""
+def bytes_tokenizer(merge: str = "") -> PreTrainedTokenizerFast:
+    """One token a byte, after three special tokens; last, if there is one, a token for two letters."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: number + 3 for number, letter in enumerate(letters)}
-    tokens = Tokenizer(models.BPE(vocabulary, []))
+    if merge:
+        vocabulary[merge] = len(vocabulary)
+    tokens = Tokenizer(models.BPE(vocabulary, [(merge[0], merge[1])] if merge else []))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -30,9 +32,38 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def bytes_model(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+def bytes_model(dtype: torch.dtype = torch.float64, merges: int = 0) -> LlamaForCausalLM:
     """A random model of that vocabulary."""
-    return tiny_llama(dtype, vocab_size=259, max_position_embeddings=WINDOW, eos_token_id=2, num_hidden_layers=2)
+    return tiny_llama(
+        dtype, vocab_size=259 + merges, max_position_embeddings=WINDOW, eos_token_id=2, num_hidden_layers=2
+    )
+
+
+def save_bytes_model(folder: Path, template: str | None = None) -> str:
+    """Save them, for commands that load a model; greedy answers of this one do not end by themselves."""
+    model, tokenizer = bytes_model(torch.float32), bytes_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def special_model(dtype: torch.dtype = torch.float64) -> tuple[LlamaForCausalLM, str, str, str]:
+    """A model that answers "The river" with a special token: `<s>` and another token have changed places.
+
+    Returns the model, the shown text before that token, its written form, and the shown text of the next token.
+    """
+    model, tokenizer = bytes_model(dtype), bytes_tokenizer()
+    ids = tokenizer("The river", return_tensors="pt")
+    answer = model.generate(**ids, do_sample=False, max_new_tokens=12)[0, ids["input_ids"].shape[1] :].tolist()
+    at = next(n for n in range(2, 12) if answer[n] not in answer[:n] and 35 < answer[n + 1] < 98)  # then ASCII
+    swapped = torch.tensor([tokenizer.bos_token_id, answer[at]])
+    with torch.no_grad():
+        for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
+            weight[swapped] = weight[swapped.flip(0)]
+    return model, tokenizer.decode(answer[:at]), "<s>", tokenizer.decode(answer[at + 1 : at + 2])
 
 
 def write_data(folder: Path) -> Path:

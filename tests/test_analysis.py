@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
 from conftest import tiny_llama
+from evaluation_data import save_bytes_model
 from griffin.analysis.agreement import teacher_forced_logits, top1_agreement
 from griffin.analysis.flocking import relative_activations
 from griffin.analysis.plots import flocking_heat_map
@@ -68,14 +69,15 @@ def test_a_picture_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> 
         flocking_heat_map(torch.rand(4, 4), "", tmp_path / "missing" / "picture.png")
 
 
-@pytest.mark.model
 def test_the_demo_shows_its_texts_and_measures_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     passage = tmp_path / "passage.txt"
     passage.write_text("The lighthouse keeper climbed the stairs every evening and counted them aloud. " * 4)
     picture = tmp_path / "flocking.png"
-    assert main(["demo", "--file", str(passage), "--max-tokens", "6", "--picture", str(picture)]) == 0
+    folder = save_bytes_model(tmp_path / "tiny", "{% for message in messages %}{{ message.content }}{% endfor %}")
+    assert main(["demo", "-m", folder, "--file", str(passage), "--max-tokens", "6", "--picture", str(picture)]) == 0
     out = capsys.readouterr().out
     for shown in (
+        "summarizes a",
         "full model",
         "half of the neurons",
         "three quarters",

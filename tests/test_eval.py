@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from conftest import tiny_llama
-from evaluation_data import bytes_model, bytes_tokenizer, write_data
+from evaluation_data import bytes_model, bytes_tokenizer, special_model, write_data
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
@@ -35,6 +35,7 @@ from lm_eval.models.huggingface import HFLM
 from griffin.attachment import attach
 from griffin.cli import main
 from griffin.config import GriffinConfig
+from griffin.engine.step import Sampling
 from griffin.integrations.lm_eval import SUITES, TASKS, GriffinLM, evaluate, generating
 from griffin.integrations.lm_eval import data as data_files
 from griffin.integrations.lm_eval.generating import Shared
@@ -475,6 +476,33 @@ def test_stop_texts_end_an_answer(model: LlamaForCausalLM, tokenizer: PreTrained
     assert generated(lm, ["The river"], until=[stop]) == [whole[: whole.index(stop)]]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_data_file(data: Path, tmp_path: Path) -> None:
+    for path in (own for own in data.rglob("*") if own.is_file()):
+        marked = tmp_path / path.relative_to(data)
+        marked.parent.mkdir(parents=True, exist_ok=True)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = "\ufeff".encode() + content
+        marked.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    for task in TASKS:
+        assert data_files.load(task, tmp_path) == data_files.load(task, data)
+
+
+def test_special_tokens_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, before, special, after = special_model()
+    for density in (1.0, 0.999):
+        lm = griffin_lm(model, tokenizer, density=density)
+        assert generated(lm, ["The river"], until=[special]) == [before]
+        # the harness takes special tokens out before it looks for the stop texts itself
+        assert generated(lm, ["The river"], until=[special + after])[0].startswith(before)
+    ids = tokenizer("The river", return_tensors="pt")["input_ids"]
+    ends = tokenizer(special + after)["input_ids"]
+    with attach(model, GriffinConfig(density=0.999)) as handle:
+        for stop, count in ((special, 1), (special + after, 2)):
+            batch = generating.Batch(ids, None, 30, (stop,), Sampling(max_tokens=30))
+            row = generating.answer(model, tokenizer, batch, handle)[0].tolist()
+            assert row[row.index(ends[0]) :] == ends[:count]
+
+
 def test_long_prompts_are_cut_and_counted(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     for density in (1.0, 0.5):
         lm = griffin_lm(model, tokenizer, density=density, max_length=30)
@@ -516,6 +544,50 @@ def test_wrong_model_arguments(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         griffin_lm(model, tokenizer, **arguments)
+
+
+@pytest.mark.parametrize("phase", ["continuation", "last_token"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_hf_scores_is_scored_at_every_density(phase: str, batch_size: int) -> None:
+    tokenizer = bytes_tokenizer(merge="ab")
+    texts = [
+        ("The river was", ["", "x", " wide", "y"]),
+        ("a", ["b", "bc", "c", ""]),  # one token with the context's last; another one more; apart; nothing
+        ("xa", ["bab", "b", "d"]),
+        ("So ", ["", "n"]),  # the space goes to the choice
+        ("", ["ab", "<s>ab"]),
+    ]
+    model = bytes_model(merges=1)
+    hf = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    expected = hf.loglikelihood(requests(texts), True)
+    empty = [number for number, score in enumerate(expected) if score == (0.0, True)]
+    assert empty == [0, 4, 7, 9]
+    arguments = {"phase": phase, "batch_size": batch_size}
+    assert griffin_lm(model, tokenizer, density=1.0, **arguments).loglikelihood(requests(texts)) == expected
+    found = griffin_lm(model, tokenizer, density=0.5, **arguments).loglikelihood(requests(texts))
+    assert [number for number, score in enumerate(found) if score == (0.0, True)] == empty
+    assert all(math.isfinite(score) for score, _ in found)
+    if phase == "continuation" and batch_size == 1:
+        for request, score in zip(requests(texts), found, strict=True):
+            context, continuation = hf._encode_pair(*request.args) if request.args[0] else ([1], [2 + 256 + 1])
+            by_hand = continuation_by_hand(model, GriffinConfig(density=0.5), [context], 0, continuation)
+            assert score == (pytest.approx(by_hand[0], abs=EXACT), by_hand[1])
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_a_choice_without_tokens_scores_nothing_alone(density: float) -> None:
+    model, tokenizer = bytes_model(merges=1), bytes_tokenizer(merge="ab")
+    lm = griffin_lm(model, tokenizer, density=density)
+    for context, choice in (("The river was", ""), ("xa", "b"), ("", ""), ("", "<s>")):
+        assert lm.loglikelihood(requests([(context, [choice])])) == [(0.0, True)]
+    with pytest.raises(ValueError, match="a context has no tokens"):
+        lm.loglikelihood(requests([(" ", ["x"])]))
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(("", "abc", ""))]
+    expected = HFLM(model, tokenizer=tokenizer).loglikelihood_rolling(rolling, True)
+    found = lm.loglikelihood_rolling(rolling)
+    assert found[0] == found[2] == expected[0] == 0.0
+    assert (found == expected) == (density == 1.0)
+    assert math.isfinite(found[1])
 
 
 def test_a_continuation_longer_than_the_window_is_refused(

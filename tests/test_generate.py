@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
 from conftest import tiny_llama
+from evaluation_data import bytes_tokenizer, special_model
 from griffin import GriffinConfig, Sampling, generate, generate_step, stream_generate
 from griffin.generation.generate import fold
 from griffin.generation.text import Answer, encode, pad
@@ -92,7 +93,11 @@ def test_processors_do_what_they_say() -> None:
 def test_pieces_of_text_join_to_the_whole_and_never_split_a_character(smollm2: Loaded, text: str) -> None:
     tokenizer = smollm2[1]
     answer, pieces = Answer(tokenizer, ()), []
-    pieces += [answer.add(token) for token in tokenizer(text)["input_ids"]]
+    for token in tokenizer(text)["input_ids"]:
+        pieces.append(answer.add(token))
+        if "�" not in (own := tokenizer.decode([token])):
+            assert text[answer.offset :].startswith(own)
+        assert len(answer.text) - len(pieces[-1]) <= answer.offset <= len(answer.text)
     pieces.append(answer.finish())
     assert "".join(pieces) == answer.text == text
     assert not any("�" in piece for piece in pieces)
@@ -121,6 +126,43 @@ def test_a_stop_text_of_several_tokens_ends_the_answer_wherever_they_begin(smoll
             break
     assert answer.stopped
     assert shown + answer.finish() == text[: text.index(stop)]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("stop", "shown"),
+    [
+        ("<|im_start|>", "one two"),
+        ("two<|im_start|>", "one "),
+        ("<|im_start|>user\n", "one two"),
+        ("<|im_end|>", "one twouser\nthree"),
+        ("three<|im_end|>\n<|im_start|>", "one twouser\n"),
+        ("twouser", "one "),  # as it is shown
+        ("<|im_end|>four", "one twouser\nthree\nfour"),  # there is a line break between
+        ("|>", "one twouser\nthree\nfour"),  # of the name, which is no text
+    ],
+)
+def test_a_stop_text_may_name_special_tokens(smollm2: Loaded, stop: str, shown: str) -> None:
+    tokenizer = smollm2[1]
+    text = "one two<|im_start|>user\nthree<|im_end|>\n<|im_start|>four"
+    answer, found = Answer(tokenizer, ("@@@", stop)), ""
+    for token in tokenizer(text)["input_ids"]:
+        found += answer.add(token)
+        assert shown.startswith(found)
+        if answer.stopped:
+            break
+    assert found + answer.finish() == answer.text == shown
+    assert answer.stopped == (stop not in ("<|im_end|>four", "|>"))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.999])
+def test_a_special_token_ends_an_answer(density: float) -> None:
+    model, before, special, after = special_model()
+    for stop in (special, special + after):
+        settings: dict[str, Any] = {"griffin": GriffinConfig(density=density), "max_tokens": 30}
+        result = one(model, bytes_tokenizer(), "The river", stop=["@@@", stop], **settings)
+        assert (result.text, result.finish_reason) == (before, "stop")
+    assert one(model, bytes_tokenizer(), "The river", max_tokens=30).text.startswith(before + after)
 
 
 @pytest.mark.model

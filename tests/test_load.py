@@ -1,5 +1,6 @@
 """Loading: names, folders, GGUF files, the built-in models' way into the cache, and every message on the way."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -28,7 +29,8 @@ from griffin.errors import GriffinError
 from griffin.models import builtin, packed
 from griffin.models.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
 from griffin.models.cache_entry import MANIFEST
-from griffin.models.load import check_gguf, load
+from griffin.models.gguf_file import check_gguf
+from griffin.models.load import load
 from griffin.models.progress import progress
 from griffin.native import library
 
@@ -203,6 +205,47 @@ def test_gguf_cut_anywhere(tmp_path: Path) -> None:
     for size in range(len(data)):
         cut.write_bytes(data[:size])
         message_of(GriffinError, lambda: check_gguf(cut), "cut.gguf", "fetch the file again")
+
+
+def write_parts(folder: Path, parts: int) -> list[Path]:
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama", split_max_tensors=1)
+    for number in range(parts):
+        writer.add_tensor(f"blk.{number}.weight", np.ones((4, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_gguf_in_parts(tmp_path: Path, weights: str | None) -> None:
+    if weights is not None and (reason := library.available()):
+        pytest.skip(reason)
+    first, second, third = write_parts(tmp_path, 3)
+    assert second.name == "tiny-00002-of-00003.gguf"
+    join = f"llama-gguf-split --merge {first} {tmp_path / 'tiny.gguf'}"
+    for number, path in enumerate((first, second, third), 1):
+        says = f"{path} is part {number} of 3 of a model; expected a model in one file; all are in {tmp_path}"
+        message_of(GriffinError, lambda path=path: load(path, weights=weights), says, join)  # type: ignore[misc]
+    third.unlink()
+    message_of(GriffinError, lambda: load(first), f"; tiny-00003-of-00003.gguf is missing in {tmp_path}: fetch", join)
+    first.unlink()
+    message_of(
+        GriffinError, lambda: load(second), "tiny-00001-of-00003.gguf, tiny-00003-of-00003.gguf are missing", join
+    )
+    renamed = second.rename(tmp_path / "model.gguf")
+    message_of(GriffinError, lambda: load(renamed), "is part 2 of 3", "own names again", "NAME-00001-of-00003.gguf")
+
+
+def test_gguf_that_is_only_named_like_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.gguf"
+    write_gguf(path)
+    assert check_gguf(path) == "llama"  # joined and not renamed
+    path.write_bytes(path.read_bytes()[:-1])
+    message_of(GriffinError, lambda: load(path), "is damaged or cut off", "its name says that it is part 1 of 2")
+    path.write_bytes(b"the rest")
+    message_of(GriffinError, lambda: load(path), "is no GGUF file", "its name says that it is part 1 of 2")
 
 
 def test_gguf_garbled_length_ends_soon(tmp_path: Path) -> None:
@@ -546,11 +589,21 @@ def test_smollm2_answers(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.model
-def test_smollm2_equals_its_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_smollm2_equals_its_gguf(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = BUILTIN[DEFAULT_MODEL]
     source = tmp_path / "model.gguf"
     builtin.fetch(row, tmp_path)
     builtin.assemble(row, tmp_path, source)
+    kept: list[Any] = []
+
+    def read_once(path: Path, dtype: torch.dtype) -> Any:  # it takes transformers a while, the tests' longest
+        if not kept:
+            kept.append(builtin.read_gguf(path, dtype))
+        return copy.deepcopy(kept[0])
+
+    monkeypatch.setattr("griffin.models.load.read_gguf", read_once)
     direct_model, direct = load(source, device="cpu")
     cached_model, cached = load(DEFAULT_MODEL, device="cpu")
     assert capfd.readouterr() == ("", "")
@@ -568,7 +621,27 @@ def test_smollm2_equals_its_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert cached.chat_template == direct.chat_template
     assert len(cached) == len(direct)
     assert direct_model.config.eos_token_id == cached_model.config.eos_token_id == 2
+    found, expected = direct_model.state_dict(), cached_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert str(tmp_path) not in (cache_folder() / DEFAULT_MODEL / "config.json").read_text()
+    if library.available() is None:
+        _in_weights(source, monkeypatch, tmp_path)
+
+
+def _in_weights(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same file quantised: as the built-in model is, and once."""
+    builtin_model, tokenizer = load(DEFAULT_MODEL, weights="int8")
+    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
+    made, _ = load(source, weights="int8")
+    monkeypatch.setattr("griffin.models.load.read_gguf", lambda *_: pytest.fail("requantised again"))
+    again, again_tokenizer = load(source, weights="int8")
+    expected = builtin_model.state_dict()
+    for model in (made, again):
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again_tokenizer("The capital of France is").input_ids == tokenizer("The capital of France is").input_ids
 
 
 # ---------------------------------------------------------------------------------------------- weights=
@@ -593,27 +666,6 @@ def test_packed_models_are_made_once(tiny: Path, tmp_path: Path, monkeypatch: py
     (folder / "packed.safetensors").write_bytes(b"cut")
     assert packed.packed_folder("tiny", "ab" * 32, weights, lambda: load(tiny, dtype="bf16")) == folder
     packed.read_packed(folder, weights, None)
-
-
-@pytest.mark.model
-def test_a_gguf_file_in_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := library.available():
-        pytest.skip(reason)
-    row = BUILTIN[DEFAULT_MODEL]
-    source = tmp_path / "model.gguf"
-    builtin.fetch(row, tmp_path)
-    builtin.assemble(row, tmp_path, source)
-    builtin_model, tokenizer = load(DEFAULT_MODEL, weights="int8")
-    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
-    made, _ = load(source, weights="int8")
-    monkeypatch.setattr("griffin.models.load.read_gguf", lambda *_: pytest.fail("requantised again"))
-    again, again_tokenizer = load(source, weights="int8")
-    expected = builtin_model.state_dict()
-    for model in (made, again):
-        found = model.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert again_tokenizer("The capital of France is").input_ids == tokenizer("The capital of France is").input_ids
 
 
 def test_weights_are_refused(tiny: Path) -> None:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
 from conftest import tiny_llama
+from evaluation_data import bytes_tokenizer, save_bytes_model, special_model
 from griffin.config import GriffinConfig
 from griffin.integrations.server.app import make_app
 from griffin.integrations.server.engine import Engine
@@ -233,6 +234,30 @@ def test_a_stop_text_ends_the_answer(quick: Server) -> None:
     ended = client.completions.create(**asked, stop=["@@@", stop]).choices[0]
     assert ended.finish_reason == "stop"
     assert ended.text == whole.text[: whole.text.index(stop)]
+
+
+def test_special_tokens_as_stop_texts_and_the_offsets_of_tokens() -> None:
+    model, before, special, after = special_model(torch.float32)
+    with served((model, bytes_tokenizer())) as own:
+        asked: dict[str, Any] = {"model": NAME, "prompt": "The river", "temperature": 0, "max_tokens": 12}
+        asked["extra_body"] = {"griffin": {"density": 1.0}}
+        client = own.client()
+        for stop in (special, special + after):
+            ended = client.completions.create(**asked, stop=["@@@", stop]).choices[0]
+            assert (ended.text, ended.finish_reason) == (before, "stop")
+        whole = client.completions.create(**asked, logprobs=1).choices[0]
+        assert whole.logprobs is not None
+        tokens, offsets = whole.logprobs.tokens, whole.logprobs.text_offset
+        assert tokens is not None
+        assert offsets is not None
+        assert special in tokens
+        assert any(token.startswith("bytes:") for token in tokens)
+        for token, start, end in zip(tokens, offsets, [*offsets[1:], len(whole.text)], strict=True):
+            if token == special:
+                assert start == end == len(before)  # a special token is no text
+            elif not token.startswith("bytes:"):
+                assert whole.text[start : start + len(token)] == token
+            assert start <= end <= start + 2
 
 
 @pytest.mark.model
@@ -594,8 +619,8 @@ def schemathesis_given(operation: Any) -> Any:
 
 
 @contextlib.contextmanager
-def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "griffin", "serve", "-m", NAME, "--dtype", "bf16", "--port", "0", *words]
+def process(model: str, *words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "griffin", "serve", "-m", model, "--name", NAME, "--port", "0", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as own:
         assert own.stderr is not None
         try:
@@ -609,10 +634,18 @@ def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
             own.kill()
 
 
-@pytest.mark.model
-def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Any) -> None:
-    with process() as (own, url), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(post, url, ask(max_tokens=60))
+def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Path) -> None:
+    model = save_bytes_model(tmp_path / "tiny")
+    with process(model) as (own, url):
+        port = url.rpartition(":")[2]
+        own.kill()
+        own.wait(10)
+    started = process(model, "--port", port, GRIFFIN_API_KEY="k")  # at the same port
+    with started as (own, again), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert again == url
+        assert post(again, ask())[0] == 401
+        assert post(again, ask(), Authorization="Bearer k")[0] == 200
+        answer = pool.submit(post, url, ask(max_tokens=600), Authorization="Bearer k")
 
         def running() -> bool:
             with urllib.request.urlopen(f"{url}/health") as health:
@@ -622,17 +655,9 @@ def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Any) -> None:
         own.send_signal(signal.SIGTERM)
         status, body = answer.result(60)
         assert status == 200  # what was running is answered
-        assert body["usage"]["completion_tokens"] == 60
+        assert body["usage"]["completion_tokens"] == 600
         own.wait(30)
         assert own.returncode in (0, -signal.SIGTERM)
-    with process() as (own, url):
-        port = url.rpartition(":")[2]
-        own.kill()
-        own.wait(10)
-    with process("--port", port, GRIFFIN_API_KEY="k") as (_, again):  # at the same port
-        assert again == url
-        assert post(again, ask())[0] == 401
-        assert post(again, ask(), Authorization="Bearer k")[0] == 200
 
 
 def test_wrong_usage_is_one_line() -> None:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from griffin.analysis.cells import SAMPLES, TEXTS, Cell, Key, Measured, Model, cell_from, cell_id, json_text
 from griffin.analysis.files import write_text
 from griffin.errors import GriffinError
+from griffin.text_files import read_text
 
 LINES = "cells.jsonl"
 
@@ -184,7 +185,7 @@ def _read(path: Path) -> Folder:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise GriffinError(f"{path} cannot be read: {error}") from error
     return found if isinstance(found, dict) else {}

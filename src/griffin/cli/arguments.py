@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
-import sys
 from collections.abc import Callable, Container
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.config import BACKENDS, BATCHES, REFINEMENTS, GriffinConfig
@@ -183,37 +180,3 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     # On the command line an error is one line, and transformers' advice is for programs.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return load(args.model, dtype=args.dtype, device=args.device, weights=args.weights, revision=args.revision)
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: there is no such file, it cannot be read, or it is not UTF-8.
-    """
-    try:
-        return decode(path.read_bytes(), str(path))
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ValueError(f"{path} cannot be read: {reason}; expected a text file") from error
-
-
-def read_stdin() -> str:
-    """All of stdin.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
-    return decode(sys.stdin.buffer.read(), "stdin")
-
-
-def decode(data: bytes, source: str) -> str:
-    """UTF-8 text of `data`.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error

@@ -12,8 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import BUILTIN_MODELS, load_model, read_text
+from griffin.cli.arguments import BUILTIN_MODELS, load_model
 from griffin.cli.tables import print_pairs, print_table
+from griffin.text_files import read_text
 
 if TYPE_CHECKING:
     from griffin.analysis.ceiling import Machine, Step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,14 +73,20 @@ def pad(ids: Sequence[Sequence[int]], pad_token: int, device: torch.device) -> t
 
 
 class Answer:
-    """One answer as it grows: pieces of text that never split a character and never show a stop text."""
+    """One answer as it grows: pieces of text that never split a character and never show a stop text.
+
+    Special tokens such as `<|im_start|>` are no part of the text, but a stop text may name them, alone or among others:
+    it is looked for in the text as it is shown, and in the text with the special tokens written out.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._settled = self._decoded = 0  # tokens: start of the window that is decoded again, and its known part
-        self._held = ""  # text that may be the start of a stop text
+        self._pending = ""  # how the bytes of a character that is not whole yet decode
+        self._held: list[_Run] = []  # that may be the start of a stop text
         self.tokens: list[int] = []
         self.text = ""
+        self.offset = 0  # characters of the text before the last token's own
         self.stopped = False
 
     def add(self, token: int) -> str:
@@ -87,36 +94,102 @@ class Answer:
         self.tokens.append(token)
         known = self._decode(self.tokens[self._settled : self._decoded])
         window = self._decode(self.tokens[self._settled :])
-        if window.endswith("�") or len(window) <= len(known):
-            return ""  # in the middle of a character
-        self._settled, self._decoded = self._decoded, len(self.tokens)
-        return self._release(window[len(known) :])
+        new, pending = window[len(known) :], self._pending
+        self.offset = len(self.text) + len(_shown(self._held))
+        if len(new) > len(pending) and new.startswith(pending):  # it completes no character that has begun
+            self.offset += len(pending)
+        if window.endswith("�") or not new:  # in the middle of a character, or a special token
+            self._pending = new
+            return self._release(_Run(self._special(token), shown=False)) if self._stop else ""
+        self._settled, self._decoded, self._pending = self._decoded, len(self.tokens), ""
+        return self._release(_Run(new, shown=True))
 
     def finish(self) -> str:
         """No token follows: return the text that was held back."""
         if self.stopped:
             return ""
         known = self._decode(self.tokens[self._settled : self._decoded])
-        rest = self._held + self._decode(self.tokens[self._settled :])[len(known) :]
-        self._held, self._settled, self._decoded = "", len(self.tokens), len(self.tokens)
+        rest = _shown(self._held) + self._decode(self.tokens[self._settled :])[len(known) :]
+        self._held, self._settled, self._decoded = [], len(self.tokens), len(self.tokens)
         self.text += rest
         return rest
 
-    def _release(self, new: str) -> str:
-        text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+    def _release(self, new: _Run) -> str:
+        runs = [*self._held, new]
+        shown, written = _shown(runs), "".join(run.text for run in runs)
+        found = [at for stop in self._stop if (at := shown.find(stop)) >= 0]
+        if shown != written:
+            found += [len(_shown(_cut(runs, at)[0])) for stop in self._stop if (at := _find(runs, stop)) >= 0]
         if found:
-            self.stopped, text, self._held = True, text[: min(found)], ""
+            self.stopped, text, self._held = True, shown[: min(found)], []
         else:
-            keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+            keep = max((_overlap(shown, stop) for stop in self._stop), default=0)
+            at = _place(runs, len(shown) - keep)
+            if shown != written:
+                at = min(at, len(written) - max((_overlap(written, stop) for stop in self._stop), default=0))
+            released, self._held = _cut(runs, at)
+            text = _shown(released)
         self.text += text
         return text
+
+    def _special(self, token: int) -> str:
+        """What a special token is written as; nothing for a part of a character."""
+        if self._decode([token]):
+            return ""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         assert isinstance(text, str)
         return text
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Some of an answer's text as the tokens are written, and whether it is shown: special tokens are not."""
+
+    text: str
+    shown: bool
+
+
+def _shown(runs: Sequence[_Run]) -> str:
+    return "".join(run.text for run in runs if run.shown)
+
+
+def _place(runs: Sequence[_Run], count: int) -> int:
+    """Where the shown character number `count` is in the written text; its end if there are not more of them."""
+    at = 0
+    for run in runs:
+        if run.shown:
+            if count < len(run.text):
+                return at + count
+            count -= len(run.text)
+        at += len(run.text)
+    return at
+
+
+def _find(runs: Sequence[_Run], stop: str) -> int:
+    """Where a stop text begins in the written text, with each special token of it as a whole; -1 if it is not there."""
+    written, at = "".join(run.text for run in runs), 0
+    inside: set[int] = set()
+    for run in runs:
+        inside.update(() if run.shown else range(at + 1, at + len(run.text)))
+        at += len(run.text)
+    at = written.find(stop)
+    while at >= 0 and not inside.isdisjoint((at, at + len(stop))):
+        at = written.find(stop, at + 1)
+    return at
+
+
+def _cut(runs: Sequence[_Run], at: int) -> tuple[list[_Run], list[_Run]]:
+    """What is before place `at` of the written text, and what is from there on."""
+    before, after = [], []
+    for run in runs:
+        first, second = _Run(run.text[: max(at, 0)], run.shown), _Run(run.text[max(at, 0) :], run.shown)
+        before += [first] if first.text else []
+        after += [second] if second.text else []
+        at -= len(run.text)
+    return before, after
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -15,6 +15,7 @@ import transformers
 
 from griffin.cache import cache_folder
 from griffin.errors import GriffinError
+from griffin.text_files import read_text
 
 MANIFEST = "griffin.json"
 _PARTIAL = ".partial-"
@@ -67,7 +68,7 @@ def made_once(
 def is_complete(folder: Path, identity: Mapping[str, object]) -> bool:
     """Whether `folder` carries a manifest of this identity, and every file at the size it lists."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / MANIFEST))
         sizes = found.pop("sizes_bytes")
         return bool(sizes) and found == dict(identity) and sizes == _sizes_bytes(folder)
     except (OSError, ValueError, AttributeError, KeyError, TypeError):

@@ -6,13 +6,11 @@ import difflib
 import errno
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub
 from transformers import (
@@ -30,6 +28,7 @@ from griffin.models import packed
 from griffin.models.builtin import BUILTIN, builtin_folder, read_gguf
 from griffin.models.cache_entry import one_line
 from griffin.models.convert import convert
+from griffin.models.gguf_file import AGAIN, check_gguf
 from griffin.models.progress import progress
 from griffin.native import library
 from griffin.weights.float32_gemm import use_float32_gemm
@@ -174,54 +173,6 @@ def _for_weights(
 _EXPECTED = f"a built-in model ({', '.join(BUILTIN)}), a .gguf file, a model folder or a Hub id such as org/name"
 
 
-def check_gguf(path: Path) -> str:
-    """The architecture named in a GGUF file, after checking that the file is whole.
-
-    Raises:
-        ValueError: there is no such file.
-        GriffinError: it is no GGUF file, or it ends before its header, metadata or tensors do.
-    """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {found}; expected a .gguf file")
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise GriffinError(f"{path} is no GGUF file: it starts with {magic!r}, expected b'GGUF'; {_AGAIN}")
-        size = path.stat().st_size
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # numpy overflows on nonsense sizes
-            reader = _BoundedReader(path)
-        for tensor in reader.tensors:
-            if (end := tensor.data_offset + tensor.n_bytes) > size:
-                raise ValueError(f"tensor {tensor.name} ends at byte {end}")
-        field = reader.get_field("general.architecture")
-        if field is None:
-            raise ValueError("it names no general.architecture")
-        return str(field.contents())
-    except GriffinError:
-        raise
-    except PermissionError as error:
-        raise GriffinError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
-    except Exception as error:  # the reader raises whatever numpy does on a short or garbled file
-        size = path.stat().st_size
-        raise GriffinError(f"{path} is damaged or cut off ({size} bytes): {one_line(error)}; {_AGAIN}") from error
-
-
-_AGAIN = "fetch the file again"
-
-
-class _BoundedReader(GGUFReader):  # type: ignore[misc, unused-ignore]
-    """gguf's reader takes a read beyond the end for a shorter one, and may loop for long on a garbled length."""
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
-        array = super()._get(offset, dtype, count, *args, **kwargs)
-        if array.size != int(count):
-            raise ValueError(f"{int(count)} values expected at byte {int(offset)}, {array.size} are there")
-        return array
-
-
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     architecture = check_gguf(path)
     try:
@@ -235,7 +186,7 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
                 f"{path} holds architecture {architecture!r}, which transformers cannot read from GGUF as a causal "
                 "language model; pass the model's original folder or Hub id"
             ) from error
-        raise GriffinError(f"{path} (architecture {architecture!r}) cannot be loaded: {text}; {_AGAIN}") from error
+        raise GriffinError(f"{path} (architecture {architecture!r}) cannot be loaded: {text}; {AGAIN}") from error
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

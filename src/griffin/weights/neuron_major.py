@@ -105,8 +105,8 @@ def _transpose_back(parameter: Tensor, path: str) -> None:
         return
     if not alone(parameter):
         _say(
-            "the memory of FF output projections is held by something else too (a state_dict that was taken while GRIFFIN "
-            "was attached, for instance): that keeps it, and the model gets copies"
+            "the memory of FF output projections is held by something else too (a state_dict taken while GRIFFIN was "
+            "attached, for instance): that keeps it, and the model gets copies"
         )
         logger.info("%s: %.1f MB copied", path, parameter.nbytes / 1e6)
         parameter.data = parameter.detach().contiguous()

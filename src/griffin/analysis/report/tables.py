@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from griffin.analysis.cells import FULL, Cell
 from griffin.analysis.report.comparisons import PERPLEXITY, Comparisons, Score, Setting
+from griffin.text_files import read_text
 
 # Metrics that a task is usually reported by, where that is not the first one of the harness.
 _USUAL = {"arc_challenge": "acc_norm", "coqa": "f1", "hellaswag": "acc_norm", "piqa": "acc_norm"}
@@ -66,8 +68,7 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
     for path in sorted((folder / "equal_bytes").glob("*.csv")):
         rows = []
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                lines = list(csv.DictReader(file))
+            lines = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
             for line in lines:
                 spans = {
                     name: f"{float(line[f'{name}_low']):.3f} to {float(line[f'{name}_high']):.3f}"

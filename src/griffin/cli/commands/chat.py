@@ -14,11 +14,11 @@ from griffin.cli.arguments import (
     add_model_arguments,
     add_sampling_arguments,
     config_from,
-    decode,
     load_model,
     sampling_from,
 )
 from griffin.config import AUTO
+from griffin.text_files import stdin_messages, without_mark
 
 if TYPE_CHECKING:
     from griffin.generation.chat import Session
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     if tokenizer.chat_template is None:
         raise ValueError(f"{args.model} has no chat template; use griffin generate")
-    with Session(model, tokenizer, config, sampling, system=args.system) as session:
+    system = None if args.system is None else without_mark(args.system)
+    with Session(model, tokenizer, config, sampling, system=system) as session:
         if sys.stdin.isatty():
             _say(f"{args.model}, density {config.density:g}. /help lists the commands.")
         for line in _lines():
@@ -129,14 +130,13 @@ def _stats(session: Session) -> str:
 def _lines() -> Iterator[str]:
     """Lines of stdin, stripped. On a terminal Ctrl-C clears the line that is being written."""
     if not sys.stdin.isatty():
-        for number, data in enumerate(sys.stdin.buffer, 1):
-            yield decode(data, f"stdin, line {number},").strip()
+        yield from stdin_messages()
         return
     with suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it)
     while True:
         try:
-            yield _read_line().strip()
+            yield without_mark(_read_line()).strip()
         except EOFError:
             print(file=sys.stderr)
             return

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 def _passage(path: Path | None) -> str:
     if path is None:
         return (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
-    from griffin.cli.arguments import read_text
+    from griffin.text_files import read_text
 
     return read_text(path)
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import add_json_argument, add_model_arguments, load_model, parse_densities, read_text
+from griffin.cli.arguments import add_json_argument, add_model_arguments, load_model, parse_densities
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_table
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
+from griffin.text_files import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,11 +16,10 @@ from griffin.cli.arguments import (
     add_sampling_arguments,
     config_from,
     load_model,
-    read_stdin,
-    read_text,
     sampling_from,
 )
 from griffin.config import AUTO
+from griffin.text_files import read_stdin, read_text, without_mark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +99,7 @@ def _prompt_text(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         raise ValueError("there are two prompts, PROMPT and -f; give one of them")
     if args.prompt is not None:
-        text = str(args.prompt)
+        text = without_mark(args.prompt)
         if not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text):
             raise ValueError("PROMPT is not UTF-8 text; convert it to UTF-8")
     elif args.file is not None:
@@ -120,4 +119,4 @@ def _prompt(args: argparse.Namespace, text: str, tokenizer: PreTrainedTokenizerB
     if tokenizer.chat_template is None:
         raise ValueError(f"{args.model} has no chat template, so it takes no --system; put it into the prompt")
     messages = [{"role": "user", "content": text}]
-    return messages if args.system is None else [{"role": "system", "content": args.system}, *messages]
+    return messages if args.system is None else [{"role": "system", "content": without_mark(args.system)}, *messages]

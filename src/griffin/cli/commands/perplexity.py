@@ -19,12 +19,12 @@ from griffin.cli.arguments import (
     load_model,
     parse_densities,
     parse_lengths,
-    read_text,
 )
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_table
 from griffin.config import BACKENDS
 from griffin.methods import METHODS
+from griffin.text_files import read_text
 
 if TYPE_CHECKING:
     from rich.table import Table

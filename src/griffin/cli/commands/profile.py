@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.cache import cache_folder
-from griffin.cli.arguments import add_model_arguments, load_model, read_text
+from griffin.cli.arguments import add_model_arguments, load_model
 from griffin.cli.progress import progress_bar
 from griffin.cli.tables import print_table
+from griffin.text_files import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor

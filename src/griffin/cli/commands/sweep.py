@@ -13,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.cli.arguments import REFINED, add_model_arguments, load_model, parse_densities, parse_lengths, read_text
+from griffin.cli.arguments import REFINED, add_model_arguments, load_model, parse_densities, parse_lengths
 from griffin.config import BATCHES, GriffinConfig
 from griffin.integrations.lm_eval import PHASES, SUITES, TASKS
 from griffin.methods import METHODS
+from griffin.text_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

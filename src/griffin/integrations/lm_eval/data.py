@@ -7,14 +7,14 @@ malformed row is refused with its file and line.
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from griffin.text_files import lines
 
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
@@ -237,19 +237,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines, each after its place."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; see docs/evaluation.md for the files that each task reads")
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for line in file:
-                number += 1
-                where = f"{path}, line {number}"
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{where}: not UTF-8: {error}") from error
-                yield where, text
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}, after line {number}: cannot be read: {error}") from error
+    yield from lines(path)
 
 
 def _json_rows(path: Path, **fields: type) -> Iterator[tuple[str, Row]]:

@@ -74,9 +74,7 @@ def answer(
     Shapes:
         Returns (B, T), int64, T <= new_tokens, padded on the right.
     """
-    ends = set(end_tokens(model, tokenizer))
-    added = tokenizer.get_added_vocab()
-    ends |= {added[text] for text in batch.stop if text in added}  # special tokens do not show in the text
+    ends = end_tokens(model, tokenizer)
     going = {row: Answer(tokenizer, batch.stop) for row in range(len(batch.prompts))}
     found: list[list[int]] = [[] for _ in going]
     steps = generate_step(
@@ -187,7 +185,7 @@ class Shared:
 
     def _read(self, path: Path) -> None:
         try:
-            text = path.read_text(encoding="ascii", errors="replace")
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
         except OSError as error:
             raise GriffinError(f"cannot read {path}: {error.strerror or error}") from error
         for line in text.splitlines():

@@ -52,6 +52,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
 # What HFLM passes on to from_pretrained, of which it takes anything.
 _PASSED_ON = ("attn_implementation", "device_map")
 
+_NOTHING = (0.0, True)  # the score of no tokens: a sum and a conjunction over none
+
 
 @register_model("griffin")
 class GriffinLM(HFLM):  # type: ignore[misc]
@@ -60,6 +62,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
     - `generate_until`: the prompt is the prompt phase, and griffin's own loop generates; the native step where there is
       one. Settings that it does not know (beam search) go to the model's `generate`, with GRIFFIN attached.
     - `loglikelihood`: see `griffin.integrations.lm_eval.scoring` for the two phases.
+      A choice without tokens of its own scores 0, at every density; `hf` does so too, but only beside other choices.
     - `loglikelihood_rolling`: windows as `hf` cuts them. Every window's context part is its prompt phase: one token
       (where the text begins: the prefix token), more only in the last window. So experts are selected from nearly
       nothing, which is the hardest test; `griffin perplexity` gives them a prompt.
@@ -126,9 +129,14 @@ class GriffinLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See the harness's `LM.loglikelihood`."""
+        nothing = [not any(request.args) for request in requests]  # neither context nor choice: hf cannot encode it
         with self._attached():
-            results: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or self._quiet)
-        return results
+            scored = super().loglikelihood(
+                [request for request, empty in zip(requests, nothing, strict=True) if not empty],
+                disable_tqdm or self._quiet,
+            )
+        left = iter(scored)
+        return [_NOTHING if empty else next(left) for empty in nothing]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """See the harness's `LM.loglikelihood_rolling`."""
@@ -177,17 +185,37 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         self.truncated += len(
             {tuple(own) for _, own, scored in requests if len(own) + len(scored) > self.max_length + 1}
         )
-        if self._full or self._handle is None:
-            full: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm=disable_tqdm or self._quiet, override_bs=override_bs
-            )
-            return full
-        for texts, _, scored in requests:
-            if not 0 < len(scored) <= self.max_length:
+        results = [_NOTHING] * len(requests)
+        scored: list[int] = []  # a choice may have no tokens: it is empty, or they merge with the context's
+        for index, (texts, context, continuation) in enumerate(requests):
+            if not continuation:
+                self._told(texts, _NOTHING)
+            elif not context:
+                raise ValueError(f"a context has no tokens ({str(texts)[:60]!r}); expected some text before a choice")
+            elif len(continuation) > self.max_length:
                 raise ValueError(
-                    f"a continuation has {len(scored)} tokens ({str(texts)[-60:]!r}); expected 1 to {self.max_length}, "
-                    "the model's window"
+                    f"a continuation has {len(continuation)} tokens ({str(texts)[-60:]!r}); expected at most "
+                    f"{self.max_length}, the model's window"
                 )
+            else:
+                scored.append(index)
+        for index, score in self._scores(requests, scored, disable_tqdm or self._quiet, override_bs):
+            results[index] = score
+        return results
+
+    def _scores(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        scored: Sequence[int],
+        quiet: bool,
+        override_bs: int | None,
+    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """The scores of those requests that have some tokens to score: HFLM's where nothing is attached."""
+        wanted = [requests[index] for index in scored]
+        if self._full or self._handle is None:
+            full = super()._loglikelihood_tokens(wanted, disable_tqdm=quiet, override_bs=override_bs)
+            yield from zip(scored, full, strict=True)
+            return
         scorer = Scorer(
             self.model,
             self._handle,
@@ -196,16 +224,18 @@ class GriffinLM(HFLM):  # type: ignore[misc]
             pad_token=self.tokenizer.pad_token_id,
             log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype),
         )
-        windows = [Request(tuple(own), tuple(scored)).within(self.max_length) for _, own, scored in requests]
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(total=len(requests), disable=disable_tqdm or self._quiet, desc="Running loglikelihood requests")
-        with bar, self._autocast():
+        windows = [Request(tuple(own), tuple(tokens)).within(self.max_length) for _, own, tokens in wanted]
+        with tqdm(total=len(wanted), disable=quiet, desc="Running loglikelihood requests") as bar, self._autocast():
             for score in scorer(windows):
-                results[score.index] = score.loglikelihood, score.greedy
-                if requests[score.index][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[score.index][0], results[score.index])
+                found = score.loglikelihood, score.greedy
+                self._told(wanted[score.index][0], found)
+                yield scored[score.index], found
                 bar.update()
-        return results
+
+    def _told(self, texts: Any, score: tuple[float, bool]) -> None:
+        """Let the harness keep a score; windows of a longer text have no key."""
+        if texts is not None:
+            self.cache_hook.add_partial("loglikelihood", texts, score)
 
     def tok_batch_encode(
         self,

@@ -350,9 +350,9 @@ class Engine:
             if not bool(torch.isfinite(logits).all()):
                 raise FloatingPointError("the model's logits are not finite")
             token = int(own.draw(logits[None])[0])
-            info = None if request.logprobs is None else _info(token, logits, request.logprobs)
             ended = token in self._ends
             text = "" if ended else own.answer.add(token)
+            info = None if request.logprobs is None else _info(token, logits, request.logprobs, own.answer.offset)
         except Exception as error:
             logger.exception("an answer has failed")
             self._fail(request, error)
@@ -410,8 +410,9 @@ class Engine:
         return sum(own.nbytes for pair in pairs for own in pair) // pairs[0][0].shape[2]
 
 
-def _info(token: int, logits: Tensor, top: int) -> TokenInfo:
+def _info(token: int, logits: Tensor, top: int, offset: int) -> TokenInfo:
     logprobs = logits.log_softmax(dim=-1)
     values, tokens = logprobs.topk(top) if top else (logprobs[:0], logprobs[:0])
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-    return TokenInfo(token, float(logprobs[token]), tuple((int(which), float(value)) for which, value in pairs))
+    likeliest = tuple((int(which), float(value)) for which, value in pairs)
+    return TokenInfo(token, float(logprobs[token]), likeliest, offset)

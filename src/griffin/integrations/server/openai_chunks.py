@@ -40,7 +40,6 @@ class Chunks:
     ) -> None:
         self._chat, self._bytes_of, self._usage_apart = chat, bytes_of, usage_apart
         self._about = about
-        self._offsets = [0] * answers
         self._last: Chunk | None = None
         self._open = answers
         self._base = {
@@ -70,7 +69,7 @@ class Chunks:
         content: Any = {"content": event.text} if event.text or event.token else {}
         if not self._chat:
             content = event.text
-        logprobs = None if event.token is None else self._logprobs(event.index, event.token)
+        logprobs = None if event.token is None else self._logprobs(event.token)
         chunk = self._with(self._choice(event.index, content, logprobs, event.finish_reason))
         self._open -= event.finish_reason is not None
         if self._open == 0 and not self._usage_apart:  # usage goes with it
@@ -89,20 +88,17 @@ class Chunks:
             "finish_reason": reason,
         }
 
-    def _logprobs(self, index: int, info: TokenInfo) -> Chunk:
+    def _logprobs(self, info: TokenInfo) -> Chunk:
         if self._chat:
             top = [self._scored(token, logprob) for token, logprob in info.top]
             return {"content": [{**self._scored(info.token, info.logprob), "top_logprobs": top}], "refusal": None}
-        text = shown(self._bytes_of(info.token))
-        offset = self._offsets[index]
-        self._offsets[index] += len(text)
         return {
-            "tokens": [text],
+            "tokens": [shown(self._bytes_of(info.token))],
             "token_logprobs": [info.logprob],
             "top_logprobs": [{shown(self._bytes_of(token)): logprob for token, logprob in info.top}]
             if info.top
             else None,
-            "text_offset": [offset],
+            "text_offset": [info.offset],
         }
 
     def _scored(self, token: int, logprob: float) -> Chunk:

@@ -49,11 +49,13 @@ class TokenInfo:
         token: its id.
         logprob: natural logarithm of its probability.
         top: the likeliest tokens with theirs, likeliest first.
+        offset: characters of the answer's text before the token's own; a special token has none.
     """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)
