@@ -1,16 +1,17 @@
-"""A method of one's own beside the paper's: a function, and it is there under its name."""
+"""A method of your own: a row in the registry, and its name works wherever the paper's methods do."""
 
 import griffin
-from griffin.method.selection import register, topk
+from griffin.method.selection import topk
+from griffin.methods import Method
 
 
-@register("inverse", "the neurons of smallest statistic: a control")
 def inverse(scores, k, seeds):
     return topk(-scores, k)
 
 
+griffin.register_method(Method("inverse", "the neurons of smallest statistic: a control", select=inverse))
+
 model, tokenizer = griffin.load("smollm2-135m")
 prompt = "The history of the lighthouse begins"
 for selection in ("topk", "inverse"):
-    config = griffin.GriffinConfig(density=0.75, selection=selection)
-    print(selection, griffin.generate(model, tokenizer, prompt, griffin=config, max_tokens=20).text)
+    print(selection, griffin.generate(model, tokenizer, prompt, density=0.75, selection=selection, max_tokens=20).text)
