@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-native test-vllm lint clean
+.PHONY: demo test test-native test-vllm lint docs clean
 
 demo: .venv/installed
 	$(BIN)/griffin demo
@@ -26,10 +26,14 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The documentation as a site, in site/.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/installed: pyproject.toml constraints.txt $(wildcard native/CMakeLists.txt native/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build
+	rm -rf .venv .venv-vllm build site
