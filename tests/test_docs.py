@@ -101,8 +101,9 @@ def test_commands_in_the_docs_exist() -> None:
 
 
 def test_links_in_the_docs_lead_somewhere() -> None:
-    anchors = {page: set(map(anchor, headings(page))) for page in PAGES}
-    for page in PAGES:
+    pages = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
+    anchors = {page: set(map(anchor, headings(page))) for page in pages}
+    for page in pages:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if "://" in link:
                 continue

@@ -25,9 +25,10 @@ def version(text: str) -> list[int]:
 def test_oldest_versions_that_ci_installs_are_the_lower_ends_of_the_ranges() -> None:
     oldest = pins(".github/constraints-oldest.txt")
     lowest = dict(re.match(r"([\w-]+)>=([\d.]+)", requirement).groups() for requirement in PROJECT["dependencies"])  # type: ignore[union-attr]
-    assert set(oldest) == set(lowest)
-    for name, least in lowest.items():
-        assert version(oldest[name])[: len(version(least))] == version(least), name
+    assert {"torch", "transformers"} <= set(oldest)
+    for name, oldest_version in oldest.items():
+        least = version(lowest[name])
+        assert version(oldest_version)[: len(least)] == least, name
 
 
 def test_pinned_versions_are_in_the_ranges() -> None:
