@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE = $(wildcard native/include/* native/src/* native/tests/*)
 
-.PHONY: demo test test-native test-vllm lint format clean
+.PHONY: demo test test-native test-vllm lint format docs clean
 
 demo: .venv/installed
 	$(BIN)/griffin demo
@@ -32,10 +32,14 @@ format: .venv/installed
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(NATIVE)
 
+# The documentation as a site, in site/.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/installed: pyproject.toml constraints.txt $(wildcard native/CMakeLists.txt native/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build
+	rm -rf .venv .venv-vllm build site

@@ -7,11 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from griffin.cli import COMMANDS
+
 PAGE = Path(__file__).parent / "cli.md"
-COMMANDS = (
-    *("generate", "chat", "serve", "info", "bench", "eval", "profile", "perplexity", "flocking", "sweep", "report"),
-    "demo",
-)
 INTRODUCTION = """\
 # Command line
 

@@ -1,4 +1,4 @@
-"""A method of one's own beside the paper's: a row of the registry, and it is there under its name."""
+"""A method of your own: a row in the registry, and its name works wherever the paper's methods do."""
 
 import griffin
 from griffin.method.selection import topk
@@ -13,5 +13,4 @@ griffin.register_method(griffin.Method("inverse", "the neurons of smallest stati
 model, tokenizer = griffin.load("smollm2-135m")
 prompt = "The history of the lighthouse begins"
 for selection in ("topk", "inverse"):
-    result = griffin.generate(model, tokenizer, prompt, density=0.75, selection=selection, max_tokens=20)
-    print(selection, result.text)
+    print(selection, griffin.generate(model, tokenizer, prompt, density=0.75, selection=selection, max_tokens=20).text)

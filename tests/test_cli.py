@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -138,17 +137,6 @@ def test_flags_are_the_fields_of_the_dataclasses() -> None:
             assert re.search(rf"\(default: {field.default}[,)]", arguments._SAMPLING[field.name][2])
     assert tuple(BUILTIN) == arguments.BUILTIN_MODELS
     assert arguments.BUILTIN_MODELS[0] == DEFAULT_MODEL
-
-
-def test_docs_are_current() -> None:
-    path = ROOT / "docs" / "generate_cli.py"
-    spec = importlib.util.spec_from_file_location("generate_cli", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert tuple(cli.COMMANDS) == script.COMMANDS
-    assert script.PAGE.read_text(encoding="utf-8") == script.render(), "run `python docs/generate_cli.py`"
 
 
 BAD = {
