@@ -92,11 +92,13 @@ def requests(texts: Sequence[tuple[str, Sequence[str]]] = TEXTS) -> list[Instanc
 
 
 def griffin_lm(model: Any, tokenizer: Any, **arguments: Any) -> GriffinLM:
-    return GriffinLM(model, tokenizer=tokenizer, disable_tqdm=True, **{"density": 0.5, **arguments})
+    return GriffinLM(
+        model, tokenizer=tokenizer, disable_tqdm=True, **{"density": 0.5, "selection": "topk", **arguments}
+    )
 
 
 @pytest.mark.model
-def test_a_built_in_model_in_packed_weights_with_the_token_tier(
+def test_a_built_in_model_in_packed_weights_with_dynamic_selection(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     texts = [("The capital of France is", [" Paris", " a potato"]), ("Water is", [" wet"])]
@@ -387,7 +389,7 @@ def test_configs_that_share_a_prompt_phase_answer_as_if_each_were_alone(
         whole_prompts.append((args[0] if args else kwargs["input_ids"]).shape[1] > 1)
 
     hook = model.register_forward_pre_hook(see, with_kwargs=True)
-    shared = Shared([GriffinConfig(**own) for own in settings])
+    shared = Shared([GriffinConfig(**{"selection": "topk", **own}) for own in settings])
     together = [generated(griffin_lm(model, tokenizer, batch_size=2, shared=shared, **own), texts) for own in settings]
     hook.remove()
     assert together == alone
@@ -496,7 +498,7 @@ def test_special_tokens_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> Non
         assert generated(lm, ["The river"], until=[special + after])[0].startswith(before)
     ids = tokenizer("The river", return_tensors="pt")["input_ids"]
     ends = tokenizer(special + after)["input_ids"]
-    with attach(model, GriffinConfig(density=0.999)) as handle:
+    with attach(model, GriffinConfig(density=0.999, selection="topk")) as handle:
         for stop, count in ((special, 1), (special + after, 2)):
             batch = generating.Batch(ids, None, 30, (stop,), Sampling(max_tokens=30))
             row = generating.answer(model, tokenizer, batch, handle)[0].tolist()
@@ -570,7 +572,9 @@ def test_what_hf_scores_is_scored_at_every_density(phase: str, batch_size: int) 
     if phase == "continuation" and batch_size == 1:
         for request, score in zip(requests(texts), found, strict=True):
             context, continuation = hf._encode_pair(*request.args) if request.args[0] else ([1], [2 + 256 + 1])
-            by_hand = continuation_by_hand(model, GriffinConfig(density=0.5), [context], 0, continuation)
+            by_hand = continuation_by_hand(
+                model, GriffinConfig(density=0.5, selection="topk"), [context], 0, continuation
+            )
             assert score == (pytest.approx(by_hand[0], abs=EXACT), by_hand[1])
 
 
@@ -780,9 +784,7 @@ def test_figures_by_hand_from_the_logged_samples(
     assert found["acc_stderr,none"] == pytest.approx(statistics.stdev(right) / math.sqrt(3))
     assert f"{found['acc,none']:.4f}" in out
     (model, tokenizer) = bytes_model(torch.float32), bytes_tokenizer()
-    again = evaluate(
-        model, tokenizer, GriffinConfig(seed=3, selection="topk"), tasks=["hellaswag"], data=data, limit=3
-    )["hellaswag"]
+    again = evaluate(model, tokenizer, GriffinConfig(seed=3), tasks=["hellaswag"], data=data, limit=3)["hellaswag"]
     assert again.metrics["acc"] == found["acc,none"]
     assert again.per_sample["acc"] == right
     responses = [[float(one[0]) for one in sample["response"]] for sample in again.samples]

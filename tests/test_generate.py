@@ -159,10 +159,12 @@ def test_a_stop_text_may_name_special_tokens(smollm2: Loaded, stop: str, shown: 
 def test_a_special_token_ends_an_answer(density: float) -> None:
     model, before, special, after = special_model()
     for stop in (special, special + after):
-        settings: dict[str, Any] = {"griffin": GriffinConfig(density=density), "max_tokens": 30}
+        settings: dict[str, Any] = {"density": density, "selection": "topk", "max_tokens": 30}
         result = one(model, bytes_tokenizer(), "The river", stop=["@@@", stop], **settings)
         assert (result.text, result.finish_reason) == (before, "stop")
-    assert one(model, bytes_tokenizer(), "The river", max_tokens=30).text.startswith(before + after)
+    assert one(model, bytes_tokenizer(), "The river", density=density, selection="topk", max_tokens=30).text.startswith(
+        before + after
+    )
 
 
 @pytest.mark.model
@@ -203,8 +205,8 @@ def test_a_result_says_what_was_measured(smollm2: Loaded) -> None:
     assert result.selection_ms > 0
     assert result.prompt_tokens_per_s > 0
     assert result.generation_tokens_per_s > 0
-    full = one(model, tokenizer, TEXT, max_tokens=5)
-    assert (full.density, full.selection_ms, full.ff_bytes_per_token) == (1.0, 0.0, 30 * 3 * 1536 * 576 * 4)
+    full = one(model, tokenizer, TEXT, density=1.0, max_tokens=5)
+    assert (full.density, full.selection, full.ff_bytes_per_token) == (1.0, "full", 30 * 3 * 1536 * 576 * 4)
 
 
 @pytest.mark.model
@@ -298,3 +300,15 @@ class _Letters:
 def test_wrong_sampling_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Sampling(**settings)
+
+
+@pytest.mark.model
+def test_messages_that_end_with_the_assistants_are_continued(smollm2: Loaded) -> None:
+    model, tokenizer = smollm2
+    messages = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "My favourite is"}]
+    (ids,) = encode(model, tokenizer, [messages])
+    text = tokenizer.decode(ids)
+    assert text.endswith("<|im_start|>assistant\nMy favourite is")
+    assert text.count("<|im_start|>assistant") == 1
+    (answered,) = encode(model, tokenizer, [messages[:1]])
+    assert tokenizer.decode(answered).endswith("<|im_start|>assistant\n")

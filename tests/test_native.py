@@ -212,6 +212,7 @@ def test_undo_restores_layout_values_and_addresses() -> None:
             assert after[name].data_ptr() == address
             assert after[name].stride() == stride
             assert torch.equal(after[name], values)
+        del after
         assert torch.equal(model(PROMPT).logits, logits)
 
 

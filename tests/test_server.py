@@ -51,7 +51,7 @@ class Server:
     """A server in a thread of this process."""
 
     def __init__(self, model: Any, tokenizer: Any, limits: Limits, **settings: Any) -> None:
-        self.engine = Engine(model, tokenizer, GriffinConfig(density=0.5), limits)
+        self.engine = Engine(model, tokenizer, GriffinConfig(density=0.5, selection="topk"), limits)
         app = make_app(self.engine, Settings(NAME, **settings))
         self.app = app
         with socket.socket() as free:
@@ -116,7 +116,9 @@ def expected(smollm2: Loaded) -> dict[tuple[str, float], str]:
     found = {}
     for text in TEXTS:
         for density in (1.0, 0.75, 0.5):
-            result = griffin.generate(*smollm2, text, griffin=GriffinConfig(density=density), max_tokens=20)
+            result = griffin.generate(
+                *smollm2, text, griffin=GriffinConfig(density=density, selection="topk"), max_tokens=20
+            )
             assert isinstance(result, griffin.Result)
             found[text, density] = result.text
     return found
@@ -513,10 +515,10 @@ def test_an_exception_in_one_request_ends_no_other(tiny: Loaded, monkeypatch: py
     with served(tiny) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         true = engines._info
 
-        def broken(token: int, logits: torch.Tensor, top: int) -> Any:
+        def broken(token: int, logits: torch.Tensor, top: int, *rest: Any) -> Any:
             if top == 7:
                 raise RuntimeError("made up")
-            return true(token, logits, top)
+            return true(token, logits, top, *rest)
 
         monkeypatch.setattr(engines, "_info", broken)
         good = [pool.submit(post, server.url, ask(max_tokens=30, logprobs=2)) for _ in range(2)]
@@ -586,7 +588,7 @@ def test_requests_of_the_served_schema_are_answered_as_it_says(quick: Server) ->
     import schemathesis
     from hypothesis import HealthCheck, settings
 
-    quick.engine.config = GriffinConfig(density=0.5)
+    quick.engine.config = GriffinConfig(density=0.5, selection="topk")
     schema = schemathesis.openapi.from_url(f"{quick.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == 7

@@ -112,6 +112,11 @@ class FFBlock:
         """Whether the weights are packed: a `QuantisedLinear` each, which has no `weight`."""
         return isinstance(self.output, QuantisedLinear)
 
+    def stored(self) -> list[Tensor]:
+        """The projections' weights as they are stored, packed ones too."""
+        projections = (*self.inputs, self.output)
+        return [p.packed if isinstance(p, QuantisedLinear) else rows(p)[0] for p in projections]
+
     def input_weights(self) -> list[Tensor]:
         """Weights that read the block's input, one tensor for the gate (if there is one) and one for `W_1`.
 

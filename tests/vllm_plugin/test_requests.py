@@ -16,7 +16,10 @@ from griffin.integrations.vllm.copied import Copied
 from griffin.integrations.vllm.requests import Requests, Scheduled
 from griffin.layouts import FFBlock, Layout
 
-HALF, FULL = GriffinConfig(batch="per_sequence"), GriffinConfig(density=1.0, batch="per_sequence")
+HALF, FULL = (
+    GriffinConfig(batch="per_sequence", selection="topk"),
+    GriffinConfig(density=1.0, batch="per_sequence", selection="topk"),
+)
 
 
 def requests() -> Requests:
@@ -28,7 +31,7 @@ def step(own: Requests, *scheduled: Scheduled) -> tuple[list[tuple[int, int]], l
     """Run a step: which rows were gathered, which pruned."""
     plan = own.plan(scheduled)
     for request, begin, end in plan.gathered:
-        request.conversation.add(0, torch.rand(1, end - begin, 8), None)
+        request.statistics.add(0, torch.rand(1, end - begin, 8), None)
     own.select(plan)
     return [(begin, end) for _, begin, end in plan.gathered], [row for row, _ in plan.pruned]
 
@@ -65,7 +68,7 @@ def test_copies_of_few_requests_equal_masking(gated: bool) -> None:
         return z[:, : z.shape[1] // 2].relu() * z[:, z.shape[1] // 2 :] if gated else z.relu()
 
     own = requests()
-    quarter = GriffinConfig(density=0.25, batch="per_sequence")
+    quarter = GriffinConfig(density=0.25, batch="per_sequence", selection="topk")
     step(own, Scheduled("a", 0, 4, 0, 4, HALF), Scheduled("b", 4, 6, 0, 2, quarter))
     copied = Copied(0, (weight, bias), (down, down_bias), activate, gated)
     x = torch.randn(2, d)
@@ -93,7 +96,7 @@ def test_missing_prompt_tokens_are_counted() -> None:
 
 def test_requests_of_several_densities_share_a_union() -> None:
     own = requests()
-    quarter = GriffinConfig(density=0.25, batch="per_sequence")
+    quarter = GriffinConfig(density=0.25, batch="per_sequence", selection="topk")
     step(own, Scheduled("a", 0, 3, 0, 3, HALF), Scheduled("b", 3, 6, 0, 3, quarter))
     plan = own.plan([Scheduled("a", 0, 1, 3, 3, HALF), Scheduled("b", 1, 2, 3, 3, quarter)])
     experts, who = plan.set_of(0, 8)
@@ -128,7 +131,7 @@ def engine(**own: Any) -> Any:
         ({"densty": 0.5}, "did you mean 'density'"),
         ({"density": 2}, "density is 2"),
         ({"batch": "shared"}, "every request has its own experts"),
-        ({"selection": "dynamic+topk"}, "no token tier"),
+        ({"selection": "dynamic+topk"}, "no dynamic neuron selection"),
         ({"selection": "wanda"}, "wanda was asked for"),
         (0.5, "expected settings"),
     ],

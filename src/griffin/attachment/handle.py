@@ -25,6 +25,7 @@ from griffin.layouts import FFBlock, Layout, find_ff_blocks
 from griffin.method import scores
 from griffin.method.dynamic import Split
 from griffin.method.statistics import Statistics
+from griffin.weights.fingerprint import Fingerprint, fingerprint
 
 logger = logging.getLogger("griffin")
 
@@ -77,6 +78,7 @@ class Griffin:
         self._turn = threading.Lock()  # held during a phase
         self._turn_of: int | None = None  # the thread that holds it
         self._selected_by: int | None = None  # the thread whose selections are used
+        self._weights: list[Fingerprint] = []  # that static experts were selected by
         self._attached = False
         self._undo = ExitStack()
 
@@ -279,13 +281,15 @@ class Griffin:
             self.plan.prepare()
             for block in self.blocks:
                 self._sparse[block.layer] = self._backend_of(block, stack)
+                for projection in (*block.inputs, block.output):
+                    guard(stack, projection)
                 for which, projection in enumerate(block.inputs):
                     patch(stack, projection, "forward", self._input_forward(block, which, projection.forward))
                 patch(stack, block.output, "forward", self._output_forward(block, block.output.forward))
-                guard(stack, block.output)
             self._attach_more(stack)
             self._attached = True
             if self.config.method.static:
+                self._weights = self._fingerprints()
                 self.select(self._gathered)
             self._undo = stack.pop_all()
         logger.info(
@@ -396,12 +400,16 @@ class Griffin:
             self._selections = ()
 
     def _refresh(self) -> None:
-        """Let the backend look whether the model's weights were replaced since it took their addresses."""
+        """Follow the model's weights: those that were replaced since `attach`, and static experts of changed ones."""
         replaced = [sparse.refresh() for sparse in self._sparse.values()]
         if any(replaced):
             self._in_backend = ()
-            if self.config.method.static:
-                self._hand_over(tuple(self.plan.select(self._gathered)))
+        if self.config.method.static and self._weights != (now := self._fingerprints()):
+            self._weights, self._in_backend = now, ()
+            self.use(self.plan.select(self._gathered))
+
+    def _fingerprints(self) -> list[Fingerprint]:
+        return [fingerprint(weight) for block in self.plan.pruned for weight in block.stored()]
 
     def _of_rows(self, rows: Sequence[int] | None) -> tuple[Selection, ...]:
         """The selections of these rows of the batch."""

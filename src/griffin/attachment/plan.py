@@ -81,8 +81,8 @@ class Plan:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the prompt phase gathers beside the flocking statistic."""
-        return self.config.method.needs | ({"ups"} if self.splits else set())
+        """What the prompt phase gathers beside the flocking statistic; at density 1.0 too, as a chat may lower it."""
+        return self.config.needs
 
     def prepare(self) -> None:
         """Make what selections derive from the weights (sketches) now instead of at the first prompt."""
@@ -114,10 +114,9 @@ class Plan:
         sets = next((len(tokens) for tokens in statistics.tokens.values()), 1) if own_experts else 1
         return [
             Selection(
-                self.config,
+                self,
                 {layer: of_layer[n] for layer, of_layer in experts.items()},
                 {layer: _of_sequence(each, n) for layer, each in weights.items()},
-                self.ff_bytes,
             )
             for n in range(sets)
         ]
@@ -125,7 +124,7 @@ class Plan:
     def _experts(self, statistics: Statistics) -> dict[int, Tensor]:
         """Experts by layer. Shapes: each (sets, k), int64, rows ascending."""
         experts: dict[int, Tensor] = {}
-        for blocks in _alike(self.pruned, self.counts):
+        for blocks in self._alike(statistics):
             scores = self.config.method.scores_function(blocks, statistics, self.config.batch)
             layers, sets = scores.shape[:2]
             # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
@@ -134,6 +133,15 @@ class Plan:
             chosen = selection.select(scores.flatten(0, 1), k, self.config.method.name, seeds)
             experts |= zip((block.layer for block in blocks), chosen.view(layers, sets, k), strict=True)
         return dict(sorted(experts.items()))
+
+    def _alike(self, statistics: Statistics) -> Iterable[list[FFBlock]]:
+        """Blocks of one width, one number of experts and one device: one call selects for all of them."""
+        groups: dict[tuple[int, int, torch.device], list[FFBlock]] = {}
+        for block in self.pruned:
+            energies = statistics.energies.get(block.layer)
+            device = block.device if energies is None else energies.device
+            groups.setdefault((block.width, self.counts[block.layer], device), []).append(block)
+        return groups.values()
 
 
 def plan_for(model: nn.Module, blocks: Sequence[FFBlock], config: GriffinConfig) -> Plan:
@@ -179,12 +187,3 @@ def _of_sequence(weights: Dynamic, sequence: int) -> Dynamic:
     if len(weights.weights) == 1:
         return weights
     return Dynamic(weights.split, weights.weights[sequence : sequence + 1])
-
-
-def _alike(blocks: Sequence[FFBlock], counts: Mapping[int, int]) -> Iterable[list[FFBlock]]:
-    """Blocks of one width, one number of experts and one device: one call selects for all of them."""
-    groups: dict[tuple[int, int, torch.device], list[FFBlock]] = {}
-    for block in blocks:
-        key = block.width, counts[block.layer], block.device
-        groups.setdefault(key, []).append(block)
-    return groups.values()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, joined
 from griffin.weights.projection import device_of
+
+if TYPE_CHECKING:
+    from griffin.attachment.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,19 +22,17 @@ class Selection:
     """What one sequence is computed with. Made by `Plan.select`.
 
     Args:
-        config: the config it was selected by, with `auto` and `loss` resolved.
+        plan: the plan that selected it.
         experts: by layer, ascending; layers that are not in it stay whole.
         dynamic: by layer, for a config with dynamic neuron selection.
-        ff_bytes: bytes of FF weights that a token reads.
 
     Shapes:
         experts: each (k,), int64.
     """
 
-    config: GriffinConfig
+    plan: Plan
     experts: Mapping[int, Tensor]
     dynamic: Mapping[int, Dynamic]
-    ff_bytes: int
 
 
 class LayerExperts(NamedTuple):

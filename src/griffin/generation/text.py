@@ -42,7 +42,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         if tokenizer.chat_template is None:
             raise ValueError("this model's tokenizer has no chat template; give the prompt as plain text")
         messages = [dict(message) for message in prompt]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        if messages[-1].get("role") == "assistant":  # its beginning is given: it is continued, not answered
+            encoded = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=True)
+        else:
+            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     own = [int(token) for token in encoded["input_ids"]]
     if not own:
         raise ValueError("the prompt has no tokens")

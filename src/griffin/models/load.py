@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from griffin.errors import GriffinError
+from griffin.layouts import find_ff_blocks
 from griffin.models import packed
 from griffin.models.builtin import BUILTIN, builtin_folder, read_gguf
 from griffin.models.cache_entry import one_line
@@ -32,6 +34,7 @@ from griffin.models.gguf_file import AGAIN, check_gguf
 from griffin.models.progress import progress
 from griffin.native import library
 from griffin.weights.float32_gemm import use_float32_gemm
+from griffin.weights.neuron_major import own_memory
 from griffin.weights.quantised import FLOATS, QUANTISED, WEIGHTS
 
 logger = logging.getLogger("griffin")
@@ -112,6 +115,10 @@ def load(
     tokenizer.padding_side = "left"
     model.eval()  # type: ignore[no-untyped-call, unused-ignore]
     model = _placed(model, wanted_device)
+    with suppress(ValueError):  # a family whose FF blocks are not known
+        for block in find_ff_blocks(model):
+            if not block.quantised:
+                own_memory(block.output)
     if (count := use_float32_gemm(model)) > 0:
         logger.info(
             "%s: %d projections multiply prompts in float32, since this CPU is slow with %s", name, count, model.dtype

@@ -50,10 +50,11 @@ def make_neuron_major(projection: nn.Module, path: str, undo: ExitStack) -> None
         _transpose(parameter)
         undo.callback(_transpose_back, parameter, path)
         return
-    _say(
-        "the memory of FF output projections is held by something else too (a state_dict or an autograd graph, for "
-        "instance), so they are copied instead of transposed in place, which takes as much memory again until detach"
-    )
+    if parameter.untyped_storage().resizable():  # else a file holds it
+        _say(
+            "the memory of FF output projections is held by something else too (a state_dict or an autograd graph, for "
+            "instance), so they are copied instead of transposed in place, which takes as much memory again until detach"
+        )
     logger.info("%s: %.1f MB copied", path, parameter.nbytes / 1e6)
     _replace(parameter, undo)
 
@@ -62,6 +63,15 @@ def make_neuron_major(projection: nn.Module, path: str, undo: ExitStack) -> None
 def _say(message: str) -> None:
     """Warn once, not for every layer."""
     logger.warning(message)
+
+
+@torch.no_grad()
+def own_memory(projection: nn.Module) -> None:
+    """Copy a weight whose memory is a file's or numpy's into torch's own, which can be transposed in place later."""
+    parameter = projection.weight
+    assert isinstance(parameter, Tensor)
+    if parameter.device.type == "cpu" and not parameter.untyped_storage().resizable():
+        parameter.data = parameter.detach().clone()
 
 
 def alone(tensor: Tensor) -> bool:

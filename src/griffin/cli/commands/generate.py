@@ -62,9 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = load_model(args)
     prompt = _prompt(args, text, tokenizer)
-    full = config.density == 1.0  # nothing to prune, so a model of any layout will do
     pieces = []
-    stream = stream_generate(model, tokenizer, prompt, griffin=None if full else config, sampling=sampling)
+    stream = stream_generate(model, tokenizer, prompt, griffin=config, sampling=sampling)
     with closing(stream):
         for piece in stream:
             pieces.append(piece)

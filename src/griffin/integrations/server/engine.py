@@ -311,7 +311,7 @@ class Engine:
             if logits is None:
                 return
             row = own.prompt.running()
-            request.used, request.ff_bytes = row.selection.config, row.selection.ff_bytes
+            request.used, request.ff_bytes = row.selection.plan.config, row.selection.plan.ff_bytes
             request.first_s = request.first_s or time.monotonic()
             self._prompt = None
             answers = []

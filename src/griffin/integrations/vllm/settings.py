@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from griffin.config import GriffinConfig
+from griffin.config import AUTO, GriffinConfig
+from griffin.methods import METHODS
 
 KEY = "griffin"
 DENSITY = "griffin_density"
 """A request's own density: in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`."""
 
-_SELECTIONS = ("topk", "sample", "topk_sample", "random")
+_SELECTIONS = [name for name, method in METHODS.items() if method.select is not None and not method.static]
 
 
 def of(vllm_config: Any) -> GriffinConfig | None:
@@ -28,14 +29,16 @@ def of(vllm_config: Any) -> GriffinConfig | None:
     if not isinstance(given, Mapping):
         raise ValueError(f'additional config: griffin is {given!r}; expected settings, such as {{"density": 0.5}}')
     config = GriffinConfig.from_mapping(given)
+    if config.selection == AUTO and config.loss is None:
+        config = replace(config, selection="topk")  # the best of those that the plugin has
     if given.get("batch", "per_sequence") != "per_sequence":
         raise ValueError("batch is 'shared', but inside vLLM every request has its own experts; leave it out")
     if config.loss is not None or config.profile is not None or config.selection not in _SELECTIONS:
         asked = "a loss" if config.loss is not None else config.selection
         asked = "a profile" if config.profile is not None else asked
         raise ValueError(
-            f"{asked} was asked for, which the vLLM plugin does not have: no token tier, no profile, and no baseline "
-            f"that ignores the prompt; expected selection {', '.join(_SELECTIONS)}, and a density"
+            f"{asked} was asked for, which the vLLM plugin does not have: no dynamic neuron selection, no profile, "
+            f"and no baseline that ignores the prompt; expected selection {', '.join(_SELECTIONS)}, and a density"
         )
     return replace(config, batch="per_sequence")
 
