@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -337,6 +338,12 @@ def test_the_cache_follows_transformers_own_operations() -> None:
     cache, other = new_cache(model), None
     assert isinstance(cache, BufferedCache)
     logits = model(PROMPT, past_key_values=cache).logits
+    for removed in (3, 7):  # less than half, and more
+        shorter = copy.deepcopy(cache)
+        shorter.crop(-removed)
+        assert shorter.get_seq_length() == 11 - removed
+        rest = model(PROMPT[:, 11 - removed :], past_key_values=shorter).logits
+        torch.testing.assert_close(rest, logits[:, 11 - removed :], **CLOSE)
     cache.crop(-3)
     assert cache.get_seq_length() == 8
     again = model(PROMPT[:, 8:], past_key_values=cache).logits

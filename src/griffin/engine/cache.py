@@ -66,6 +66,16 @@ class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         assert values is not None
         return keys, values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens. Transformers' own crop cuts keys and then values, which here share one length.
+
+        Args:
+            tokens_to_remove: 0 or negative: minus the number of tokens.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop was called with {tokens_to_remove}; expected minus the number of tokens to remove")
+        self.length = max(0, self.length + tokens_to_remove)
+
     def holds(self, tokens: int) -> bool:
         """Whether there is room for so many tokens in all."""
         return all(_fits(buffer, tokens) for buffer in self.buffers)

@@ -53,7 +53,7 @@ def make_neuron_major(projection: nn.Module, path: str, undo: ExitStack) -> None
     if parameter.untyped_storage().resizable():  # else a file holds it
         _say(
             "the memory of FF output projections is held by something else too (a state_dict or an autograd graph, for "
-            "instance), so they are copied instead of transposed in place, which takes as much memory again until detach"
+            "instance), so they are copied instead of transposed in place: as much memory again until detach"
         )
     logger.info("%s: %.1f MB copied", path, parameter.nbytes / 1e6)
     _replace(parameter, undo)
