@@ -90,8 +90,8 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @pytest.fixture(scope="module")
 def server(smollm2: Loaded) -> Iterator[Server]:
-    with served(smollm2) as own:
-        yield own
+    with served(smollm2) as running_server:
+        yield running_server
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def tiny(smollm2: Loaded) -> Loaded:
 
 @pytest.fixture(scope="module")
 def quick(smollm2: Loaded) -> Iterator[Server]:
-    with served(small(smollm2), Limits(queue=400)) as own:
-        yield own
+    with served(small(smollm2), Limits(queue=400)) as running_server:
+        yield running_server
 
 
 def small(loaded: Loaded) -> Loaded:
@@ -113,15 +113,15 @@ def small(loaded: Loaded) -> Loaded:
 @pytest.fixture(scope="module")
 def expected(smollm2: Loaded) -> dict[tuple[str, float], str]:
     """What griffin.generate answers to each text at each density; asked before the server has the model."""
-    found = {}
+    answers = {}
     for text in TEXTS:
         for density in (1.0, 0.75, 0.5):
             result = griffin.generate(
                 *smollm2, text, griffin=GriffinConfig(density=density, selection="topk"), max_tokens=20
             )
             assert isinstance(result, griffin.Result)
-            found[text, density] = result.text
-    return found
+            answers[text, density] = result.text
+    return answers
 
 
 def post(url: str, body: bytes, path: str = "/v1/completions", **headers: str) -> tuple[int, dict[str, Any]]:
@@ -189,16 +189,18 @@ def test_chat_streams_what_it_answers_whole(server: Server) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
-    streamed = [own for part in parts if part.logprobs for own in part.logprobs.content or []]
+    streamed = [token for part in parts if part.logprobs for token in part.logprobs.content or []]
     tokens = whole.choices[0].logprobs.content  # type: ignore[union-attr]
     assert tokens == streamed
     assert tokens is not None
     assert whole.usage is not None
     assert len(tokens) == whole.usage.completion_tokens
-    for own in tokens:
-        assert own.logprob == own.top_logprobs[0].logprob <= 0  # greedy: the likeliest
-        assert [top.logprob for top in own.top_logprobs] == sorted((t.logprob for t in own.top_logprobs), reverse=True)
-        assert own.token == own.top_logprobs[0].token
+    for token in tokens:
+        assert token.logprob == token.top_logprobs[0].logprob <= 0  # greedy: the likeliest
+        assert [top.logprob for top in token.top_logprobs] == sorted(
+            (top.logprob for top in token.top_logprobs), reverse=True
+        )
+        assert token.token == token.top_logprobs[0].token
 
 
 @pytest.mark.model
@@ -216,10 +218,10 @@ def test_without_stream_options_usage_comes_with_the_last_choice(server: Server)
 def test_several_answers_differ_and_a_seed_repeats_them(quick: Server) -> None:
     client = quick.client()
     asked: dict[str, Any] = {"model": NAME, "prompt": ["Once", "A dog"], "n": 3, "max_tokens": 12, "seed": 5}
-    first, second = client.completions.create(**asked), client.completions.create(**asked)
-    texts = [choice.text for choice in first.choices]
-    assert [choice.index for choice in first.choices] == list(range(6))
-    assert texts == [choice.text for choice in second.choices]
+    answers, repeated = client.completions.create(**asked), client.completions.create(**asked)
+    texts = [choice.text for choice in answers.choices]
+    assert [choice.index for choice in answers.choices] == list(range(6))
+    assert texts == [choice.text for choice in repeated.choices]
     assert len(set(texts)) == 6
     other = client.completions.create(**{**asked, "seed": 99})
     assert [choice.text for choice in other.choices] != texts
@@ -240,10 +242,10 @@ def test_a_stop_text_ends_the_answer(quick: Server) -> None:
 
 def test_special_tokens_as_stop_texts_and_the_offsets_of_tokens() -> None:
     model, before, special, after = special_model(torch.float32)
-    with served((model, bytes_tokenizer())) as own:
+    with served((model, bytes_tokenizer())) as server:
         asked: dict[str, Any] = {"model": NAME, "prompt": "The river", "temperature": 0, "max_tokens": 12}
         asked["extra_body"] = {"griffin": {"density": 1.0}}
-        client = own.client()
+        client = server.client()
         for stop in (special, special + after):
             ended = client.completions.create(**asked, stop=["@@@", stop]).choices[0]
             assert (ended.text, ended.finish_reason) == (before, "stop")
@@ -278,8 +280,8 @@ def test_tokens_that_are_part_of_a_character_are_told_by_their_bytes(smollm2: Lo
     from griffin.integrations.server.openai_chunks import shown, token_bytes
 
     for text in ("naïve 東京 🤷🏽‍♀️\t\n ok", "plain text"):
-        found = [token_bytes(smollm2[1], token) for token in smollm2[1](text)["input_ids"]]
-        assert b"".join(found) == text.encode()
+        pieces = [token_bytes(smollm2[1], token) for token in smollm2[1](text)["input_ids"]]
+        assert b"".join(pieces) == text.encode()
     assert shown("é".encode()) == "é"
     assert shown(b"\xe6\x9d") == "bytes:\\xe6\\x9d"
 
@@ -460,7 +462,7 @@ def test_a_slow_reader_holds_nobody_up(quick: Server) -> None:
 
 @pytest.mark.model
 def test_a_full_queue_says_when_to_come_back(tiny: Loaded) -> None:
-    with served(tiny, Limits(places=1, queue=1)) as server, concurrent.futures.ThreadPoolExecutor(3) as pool:
+    with served(tiny, Limits(max_sequences=1, queue=1)) as server, concurrent.futures.ThreadPoolExecutor(3) as pool:
         client = server.client()
         running = client.completions.create(model=NAME, prompt="A", max_tokens=4000, stream=True)
         next(iter(running))
@@ -475,7 +477,7 @@ def test_a_full_queue_says_when_to_come_back(tiny: Loaded) -> None:
 
 @pytest.mark.model
 def test_who_leaves_the_queue_is_not_waited_for(tiny: Loaded) -> None:
-    with served(tiny, Limits(places=1)) as server:
+    with served(tiny, Limits(max_sequences=1)) as server:
         running = server.client().completions.create(model=NAME, prompt="A", max_tokens=8000, stream=True)
         next(iter(running))
         for stream in (True, False):
@@ -488,14 +490,14 @@ def test_who_leaves_the_queue_is_not_waited_for(tiny: Loaded) -> None:
 
 @pytest.mark.model
 def test_deadline_memory_and_key(tiny: Loaded) -> None:
-    limits = Limits(cache_bytes=2_000_000, seconds=0.5)
+    limits = Limits(cache_bytes=2_000_000, deadline_s=0.5)
     with served(tiny, limits, api_key="secret", prompt_tokens=100) as server:
         key = {"Authorization": "Bearer secret"}
         assert post(server.url, ask())[0] == 401
         assert post(server.url, ask(), Authorization="Bearer secreT")[0] == 401
         with pytest.raises(openai.AuthenticationError):
             server.client(api_key="wrong").models.list()
-        assert [own.id for own in server.client(api_key="secret").models.list()] == [NAME]
+        assert [model.id for model in server.client(api_key="secret").models.list()] == [NAME]
         status, body = post(server.url, ask(max_tokens=8000), **key)
         assert status == 422
         assert "MB of key/value memory, this server has 2.0 MB" in body["error"]["message"]
@@ -526,7 +528,7 @@ def test_an_exception_in_one_request_ends_no_other(tiny: Loaded, monkeypatch: py
         assert status == 500
         assert body["error"]["message"] == "the answer has failed: RuntimeError: made up"
         assert body["error"]["type"] == "server_error"
-        assert [own.result()[0] for own in good] == [200, 200]
+        assert [answer.result()[0] for answer in good] == [200, 200]
         assert server.engine.alive
 
 
@@ -549,13 +551,13 @@ def test_flocking_picture(quick: Server) -> None:
     import base64
 
     body = json.dumps({"model": NAME, "prompt": TEXTS[2], "layer": 1}).encode()
-    status, found = post(quick.url, body, "/v1/griffin/flocking")
+    status, picture = post(quick.url, body, "/v1/griffin/flocking")
     assert status == 200
-    values = torch.frombuffer(bytearray(base64.b64decode(found["values"])), dtype=torch.uint8)
-    assert values.numel() == found["width"] * found["height"]
-    assert len(found["tokens"]) == found["width"]
-    assert len(found["neurons"]) == found["height"] == len(found["experts"]["shown"])
-    assert 0 < sum(found["experts"]["shown"]) < found["height"]
+    values = torch.frombuffer(bytearray(base64.b64decode(picture["values"])), dtype=torch.uint8)
+    assert values.numel() == picture["width"] * picture["height"]
+    assert len(picture["tokens"]) == picture["width"]
+    assert len(picture["neurons"]) == picture["height"] == len(picture["experts"]["shown"])
+    assert 0 < sum(picture["experts"]["shown"]) < picture["height"]
     assert values.max() == 255
     status, refused = post(
         quick.url, json.dumps({"model": NAME, "prompt": "a", "layer": 30}).encode(), "/v1/griffin/flocking"
@@ -623,27 +625,27 @@ def schemathesis_given(operation: Any) -> Any:
 @contextlib.contextmanager
 def process(model: str, *words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command = [sys.executable, "-m", "griffin", "serve", "-m", model, "--name", NAME, "--port", "0", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as own:
-        assert own.stderr is not None
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as server:
+        assert server.stderr is not None
         try:
-            for line in own.stderr:
-                if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                    yield own, found[0]
+            for line in server.stderr:
+                if address := re.search(r"http://127\.0\.0\.1:\d+", line):
+                    yield server, address[0]
                     break
             else:
                 pytest.fail("the server said no address")
         finally:
-            own.kill()
+            server.kill()
 
 
 def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Path) -> None:
     model = save_bytes_model(tmp_path / "tiny")
-    with process(model) as (own, url):
+    with process(model) as (server, url):
         port = url.rpartition(":")[2]
-        own.kill()
-        own.wait(10)
+        server.kill()
+        server.wait(10)
     started = process(model, "--port", port, GRIFFIN_API_KEY="k")  # at the same port
-    with started as (own, again), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with started as (server, again), concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert again == url
         assert post(again, ask())[0] == 401
         assert post(again, ask(), Authorization="Bearer k")[0] == 200
@@ -654,12 +656,12 @@ def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Path) -> None:
                 return bool(json.loads(health.read())["running"])
 
         until(running)
-        own.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         status, body = answer.result(60)
         assert status == 200  # what was running is answered
         assert body["usage"]["completion_tokens"] == 600
-        own.wait(30)
-        assert own.returncode in (0, -signal.SIGTERM)
+        server.wait(30)
+        assert server.returncode in (0, -signal.SIGTERM)
 
 
 def test_wrong_usage_is_one_line() -> None:

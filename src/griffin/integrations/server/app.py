@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI-compatible endpoints, the page, health and metrics. Nothing here computes with the model."""
+"""The HTTP endpoints: the OpenAI-compatible API, the page, health and metrics. This module never runs the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from starlette.exceptions import HTTPException
 
 from griffin.integrations.server import schema
 from griffin.integrations.server.engine import Engine
-from griffin.integrations.server.errors import ApiError, answer, failed, invalid, of_http, refusal
+from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http, refusal
 from griffin.integrations.server.flocking import picture
 from griffin.integrations.server.metrics import Counted, Metrics
 from griffin.integrations.server.middleware import Gate
-from griffin.integrations.server.openai_chunks import Chunks, fold, token_bytes
-from griffin.integrations.server.types import Event, FullError, StoppedError, Summary
-from griffin.integrations.server.types import Request as Asked
+from griffin.integrations.server.openai_chunks import Chunks, token_bytes, whole_response
+from griffin.integrations.server.types import Event, FullError, GenerationRequest, StoppedError, Summary
 from griffin.integrations.server.validation import Settings, config_of, encoded, prompts_of, sampling_of, tokens_of
 from griffin.version import __version__
 
@@ -44,14 +43,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "not finished in time",
     }.items()
 }
-_NOBODY = Response(status_code=499)  # nobody reads it
+_CLIENT_GONE = Response(status_code=499)  # the client has disconnected and does not receive it
 _STREAMS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, whole or in chunks"}
 }
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
-    """The application. The engine is closed when it ends."""
+    """Build the application. It closes the engine at shutdown."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,7 +62,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         version=__version__,
         summary="OpenAI-compatible generation with GRIFFIN",
         lifespan=lifespan,
-        docs_url=None,  # they load scripts from elsewhere
+        docs_url=None,  # FastAPI's documentation pages load scripts from another host
         redoc_url=None,
     )
     server = _Server(engine, settings)
@@ -87,8 +86,6 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
 
 
 class _Server:
-    """The endpoints."""
-
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
         self.metrics = Metrics(engine)
@@ -102,13 +99,13 @@ class _Server:
 
     async def model(self, model: str) -> dict[str, Any]:
         """The model, by its name."""
-        self._known(model)
+        self._check_model(model)
         return self._model_object()
 
     async def health(self) -> JSONResponse:
         """Whether requests are being answered."""
         if not self._engine.alive:
-            return answer(503, f"the engine has stopped: {self._engine.failure or 'the server is stopping'}")
+            return error_response(503, f"the engine has stopped: {self._engine.failure or 'the server is stopping'}")
         return JSONResponse({"status": "ok", "running": self._engine.running, "waiting": self._engine.waiting})
 
     async def metrics_text(self) -> Response:
@@ -117,7 +114,7 @@ class _Server:
 
     async def chat(self, body: schema.ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
-        self._known(body.model)
+        self._check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(422, "top_logprobs needs logprobs: true", "top_logprobs")
         if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -130,7 +127,7 @@ class _Server:
 
     async def completions(self, body: schema.CompletionRequest, http: Request) -> Response:
         """Continue a text."""
-        self._known(body.model)
+        self._check_model(body.model)
         prompts = await encoded(self._engine, self._settings, prompts_of(body.prompt), "prompt")
         if len(prompts) * (body.n or 1) > schema.MAX_CHOICES:
             raise ApiError(422, f"at most {schema.MAX_CHOICES} answers to a request; send several requests", "n")
@@ -138,7 +135,7 @@ class _Server:
 
     async def flocking(self, body: schema.FlockingRequest) -> dict[str, Any]:
         """Relative activations of a prompt's tokens in one layer."""
-        self._known(body.model)
+        self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(422, "give a prompt or messages", "prompt")
         prompt: Any = body.prompt if body.messages is None else [message.plain() for message in body.messages]
@@ -152,7 +149,7 @@ class _Server:
         except StoppedError as error:
             raise ApiError(503, str(error)) from error
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- helpers ----------------------------------------------------------------------------------------------------
 
     def _model_object(self) -> dict[str, Any]:
         engine, config = self._engine, self._engine.config
@@ -171,7 +168,7 @@ class _Server:
             },
         }
 
-    def _known(self, model: str) -> None:
+    def _check_model(self, model: str) -> None:
         if model != self._settings.model:
             message = f"there is no model {model[:80]!r} here; this server has {self._settings.model!r}"
             raise ApiError(404, message, "model", "model_not_found")
@@ -186,7 +183,7 @@ class _Server:
         *,
         chat: bool,
     ) -> Response:
-        """Put a request to the engine, and answer with its events: as they come, or folded."""
+        """Submit a request to the engine and respond with its events, streamed or joined into one response."""
         engine = self._engine
         if body.stream_options is not None and not body.stream:
             raise ApiError(422, "stream_options needs stream: true", "stream_options")
@@ -196,7 +193,7 @@ class _Server:
         def emit(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = Asked(
+        request = GenerationRequest(
             prompts=prompts,
             config=config_of(self._engine, body.griffin),
             sampling=sampling_of(body, tokens_of(engine, self._settings, prompts, tokens)),
@@ -223,23 +220,23 @@ class _Server:
         )
         stream = self._stream(request, events, chunks)
         if not body.stream:
-            whole = await _unless_gone(http, _collected(stream))
-            return _NOBODY if whole is None else JSONResponse(fold(whole))
-        # An error before the first token is an answer with its own status.
-        first = await _unless_gone(http, anext(stream))
-        if first is None:
-            return _NOBODY
-        return StreamingResponse(_server_sent(first, stream), media_type="text/event-stream")
+            collected = await _unless_gone(http, _collected(stream))
+            return _CLIENT_GONE if collected is None else JSONResponse(whole_response(collected))
+        # Wait for the first chunk: an error before it is sent with its own HTTP status.
+        first_chunk = await _unless_gone(http, anext(stream))
+        if first_chunk is None:
+            return _CLIENT_GONE
+        return StreamingResponse(_server_sent(first_chunk, stream), media_type="text/event-stream")
 
     async def _stream(
-        self, request: Asked, events: asyncio.Queue[Event], chunks: Chunks
+        self, request: GenerationRequest, events: asyncio.Queue[Event], chunks: Chunks
     ) -> AsyncIterator[dict[str, Any]]:
-        """The chunks as they come. Whoever stops reading cancels the request."""
+        """Yield the chunks as events arrive. Closing the generator cancels the request."""
         try:
             event = await events.get()
             if isinstance(event, Exception):
                 raise refusal(event)
-            for chunk in chunks.first():
+            for chunk in chunks.opening():
                 yield chunk
             while not isinstance(event, Summary):
                 if isinstance(event, Exception):
@@ -251,7 +248,7 @@ class _Server:
             for chunk in chunks.of(event):
                 yield chunk
         finally:
-            request.cancel()  # nothing happens where it is finished
+            request.cancel()  # has no effect on a finished request
             self._engine.wake()
 
 
@@ -260,7 +257,7 @@ async def _collected(stream: AsyncIterator[dict[str, Any]]) -> list[dict[str, An
 
 
 async def _unless_gone(http: Request, work: Awaitable[_T]) -> _T | None:
-    """What the work gives, or `None` if the client goes away before; the work is then cancelled."""
+    """The result of `work`, or `None` if the client disconnects first; `work` is then cancelled."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -275,12 +272,12 @@ async def _unless_gone(http: Request, work: Awaitable[_T]) -> _T | None:
         leaving.cancel()
 
 
-async def _server_sent(first: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    yield _data(first)
+async def _server_sent(first_chunk: dict[str, Any], rest: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    yield _data(first_chunk)
     try:
         async for chunk in rest:
             yield _data(chunk)
-    except ApiError as error:  # the status has been sent already
+    except ApiError as error:  # the HTTP status has already been sent
         yield _data(error.body())
         return
     yield "data: [DONE]\n\n"

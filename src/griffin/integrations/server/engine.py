@@ -1,8 +1,8 @@
-"""One thread owns the model: it takes requests from a bounded queue and answers them token by token.
+"""One thread owns the model: it takes requests from a bounded queue and generates their answers token by token.
 
-Between two steps it looks who has come and who has gone. A prompt runs in chunks, a step of the running answers after
-each, so a long prompt does not hold them up. Each answer has a place among `places` and its share of the key/value
-memory from the start, so a batch that does not fit is never begun.
+Between two steps the thread drops cancelled requests and admits new ones. Prompts run in chunks, with a step of the
+running answers after each chunk, so a long prompt does not stall them. A request is admitted only when all of its
+answers fit within `max_sequences` and the key/value memory, both of which it then holds until it ends.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from griffin.generation.text import Answer, context_length
 from griffin.integrations.server.types import (
     Event,
     FullError,
+    GenerationRequest,
     LateError,
     Limits,
     Piece,
-    Request,
     StoppedError,
     Summary,
     TokenInfo,
@@ -40,36 +40,38 @@ from griffin.integrations.server.types import (
 logger = logging.getLogger("griffin")
 
 _T = TypeVar("_T")
-_ALONE = 512  # prompt tokens in one pass while no answer is running
+_CHUNK_WHEN_IDLE = 512  # prompt tokens in one pass while no answer is running
 
 
 class _Waiting:
-    """A prompt in the queue, or on its way through the full model."""
+    """A prompt in the queue or in its prompt phase."""
 
-    def __init__(self, request: Request, number: int, nbytes: int) -> None:
+    def __init__(self, request: GenerationRequest, number: int, nbytes: int) -> None:
         self.request, self.number, self.nbytes = request, number, nbytes
-        self.prompt: Prefill | None = None
+        self.prefill: Prefill | None = None
 
 
 class _Running:
     """One answer in its generation phase."""
 
-    def __init__(self, request: Request, index: int, row: Running, draw: Draw, answer: Answer, nbytes: int) -> None:
-        self.request, self.index, self.row = request, index, row
+    def __init__(
+        self, request: GenerationRequest, index: int, sequence: Running, draw: Draw, answer: Answer, nbytes: int
+    ) -> None:
+        self.request, self.index, self.sequence = request, index, sequence
         self.draw, self.answer, self.nbytes = draw, answer, nbytes
 
 
 class Engine:
-    """The model, and the thread that runs it.
+    """Runs a model in a thread that no other thread may interrupt.
 
     Args:
-        model: the model, in eval mode. Nobody else may use it until `close`.
+        model: the model, in eval mode. No other code may use it until `close`.
         tokenizer: its tokenizer.
-        config: what a request that says nothing gets.
-        limits: what to take on.
+        config: the config of requests that set nothing.
+        limits: how much work to accept.
 
     Raises:
-        ValueError: as `attach`, or the model cannot be run in this way, which a first short prompt shows.
+        ValueError: `attach` refuses the model, or a short trial prompt fails.
     """
 
     def __init__(
@@ -85,61 +87,64 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
-        self._prompt: _Waiting | None = None  # that is being run
+        self._prefilling: _Waiting | None = None
         self._running: list[_Running] = []
         self._stopping = False
         self.failure: BaseException | None = None
         self.handle: Griffin = attach(model, replace(config, batch="per_sequence"))
         try:
             self._batch = Batch(model, self.handle)
-            self.bytes_per_token = self._try()
+            self.bytes_per_token = self._trial_run()
         except BaseException:
             self.handle.detach()
             raise
         self._thread = threading.Thread(target=self._run, name="griffin-engine", daemon=True)
         self._thread.start()
 
-    # -- from other threads -----------------------------------------------------------------------------------------
+    # -- called from other threads ------------------------------------------------------------------------------------
 
     @property
     def step_name(self) -> str:
-        """What computes a step."""
+        """The name of the decoder that computes a step."""
         return self._batch.step_name
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that the model knows."""
+        """The number of token ids of the model."""
         return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
     @property
     def running(self) -> int:
-        """Answers in their generation phase, and prompts being run."""
-        return len(self._running) + (self._prompt is not None)
+        """The number of answers in their generation phase and prompts in their prompt phase."""
+        return len(self._running) + (self._prefilling is not None)
 
     @property
     def waiting(self) -> int:
-        """Prompts in the queue."""
+        """The number of prompts in the queue."""
         return len(self._waiting)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that are spoken for."""
-        prompt = self._prompt
-        return sum(own.nbytes for own in list(self._running)) + (prompt.nbytes if prompt is not None else 0)
+        """Bytes of keys and values that are reserved."""
+        prefilling = self._prefilling
+        reserved = sum(running.nbytes for running in list(self._running))
+        return reserved + (prefilling.nbytes if prefilling is not None else 0)
 
     @property
     def alive(self) -> bool:
-        """Whether requests are being answered."""
+        """Whether the thread is running and has not failed."""
         return self._thread.is_alive() and self.failure is None
 
-    def check(self, request: Request) -> None:
-        """Refuse what could never be run.
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse a request that could never run.
 
         Raises:
-            ValueError: more answers than places, or more key/value memory than there is.
+            ValueError: the request needs more sequences or more key/value memory than the limits allow.
         """
-        if request.n > self.limits.places:
-            raise ValueError(f"n is {request.n}, but this server gives at most {self.limits.places} answers at a time")
+        if request.n > self.limits.max_sequences:
+            raise ValueError(
+                f"n is {request.n}, but this server gives at most {self.limits.max_sequences} answers at a time"
+            )
         needed = max(self._bytes_of(request, ids) for ids in request.prompts)
         if needed > self.limits.cache_bytes:
             raise ValueError(
@@ -147,12 +152,12 @@ class Engine:
                 f"{self.limits.cache_bytes / 1e6:,.1f} MB; ask for fewer tokens or answers"
             )
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         """Put a request's prompts into the queue.
 
         Raises:
-            ValueError: as `check`.
-            FullError: the queue has not room for them.
+            ValueError: `check` refuses the request.
+            FullError: the queue has no room for them.
             StoppedError: the server is stopping.
         """
         self.check(request)
@@ -169,20 +174,20 @@ class Engine:
             self._changed.notify()
 
     def call(self, job: Callable[[], _T]) -> _T:
-        """Run something else with the model between two steps; blocks until it is done.
+        """Run a function in the engine's thread between two steps, and block until it has finished.
 
         Raises:
             StoppedError: the server is stopping.
-            Exception: what the job raises.
+            Exception: the job raised it.
         """
         done = threading.Event()
-        found: list[Any] = []
+        outcome: list[Any] = []
 
         def run() -> None:
             try:
-                found.extend((job(), None))
+                outcome.extend((job(), None))
             except Exception as error:
-                found.extend((None, error))
+                outcome.extend((None, error))
             done.set()
 
         with self._changed:
@@ -193,18 +198,18 @@ class Engine:
         while not done.wait(0.5):
             if not self._thread.is_alive():
                 raise StoppedError("the server is stopping")
-        result, error = found
+        result, error = outcome
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
 
     def wake(self) -> None:
-        """Look at once who has gone."""
+        """Make the thread check for cancelled requests now."""
         with self._changed:
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop after the present step; what is not finished gets a `StoppedError`. Leaves the model as it was."""
+        """Stop after the current step and restore the model. Unfinished requests get a `StoppedError`."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -212,29 +217,29 @@ class Engine:
             self._thread.join()
         self.handle.detach()
 
-    # -- in the thread ----------------------------------------------------------------------------------------------
+    # -- called in the engine's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while self._wait():
-                self._drop_the_gone()
+                self._drop_cancelled_and_late()
                 for job in self._taken_jobs():
                     job()
                 self._admit()
-                if self._prompt is not None:
-                    self._run_prompt(self._prompt)
+                if self._prefilling is not None:
+                    self._run_prompt(self._prefilling)
                 if self._running:
                     self._step()
-        except BaseException as error:  # a defect of this program: say so everywhere instead of hanging
+        except BaseException as error:  # a defect: every request gets the error instead of waiting for ever
             logger.exception("the engine has failed")
             self.failure = error
         finally:
             self._end_all(StoppedError("the server is stopping") if self.failure is None else self.failure)
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do; false when it is time to stop."""
+        """Sleep until there is work; false when the engine is stopping."""
         with self._changed:
-            while not (self._stopping or self._jobs or self._waiting or self._prompt or self._running):
+            while not (self._stopping or self._jobs or self._waiting or self._prefilling or self._running):
                 self._changed.wait()
             return not self._stopping
 
@@ -244,138 +249,141 @@ class Engine:
             self._jobs.clear()
         return jobs
 
-    def _drop_the_gone(self) -> None:
+    def _drop_cancelled_and_late(self) -> None:
         now = time.monotonic()
         for request in self._requests():
             if request.cancelled:
                 self._drop(request)
-            elif now - request.arrived_s > self.limits.seconds:
-                self._fail(request, LateError(f"the request was not finished within {self.limits.seconds:g} seconds"))
+            elif now - request.arrived_s > self.limits.deadline_s:
+                self._fail(
+                    request, LateError(f"the request was not finished within {self.limits.deadline_s:g} seconds")
+                )
 
-    def _requests(self) -> list[Request]:
-        """All that are not finished."""
+    def _requests(self) -> list[GenerationRequest]:
+        """All unfinished requests."""
         with self._changed:
-            found: list[_Waiting | _Running] = [*self._waiting, *self._running]
-        if self._prompt is not None:
-            found.append(self._prompt)
-        return list({id(own.request): own.request for own in found}.values())
+            unfinished: list[_Waiting | _Running] = [*self._waiting, *self._running]
+        if self._prefilling is not None:
+            unfinished.append(self._prefilling)
+        return list({id(entry.request): entry.request for entry in unfinished}.values())
 
-    def _drop(self, request: Request) -> None:
+    def _drop(self, request: GenerationRequest) -> None:
         with self._changed:
-            self._waiting = deque(own for own in self._waiting if own.request is not request)
-        self._running = [own for own in self._running if own.request is not request]
-        if self._prompt is not None and self._prompt.request is request:
-            self._prompt = None
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
+        self._running = [running for running in self._running if running.request is not request]
+        if self._prefilling is not None and self._prefilling.request is request:
+            self._prefilling = None
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: GenerationRequest, error: Exception) -> None:
         self._drop(request)
         self._emit(request, error)
 
     def _end_all(self, error: BaseException) -> None:
-        left = self._requests()
+        unfinished = self._requests()
         with self._changed:
             self._stopping = True
             self._waiting.clear()
             jobs = list(self._jobs)
-        self._prompt, self._running = None, []
-        for request in left:
+        self._prefilling, self._running = None, []
+        for request in unfinished:
             self._emit(request, error if isinstance(error, Exception) else StoppedError("the server is stopping"))
         for job in jobs:
             job()
 
     def _admit(self) -> None:
-        """Begin the next prompt, if its answers find places and memory."""
+        """Start the next prompt if there is room for its answers."""
         with self._changed:
-            if self._prompt is not None or not self._waiting:
+            if self._prefilling is not None or not self._waiting:
                 return
-            first = self._waiting[0]
+            waiting = self._waiting[0]
             free = self.limits.cache_bytes - self.cache_bytes
-            if len(self._running) + first.request.n > self.limits.places or first.nbytes > free:
+            if len(self._running) + waiting.request.n > self.limits.max_sequences or waiting.nbytes > free:
                 return
             self._waiting.popleft()
-            self._prompt = first
-        request = first.request
+            self._prefilling = waiting
+        request = waiting.request
         if not request.started_s:
             request.started_s = time.monotonic()
         try:
-            ids = request.prompts[first.number]
-            first.prompt = self._batch.prefill(ids, request.config, len(ids) + request.sampling.max_tokens)
+            ids = request.prompts[waiting.number]
+            waiting.prefill = self._batch.prefill(ids, request.config, len(ids) + request.sampling.max_tokens)
         except Exception as error:
             self._fail(request, error)
 
-    def _run_prompt(self, own: _Waiting) -> None:
-        request = own.request
-        assert own.prompt is not None
+    def _run_prompt(self, waiting: _Waiting) -> None:
+        request = waiting.request
+        assert waiting.prefill is not None
         try:
-            logits = own.prompt.run(self.limits.prompt_chunk if self._running else _ALONE)
+            logits = waiting.prefill.run(self.limits.prompt_chunk if self._running else _CHUNK_WHEN_IDLE)
             if logits is None:
                 return
-            row = own.prompt.running()
-            request.used, request.ff_bytes = row.selection.plan.config, row.selection.plan.ff_bytes
-            request.first_s = request.first_s or time.monotonic()
-            self._prompt = None
+            sequence = waiting.prefill.running()
+            plan = sequence.selection.plan
+            request.used, request.ff_bytes = plan.config, plan.ff_bytes
+            request.first_token_s = request.first_token_s or time.monotonic()
+            self._prefilling = None
             answers = []
-            for number, each in enumerate(row.copies(request.n)):
-                index = own.number * request.n + number
+            for number, copied in enumerate(sequence.copies(request.n)):
+                index = waiting.number * request.n + number
                 seed = None if request.sampling.seed is None else request.sampling.seed + number
                 draw = Draw(
                     replace(request.sampling, seed=seed),
-                    torch.tensor([list(request.prompts[own.number])], device=logits.device),
+                    torch.tensor([list(request.prompts[waiting.number])], device=logits.device),
                 )
                 answer = Answer(self.tokenizer, request.sampling.stop)
-                answers.append(_Running(request, index, each, draw, answer, own.nbytes // request.n))
+                answers.append(_Running(request, index, copied, draw, answer, waiting.nbytes // request.n))
         except Exception as error:
             logger.exception("a prompt has failed")
             self._fail(request, error)
             return
         self._running += answers
-        for answer_ in answers:
-            self._take(answer_, logits)
+        for running in answers:
+            self._draw_token(running, logits)
 
     def _step(self) -> None:
-        running = list(self._running)
-        for own, logits in zip(running, self._batch.step([own.row for own in running]), strict=True):
-            if own not in self._running:  # another answer of its request has failed
+        batch = list(self._running)
+        for running, logits in zip(batch, self._batch.step([each.sequence for each in batch]), strict=True):
+            if running not in self._running:  # another answer of its request has failed
                 continue
             if isinstance(logits, Exception):
                 logger.error("a step has failed", exc_info=logits)
-                self._fail(own.request, logits)
+                self._fail(running.request, logits)
             else:
-                self._take(own, logits)
+                self._draw_token(running, logits)
 
-    def _take(self, own: _Running, logits: Tensor) -> None:
-        """Draw an answer's next token."""
-        request = own.request
+    def _draw_token(self, running: _Running, logits: Tensor) -> None:
+        """Draw the next token of an answer and emit its text."""
+        request = running.request
         try:
             if not bool(torch.isfinite(logits).all()):
                 raise FloatingPointError("the model's logits are not finite")
-            token = int(own.draw(logits[None])[0])
+            token = int(running.draw(logits[None])[0])
             ended = token in self._ends
-            text = "" if ended else own.answer.add(token)
-            info = None if request.logprobs is None else _info(token, logits, request.logprobs, own.answer.offset)
+            text = "" if ended else running.answer.add(token)
+            info = None if request.logprobs is None else _info(token, logits, request.logprobs, running.answer.offset)
         except Exception as error:
             logger.exception("an answer has failed")
             self._fail(request, error)
             return
-        own.row.token = token
+        running.sequence.token = token
         request.completion_tokens += not ended
         reason = None
-        if ended or own.answer.stopped:
+        if ended or running.answer.stopped:
             reason = "stop"
-        elif len(own.answer.tokens) >= request.sampling.max_tokens:
+        elif len(running.answer.tokens) >= request.sampling.max_tokens:
             reason = "length"
         if reason is not None:
-            text += own.answer.finish()
-            self._running = [other for other in self._running if other is not own]
+            text += running.answer.finish()
+            self._running = [other for other in self._running if other is not running]
             request.open_answers -= 1
-        self._emit(request, Piece(own.index, text, None if ended else info, reason))
+        self._emit(request, Piece(running.index, text, None if ended else info, reason))
         if reason is not None and request.open_answers == 0:
             self._emit(request, self._summary(request))
 
-    def _summary(self, request: Request) -> Summary:
+    def _summary(self, request: GenerationRequest) -> Summary:
         config = request.used or request.config
         answers = len(request.prompts) * request.n
-        seconds = time.monotonic() - request.first_s
+        seconds = time.monotonic() - request.first_token_s
         steps = request.completion_tokens / answers - 1
         return Summary(
             prompt_tokens=sum(map(len, request.prompts)),
@@ -384,35 +392,39 @@ class Engine:
             selection="full" if config.density == 1.0 else config.selection,
             ff_bytes_per_token=request.ff_bytes,
             waited_s=request.started_s - request.arrived_s,
-            prompt_s=request.first_s - request.started_s,
+            prompt_s=request.first_token_s - request.started_s,
             generation_tokens_per_s=steps / seconds if steps > 0 and seconds > 0 else 0.0,
         )
 
-    def _emit(self, request: Request, event: Event) -> None:
+    def _emit(self, request: GenerationRequest, event: Event) -> None:
         try:
             request.emit(event)
-        except Exception:  # whoever waited has gone
+        except Exception:  # nobody can receive the event
             request.cancel()
 
-    def _bytes_of(self, request: Request, ids: Sequence[int]) -> int:
+    def _bytes_of(self, request: GenerationRequest, ids: Sequence[int]) -> int:
         return request.n * (len(ids) + request.sampling.max_tokens) * self.bytes_per_token
 
-    def _try(self) -> int:
-        """Run a prompt and a step, so that what cannot work is known at the start; returns cache bytes a token."""
-        prompt = self._batch.prefill([0, 1, 2], self.config, 4)
-        logits = prompt.run(3)
+    def _trial_run(self) -> int:
+        """Run a short prompt and one step, so that a model that cannot be served fails early.
+
+        Returns:
+            The key/value bytes of one token.
+        """
+        prefill = self._batch.prefill([0, 1, 2], self.config, 4)
+        logits = prefill.run(3)
         assert logits is not None
-        row = prompt.running()
-        for own in self._batch.step([row]):
-            if isinstance(own, Exception):
-                raise ValueError(f"this model cannot be served: {own}") from own
-        pairs = [row.cache.buffers(layer) for layer in range(len(row.cache.layers))]
-        return sum(own.nbytes for pair in pairs for own in pair) // pairs[0][0].shape[2]
+        sequence = prefill.running()
+        for outcome in self._batch.step([sequence]):
+            if isinstance(outcome, Exception):
+                raise ValueError(f"this model cannot be served: {outcome}") from outcome
+        pairs = [sequence.cache.buffers(layer) for layer in range(len(sequence.cache.layers))]
+        return sum(buffer.nbytes for pair in pairs for buffer in pair) // pairs[0][0].shape[2]
 
 
 def _info(token: int, logits: Tensor, top: int, offset: int) -> TokenInfo:
     logprobs = logits.log_softmax(dim=-1)
     values, tokens = logprobs.topk(top) if top else (logprobs[:0], logprobs[:0])
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-    likeliest = tuple((int(which), float(value)) for which, value in pairs)
+    likeliest = tuple((int(other), float(value)) for other, value in pairs)
     return TokenInfo(token, float(logprobs[token]), likeliest, offset)

@@ -16,14 +16,14 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """A request that is refused.
+    """The server refuses a request.
 
     Args:
         status: the HTTP status.
-        message: what was found and what to do.
+        message: what is wrong and what to do about it.
         param: the field that is wrong.
-        code: for programs.
-        retry_after_s: seconds after which to try again.
+        code: the error code that a program can compare.
+        retry_after_s: seconds that the client should wait before it tries again.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The HTTP response, with a `Retry-After` header where `retry_after_s` is given."""
         headers = None if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         return JSONResponse(self.body(), self.status, headers)
 
 
-def answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """An error as an answer."""
+def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """An error response with the given status, as `ApiError` writes it."""
     return ApiError(status, message, param, code).response()
 
 
 def refusal(error: Exception) -> ApiError:
-    """What an exception of the engine is to the client."""
+    """The API error that reports an exception of the engine."""
     if isinstance(error, LateError):
         return ApiError(504, str(error), code="deadline_exceeded")
     if isinstance(error, StoppedError):
@@ -71,29 +71,30 @@ def refusal(error: Exception) -> ApiError:
 
 
 def invalid(_: Request, error: Exception) -> JSONResponse:
-    """Handler: a body that the schema refuses; names the field."""
+    """Handle a body that the schema refuses; the message names the field."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
-    # Of a field's alternatives the one that went furthest is the one that was meant.
-    first = max((own for own in errors if own["loc"][:2] == errors[0]["loc"][:2]), key=lambda own: len(own["loc"]))
-    if first["type"] == "json_invalid":
-        return answer(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or not _is_branch(part)]
-    name = ".".join(place)
+    # A field with several alternative types reports an error for each; the deepest one is probably the intended type.
+    same_field = (detail for detail in errors if detail["loc"][:2] == errors[0]["loc"][:2])
+    deepest = max(same_field, key=lambda detail: len(detail["loc"]))
+    if deepest["type"] == "json_invalid":
+        return error_response(400, f"the body is not JSON: {deepest.get('ctx', {}).get('error', deepest['msg'])}")
+    path = [str(part) for part in deepest["loc"][1:] if isinstance(part, int) or not _is_branch(part)]
+    name = ".".join(path)
     if not name:
-        return answer(422, f"the body is not what is expected: {first['msg']}")
+        return error_response(422, f"the body is not what is expected: {deepest['msg']}")
     neutral = name.split(".")[0] in schema.UNSUPPORTED
-    unsupported = neutral or first["type"] == "extra_forbidden"
-    text = f"{name} is not supported" if unsupported else f"{name}: {first['msg']}"
+    unsupported = neutral or deepest["type"] == "extra_forbidden"
+    text = f"{name} is not supported" if unsupported else f"{name}: {deepest['msg']}"
     if neutral:
         text += "; leave it out"
-    elif not unsupported and isinstance(first.get("input"), str | int | float | bool):
-        text += f" (found {_short(first['input'])})"
-    return answer(422, text, name, "unsupported_parameter" if unsupported else None)
+    elif not unsupported and isinstance(deepest.get("input"), str | int | float | bool):
+        text += f" (found {_short(deepest['input'])})"
+    return error_response(422, text, name, "unsupported_parameter" if unsupported else None)
 
 
 def _is_branch(part: str) -> bool:
-    """Whether a part of an error's place names an alternative of a type, not a field."""
+    """Whether a part of an error's location names one alternative of a type instead of a field."""
     return not part.isidentifier() or part in ("str", "int", "float", "bool", "list")
 
 
@@ -103,17 +104,17 @@ def _short(value: object) -> str:
 
 
 def of_http(request: Request, error: Exception) -> JSONResponse:
-    """Handler: a path or a method that there is not."""
+    """Handle an unknown path or a method that is not allowed."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return answer(404, f"there is nothing at {request.url.path[:80]}; the API is at /v1, the page at /")
+        return error_response(404, f"there is nothing at {request.url.path[:80]}; the API is at /v1, the page at /")
     if error.status_code == 405:
-        response = answer(405, f"{request.method} is not allowed here")
+        response = error_response(405, f"{request.method} is not allowed here")
         response.headers.update(error.headers or {})
         return response
-    return answer(error.status_code, str(error.detail))
+    return error_response(error.status_code, str(error.detail))
 
 
 def failed(_: Request, error: Exception) -> JSONResponse:
-    """Handler: a defect of this program."""
-    return answer(500, f"this server has failed: {type(error).__name__}")
+    """Handle an unexpected exception, which is a defect of the server."""
+    return error_response(500, f"this server has failed: {type(error).__name__}")

@@ -1,4 +1,4 @@
-"""The flocking picture of one prompt, as the page draws it."""
+"""The data of the page's flocking picture of one prompt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from griffin.analysis.flocking import relative_activations
 from griffin.config import GriffinConfig
 from griffin.integrations.server.engine import Engine
 
-TOKENS, NEURONS = 256, 192  # most that are shown
+TOKENS, NEURONS = 256, 192  # the largest numbers shown
 
 
 def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfig) -> dict[str, Any]:
-    """Relative activations |Zbar| of a layer's neurons: those of largest flocking statistic, and some of the others.
+    """Relative activations |Zbar| of the neurons with the largest flocking statistic, and of a sample of the others.
 
     Must run in the engine's thread.
 
@@ -30,14 +30,18 @@ def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfi
     statistic = values.norm(dim=1)
     order = statistic.argsort(descending=True)
     width = len(order)
-    first = order[: NEURONS // 2]  # those that matter most, and of the others some at even distances
-    others = order[len(first) :]
-    places = torch.linspace(0, len(others) - 1, min(NEURONS - len(first), len(others))).round().long()
-    rows = torch.cat([first, others[places]]).sort().values
+    top = order[: NEURONS // 2]
+    others = order[len(top) :]
+    evenly_spaced = torch.linspace(0, len(others) - 1, min(NEURONS - len(top), len(others))).round().long()
+    rows = torch.cat([top, others[evenly_spaced]]).sort().values
     experts = set(order[: config.experts_of(width)].tolist())
     shown = values[rows]
-    scale = float(shown.flatten().kthvalue(math.ceil(0.99 * shown.numel())).values) or 1.0  # few are far brighter
-    image = (shown / scale).clamp_max(1).sqrt().mul(255).round().to(torch.uint8)  # the root shows what is small
+    scale = (
+        float(shown.flatten().kthvalue(math.ceil(0.99 * shown.numel())).values) or 1.0
+    )  # the 99th percentile, as a few values are much larger
+    image = (
+        (shown / scale).clamp_max(1).sqrt().mul(255).round().to(torch.uint8)
+    )  # the square root makes small values visible
     return {
         "layer": layer,
         "layers": len(engine.handle.blocks),

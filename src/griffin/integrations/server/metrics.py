@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus' format."""
+"""The metrics served at /metrics, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """The counters of one server, in a separate registry."""
 
     def __init__(self, engine: Engine) -> None:
-        self._registry = own = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
         gauges = {
             "griffin_running": ("answers being generated, and prompts being run", lambda: engine.running),
             "griffin_waiting": ("prompts in the queue", lambda: engine.waiting),
@@ -26,49 +26,52 @@ class Metrics:
             "griffin_cache_limit_bytes": ("most of them", lambda: engine.limits.cache_bytes),
         }
         for name, (text, value) in gauges.items():
-            Gauge(name, text, registry=own).set_function(value)
-        self.requests = Counter("griffin_requests", "requests by endpoint and status", ["path", "status"], registry=own)
-        self._prompt = Counter("griffin_prompt_tokens", "prompt tokens run", registry=own)
-        self._generated = Counter("griffin_generated_tokens", "tokens generated", registry=own)
-        self._first = Histogram(
-            "griffin_first_token_seconds", "from arrival to the first token", buckets=_SECONDS, registry=own
+            Gauge(name, text, registry=registry).set_function(value)
+        self.requests = Counter(
+            "griffin_requests", "requests by endpoint and status", ["path", "status"], registry=registry
         )
-        self._each = Histogram(
-            "griffin_token_seconds", "from one token of an answer to the next", buckets=_TOKEN_SECONDS, registry=own
+        self._prompt = Counter("griffin_prompt_tokens", "prompt tokens run", registry=registry)
+        self._generated = Counter("griffin_generated_tokens", "tokens generated", registry=registry)
+        self._first_token = Histogram(
+            "griffin_first_token_seconds", "from arrival to the first token", buckets=_SECONDS, registry=registry
         )
-        self._waited = Histogram("griffin_queue_seconds", "seconds in the queue", buckets=_SECONDS, registry=own)
+        self._token = Histogram(
+            "griffin_token_seconds",
+            "from one token of an answer to the next",
+            buckets=_TOKEN_SECONDS,
+            registry=registry,
+        )
+        self._waited = Histogram("griffin_queue_seconds", "seconds in the queue", buckets=_SECONDS, registry=registry)
         self._density = Histogram(
             "griffin_density",
             "densities of requests",
             buckets=tuple(tenth / 10 for tenth in range(1, 11)),
-            registry=own,
+            registry=registry,
         )
 
     def finished(self, summary: Summary) -> None:
-        """A request was answered."""
+        """Count a request that has been answered."""
         self._prompt.inc(summary.prompt_tokens)
         self._generated.inc(summary.completion_tokens)
         self._waited.observe(summary.waited_s)
-        self._first.observe(summary.waited_s + summary.prompt_s)
+        self._first_token.observe(summary.waited_s + summary.prompt_s)
         self._density.observe(summary.density)
         if summary.generation_tokens_per_s > 0:
-            self._each.observe(1 / summary.generation_tokens_per_s)
+            self._token.observe(1 / summary.generation_tokens_per_s)
 
     def text(self) -> bytes:
-        """All of them."""
+        """All metrics in the text format."""
         return generate_latest(self._registry)
 
 
 class Counted:
-    """Count requests by what they were answered, and tell browsers that pages may load nothing from elsewhere."""
+    """ASGI middleware that counts responses by path and status, and forbids pages to load anything from other hosts."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-
-        async def noted(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = getattr(scope.get("route"), "path", "other")
                 self._metrics.requests.labels(path, str(message["status"])).inc()
@@ -77,4 +80,4 @@ class Counted:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        await self._app(scope, receive, noted)
+        await self._app(scope, receive, send_counted)

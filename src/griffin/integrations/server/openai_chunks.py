@@ -1,4 +1,4 @@
-"""The engine's events as the chunks of the OpenAI API, and whole answers folded from the same chunks."""
+"""Convert the engine's events into chunks of the OpenAI API, and join chunks into a whole response."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Chunk = dict[str, Any]
 
 
 class Chunks:
-    """The chunks of one answer to a request.
+    """Makes the chunks of one response.
 
     Args:
-        chat: whether it is the chat endpoint's.
+        chat: whether the chat endpoint was called.
         model: the model's name.
-        bytes_of: the bytes of a token id.
-        usage_apart: whether usage comes in a chunk of its own, without choices; else with the last choice.
-        answers: how many choices there are.
+        bytes_of: a function from a token id to the token's bytes.
+        usage_apart: whether usage comes in a separate chunk without choices; otherwise it comes with the last choice.
+        answers: the number of choices.
+        about: further fields of the `griffin` object that comes with usage.
     """
 
     def __init__(
@@ -49,15 +50,15 @@ class Chunks:
             "model": model,
         }
 
-    def first(self) -> list[Chunk]:
-        """What comes before any token: the role of each choice, in a chat."""
+    def opening(self) -> list[Chunk]:
+        """The chunks before any token: in a chat, one with the role for each choice."""
         if not self._chat:
             return []
         delta = {"role": "assistant", "content": ""}
         return [self._with(self._choice(index, delta, None, None)) for index in range(self._open)]
 
     def of(self, event: Piece | Summary) -> list[Chunk]:
-        """The chunks that an event makes."""
+        """The chunks for an event."""
         if isinstance(event, Summary):
             about = {"usage": usage(event), "griffin": {**asdict(event), **self._about}}
             if self._usage_apart:
@@ -72,7 +73,7 @@ class Chunks:
         logprobs = None if event.token is None else self._logprobs(event.token)
         chunk = self._with(self._choice(event.index, content, logprobs, event.finish_reason))
         self._open -= event.finish_reason is not None
-        if self._open == 0 and not self._usage_apart:  # usage goes with it
+        if self._open == 0 and not self._usage_apart:  # `Summary` follows and adds usage to this chunk
             self._last = chunk
             return []
         return [chunk]
@@ -102,40 +103,40 @@ class Chunks:
         }
 
     def _scored(self, token: int, logprob: float) -> Chunk:
-        own = self._bytes_of(token)
-        return {"token": shown(own), "logprob": max(logprob, -9999.0), "bytes": list(own)}
+        raw = self._bytes_of(token)
+        return {"token": shown(raw), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """What a token stands for, which may be a part of a character."""
+    """The bytes of a token, which may be only part of a character."""
     text = str(tokenizer.decode([token]))
     if "\ufffd" not in text:
         return text.encode()
     piece = str(tokenizer.convert_ids_to_tokens(token))
-    if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # SentencePiece's byte tokens
-        return bytes([int(found[1], 16)])
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # SentencePiece's byte tokens
+        return bytes([int(match[1], 16)])
     alphabet = _alphabet()
-    return bytes(map(alphabet.__getitem__, piece)) if all(own in alphabet for own in piece) else text.encode()
+    return bytes(map(alphabet.__getitem__, piece)) if all(letter in alphabet for letter in piece) else text.encode()
 
 
 @cache
 def _alphabet() -> dict[str, int]:
-    """The letters by which byte-level BPE writes bytes: printable ones as they are, others from U+0100 on."""
+    """The byte for each letter of byte-level BPE: printable bytes are their own letters, the others start at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
 
 
-def shown(own: bytes) -> str:
-    """A token's bytes as text, or in the OpenAI API's form for what is no text by itself."""
+def shown(raw: bytes) -> str:
+    """A token's bytes as text; bytes that are not valid UTF-8 are escaped as in the OpenAI API."""
     try:
-        return own.decode()
+        return raw.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def usage(summary: Summary) -> Chunk:
-    """Token counts, as the OpenAI API names them."""
+    """Token counts under the names of the OpenAI API."""
     return {
         "prompt_tokens": summary.prompt_tokens,
         "completion_tokens": summary.completion_tokens,
@@ -143,33 +144,33 @@ def usage(summary: Summary) -> Chunk:
     }
 
 
-def fold(chunks: Iterable[Chunk]) -> Chunk:
-    """The whole answer of a stream's chunks."""
+def whole_response(chunks: Iterable[Chunk]) -> Chunk:
+    """Join the chunks of a stream into one response."""
     whole: Chunk = {}
     choices: dict[int, Chunk] = {}
     for chunk in chunks:
         whole |= {name: value for name, value in chunk.items() if name != "choices"}
         for part in chunk["choices"]:
-            own = choices.setdefault(part["index"], {"index": part["index"], "text": "", "logprobs": None})
+            choice = choices.setdefault(part["index"], {"index": part["index"], "text": "", "logprobs": None})
             delta = part.get("delta")
-            own["text"] += part["text"] if delta is None else delta.get("content", "")
-            own["logprobs"] = _joined(own["logprobs"], part["logprobs"])
-            own["finish_reason"] = part["finish_reason"]
+            choice["text"] += part["text"] if delta is None else delta.get("content", "")
+            choice["logprobs"] = _joined(choice["logprobs"], part["logprobs"])
+            choice["finish_reason"] = part["finish_reason"]
     chat = whole["object"] == "chat.completion.chunk"
     if chat:
         whole["object"] = "chat.completion"
-        for own in choices.values():
-            own["message"] = {"role": "assistant", "content": own.pop("text"), "refusal": None}
+        for choice in choices.values():
+            choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
     whole["choices"] = [choices[index] for index in sorted(choices)]
     return whole
 
 
-def _joined(first: Any, second: Any) -> Any:
-    """Logprobs of two pieces of one answer."""
-    if first is None or second is None:
-        return second if first is None else first
-    return {name: _appended(first[name], second[name]) for name in first}
+def _joined(left: Any, right: Any) -> Any:
+    """Join the logprobs of two consecutive pieces of an answer."""
+    if left is None or right is None:
+        return right if left is None else left
+    return {name: _appended(left[name], right[name]) for name in left}
 
 
-def _appended(first: Sequence[Any] | None, second: Sequence[Any] | None) -> list[Any] | None:
-    return None if first is None and second is None else [*(first or ()), *(second or ())]
+def _appended(left: Sequence[Any] | None, right: Sequence[Any] | None) -> list[Any] | None:
+    return None if left is None and right is None else [*(left or ()), *(right or ())]

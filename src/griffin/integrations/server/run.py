@@ -1,4 +1,4 @@
-"""From a loaded model to a listening server, and back down."""
+"""Run the server for a loaded model until it is told to stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def serve(
     listening: socket.socket,
     drain_s: int,
 ) -> int:
-    """Serve until SIGTERM or Ctrl-C; running answers then have `drain_s` seconds. Returns the exit code.
+    """Serve until SIGTERM or Ctrl-C; running answers then have `drain_s` seconds to finish. Returns the exit code.
 
     Raises:
         ValueError: the model cannot be served.
@@ -34,17 +34,17 @@ def serve(
         engine = Engine(model, tokenizer, config, limits)
         app = make_app(engine, settings)
         logs = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-        logs["handlers"]["access"]["stream"] = "ext://sys.stderr"  # stdout is for text
+        logs["handlers"]["access"]["stream"] = "ext://sys.stderr"  # keep stdout free for text
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=logs, log_level="warning", timeout_graceful_shutdown=drain_s, lifespan="on")
         )
-        listening.listen(2048)  # who comes from here on is answered, if not at once
-        address, own_port = listening.getsockname()[:2]
+        listening.listen(2048)  # from here on, clients can connect and wait for an answer
+        address, bound_port = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         print(
-            f"{settings.model} at http://{shown}:{own_port}: API at /v1, page at / "
-            f"(density {config.density:g}, {config.selection}; step: {engine.step_name}; {limits.places} places, "
-            f"{limits.cache_bytes / 1e9:.1f} GB of keys and values)",
+            f"{settings.model} at http://{shown}:{bound_port}: API at /v1, page at / "
+            f"(density {config.density:g}, {config.selection}; step: {engine.step_name}; "
+            f"{limits.max_sequences} places, {limits.cache_bytes / 1e9:.1f} GB of keys and values)",
             file=sys.stderr,
             flush=True,
         )
@@ -53,18 +53,18 @@ def serve(
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address, to be known as free before the model is loaded.
+    """Bind a socket to an address, so that a taken address is reported before the model is loaded.
 
     Raises:
-        ValueError: it is taken, or there is no such address.
+        ValueError: the address is taken or does not exist.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        own = socket.socket(family, kind, protocol)
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        own.bind(address)
+        candidates = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = candidates[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
     except OSError as error:
         raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}; try another --port") from error
-    own.set_inheritable(True)
-    return own
+    listening.set_inheritable(True)
+    return listening

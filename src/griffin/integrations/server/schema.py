@@ -1,6 +1,6 @@
-"""What a request may say. A field that is not here, or has a value that is not supported, is refused with its name.
+"""The fields of requests. Unknown fields and unsupported values are refused with an error that names the field.
 
-Fields of the OpenAI API that are not supported may still be sent with the value that asks for nothing.
+Unsupported fields of the OpenAI API are accepted if they have the value that turns them off.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-# Known to the OpenAI API, and taken with the value that asks for nothing.
+# Unsupported fields of the OpenAI API, which are accepted with the value that turns them off.
 UNSUPPORTED = (
     *("frequency_penalty", "presence_penalty", "logit_bias", "response_format", "tools", "tool_choice"),
     *("modalities", "store", "service_tier", "echo", "best_of", "suffix"),
@@ -49,7 +49,7 @@ class StreamOptions(_Strict):
 
 
 class _Completion(_Strict):
-    """What both endpoints have in common."""
+    """The fields of both endpoints."""
 
     model: StrictStr
     griffin: GriffinSettings | None = Field(None, description="GRIFFIN for this request")
@@ -84,7 +84,7 @@ class Message(_Strict):
     name: StrictStr | None = None
 
     def plain(self) -> dict[str, str]:
-        """As the chat template wants it."""
+        """The message in the form that chat templates expect."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 

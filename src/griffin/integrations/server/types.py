@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it tells: requests, their limits and their events."""
+"""The engine's requests, limits, events and exceptions."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine takes on.
+    """How much work the engine accepts.
 
     Args:
-        places: most answers at a time.
-        queue: most prompts that wait.
-        cache_bytes: most bytes of keys and values, of all answers together.
-        prompt_chunk: prompt tokens between two steps of the running answers.
-        seconds: most seconds from a request's arrival to its last token.
+        max_sequences: the most answers at a time.
+        queue: the most prompts that wait.
+        cache_bytes: the most bytes of keys and values, over all answers.
+        prompt_chunk: prompt tokens that run between two steps of the running answers.
+        deadline_s: the most seconds from a request's arrival to its last token.
     """
 
-    places: int = 16
+    max_sequences: int = 16
     queue: int = 64
     cache_bytes: int = 2**32
     prompt_chunk: int = 64
-    seconds: float = 600.0
+    deadline_s: float = 600.0
 
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A token and how likely the model found it, before any sampling setting.
+    """A token and the log-probability that the model gives it, before any sampling setting.
 
     Args:
-        token: its id.
-        logprob: natural logarithm of its probability.
-        top: the likeliest tokens with theirs, likeliest first.
-        offset: characters of the answer's text before the token's own; a special token has none.
+        token: the token id.
+        logprob: the natural logarithm of its probability.
+        top: the likeliest tokens with their log-probabilities, likeliest first.
+        offset: characters of the answer's text before this token's text; a special token has no text.
     """
 
     token: int
@@ -60,13 +60,13 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to an answer.
+    """The text that one step adds to an answer.
 
     Args:
-        index: which of the request's answers.
-        text: the text that is certain now.
-        token: the token, if the request wants to know how likely it was.
-        finish_reason: `stop`, `length`, or `None` while it goes on.
+        index: the number of the answer within its request.
+        text: the text that later tokens cannot change.
+        token: the token's log-probabilities, if the request asks for them.
+        finish_reason: `stop`, `length`, or `None` while the answer continues.
     """
 
     index: int
@@ -77,17 +77,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a whole request took.
+    """Token counts, settings and times of a finished request.
 
     Args:
-        prompt_tokens: of all its prompts.
-        completion_tokens: of all its answers.
-        density: share of the FF neurons (with a token tier: bytes) that its answers were computed with.
+        prompt_tokens: tokens of all prompts.
+        completion_tokens: tokens of all answers.
+        density: share of the FF neurons (with a token tier: of the FF bytes) that computed the answers.
         selection: how experts were selected; `full` at density 1.0.
-        ff_bytes_per_token: bytes of FF weights that a token reads.
+        ff_bytes_per_token: bytes of FF weights read for each token.
         waited_s: seconds in the queue.
-        prompt_s: seconds from there to the first token.
-        generation_tokens_per_s: of one answer, in its generation phase, while others may have run beside it.
+        prompt_s: seconds from leaving the queue to the first token.
+        generation_tokens_per_s: tokens per second of one answer in its generation phase; other answers may have run in
+            the same steps.
     """
 
     prompt_tokens: int
@@ -104,15 +105,15 @@ Event = Piece | Summary | Exception
 
 
 @dataclass(eq=False)
-class Request:
-    """Prompts to be answered with one config.
+class GenerationRequest:
+    """Prompts to answer with one config.
 
     Args:
-        prompts: token ids of each.
-        config: what to keep.
-        sampling: how tokens are drawn; answer i of a prompt is drawn with seed + i.
-        n: answers of each prompt.
-        logprobs: how many of the likeliest tokens to tell; `None`: not even the one that was drawn.
+        prompts: the token ids of each prompt.
+        config: which FF neurons to keep.
+        sampling: how tokens are drawn; answer i of a prompt uses seed + i.
+        n: the number of answers to each prompt.
+        logprobs: how many of the likeliest tokens to report beside the drawn token; `None` reports none at all.
         emit: called in the engine's thread with every event; the last is a `Summary` or an exception.
     """
 
@@ -125,12 +126,12 @@ class Request:
     cancelled: bool = False
     arrived_s: float = field(default_factory=time.monotonic)
     started_s: float = 0.0
-    first_s: float = 0.0
+    first_token_s: float = 0.0
     open_answers: int = 0
     completion_tokens: int = 0
     ff_bytes: int = 0
     used: GriffinConfig | None = None
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more: its places are free after the present step."""
+        """Drop the request after the current step, as its client no longer waits."""
         self.cancelled = True

@@ -1,4 +1,4 @@
-"""From a request's fields to what the engine is asked. What is wrong is an `ApiError` that names the field."""
+"""Convert the fields of an HTTP request into engine arguments. A wrong field raises an `ApiError` that names it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from griffin.integrations.server.errors import ApiError
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server answers.
+    """The server's settings for requests.
 
     Args:
         model: the model's name.
-        max_tokens: most tokens of a chat's answer that says no number.
-        prompt_tokens: most tokens of a prompt; `None`: the model's context.
-        body_bytes: most bytes of a request.
-        api_key: what requests must carry; `None`: nothing.
+        max_tokens: the most tokens of a chat answer whose request sets no limit.
+        prompt_tokens: the most tokens of a prompt; `None` allows the model's whole context.
+        body_bytes: the most bytes of a request body.
+        api_key: the key that requests must carry; `None` requires none.
     """
 
     model: str
@@ -38,9 +38,9 @@ async def encoded(engine: Engine, settings: Settings, prompts: Sequence[Any], pa
     """Token ids of texts, lists of messages or lists of token ids.
 
     Raises:
-        ApiError: one is empty, too long, or not what the model knows.
+        ApiError: a prompt is empty, too long, or has a token id that the model lacks.
     """
-    found: list[list[int]] = []
+    encoded_prompts: list[list[int]] = []
     for prompt in prompts:
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             size = engine.vocabulary
@@ -53,47 +53,47 @@ async def encoded(engine: Engine, settings: Settings, prompts: Sequence[Any], pa
             except ValueError as error:
                 code = "context_length_exceeded" if "context" in str(error) else None
                 raise ApiError(400, str(error), param, code) from error
-            except Exception as error:  # a chat template refuses in ways of its own
+            except Exception as error:  # a chat template may raise any exception
                 raise ApiError(400, f"the chat template refuses these messages: {error}", param) from error
         limits = (settings.prompt_tokens, None if engine.context is None else engine.context - 1)
-        limit = min((own for own in limits if own is not None), default=len(ids))
+        limit = min((limit for limit in limits if limit is not None), default=len(ids))
         if len(ids) > limit:
             message = f"the prompt has {len(ids)} tokens, this server takes at most {limit}; shorten it"
             raise ApiError(400, message, param, "context_length_exceeded")
-        found.append(ids)
-    return found
+        encoded_prompts.append(ids)
+    return encoded_prompts
 
 
 def config_of(engine: Engine, given: schema.GriffinSettings | None) -> GriffinConfig:
-    """The server's config with what the request says.
+    """The server's config, updated with the request's settings.
 
     Raises:
-        ApiError: a field has a value that it refuses, or one that cannot be served.
+        ApiError: `GriffinConfig` refuses a value, or the selection cannot be served.
     """
     base = engine.config
-    said = {} if given is None else given.model_dump(exclude_none=True)
+    overrides = {} if given is None else given.model_dump(exclude_none=True)
     try:
-        if "loss" in said:
+        if "loss" in overrides:
             base = replace(base, density=GriffinConfig.density, selection=GriffinConfig.selection)
-        elif "density" in said or "selection" in said:
+        elif "density" in overrides or "selection" in overrides:
             base = replace(base, loss=None)
         layers = len(engine.handle.blocks)
-        if said.get("layers") and max(said["layers"]) >= layers:
-            raise ValueError(f"layers names layer {max(said['layers'])}; this model has layers 0 to {layers - 1}")
-        config = replace(base, **said)
+        if overrides.get("layers") and max(overrides["layers"]) >= layers:
+            raise ValueError(f"layers names layer {max(overrides['layers'])}; this model has layers 0 to {layers - 1}")
+        config = replace(base, **overrides)
         if config.method.select is None:
             raise ValueError(f"selection {config.method} masks the weights of all requests, so it cannot be served")
         return config
     except ValueError as error:
-        named = next((name for name in said if str(error).startswith(name)), None)
-        raise ApiError(422, str(error), "griffin" if named is None else f"griffin.{named}") from error
+        field = next((name for name in overrides if str(error).startswith(name)), None)
+        raise ApiError(422, str(error), "griffin" if field is None else f"griffin.{field}") from error
 
 
 def tokens_of(engine: Engine, settings: Settings, prompts: Sequence[Sequence[int]], tokens: int | None) -> int:
-    """Most tokens of an answer: as many as were asked for, or what the server gives and the context leaves.
+    """The most tokens of an answer: the requested number, or else the server's default within the context.
 
     Raises:
-        ApiError: more were asked for than the context leaves.
+        ApiError: the request asks for more tokens than the context has room for.
     """
     longest = max(map(len, prompts))
     left = None if engine.context is None else engine.context - longest
@@ -109,7 +109,7 @@ def tokens_of(engine: Engine, settings: Settings, prompts: Sequence[Sequence[int
 
 
 def sampling_of(body: schema.ChatRequest | schema.CompletionRequest, tokens: int) -> Sampling:
-    """How tokens are drawn."""
+    """The sampling settings of a request, with the OpenAI API's defaults."""
     stop = body.stop or ()
     given = {name: getattr(body, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed")}
     return Sampling(
@@ -121,7 +121,7 @@ def sampling_of(body: schema.ChatRequest | schema.CompletionRequest, tokens: int
 
 
 def prompts_of(given: Any) -> list[Any]:
-    """Texts or lists of token ids, from the four forms that the API allows."""
+    """A list of texts or of token id lists, from any of the four forms that the API allows."""
     if isinstance(given, str) or isinstance(given[0], int):
         return [given]
     return list(given)
