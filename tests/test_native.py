@@ -333,6 +333,7 @@ def test_where_it_cannot_go_the_models_own_forward_runs_and_it_is_said(caplog: p
     assert "17 sequences, and the native step runs at most 16" in caplog.text
 
 
+@torch.no_grad()
 def test_the_cache_follows_transformers_own_operations() -> None:
     model = build(STEPPED["llama"])
     cache, other = new_cache(model), None
