@@ -7,6 +7,7 @@ experts. Where neither can, their other neurons are multiplied by zero, which is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,19 +34,26 @@ _LAYOUTS = (
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ZERO = 1e-30  # below a row's squared norm: nothing is left of it on any rank
+_LOADING = threading.Lock()  # one model at a time is loaded, as a class of vLLM is patched meanwhile
 
-# What an operator cannot take as an argument: the FF blocks of this process, by layer.
-_FFS: dict[int, FF] = {}
 
 
 @torch.library.custom_op("griffin::vllm_ff", mutates_args=())
-def vllm_ff(x: Tensor, layer: int) -> Tensor:
-    """One FF block as an operator, so that `torch.compile` sees an opaque call. Shapes: x (rows, D), as returned."""
-    return _FFS[layer].run(x)
+def vllm_ff(x: Tensor, name: str) -> Tensor:
+    """One FF block as an operator, so that `torch.compile` sees an opaque call.
+
+    vLLM's attention layers are found the same way: by name, among the layers of the engine whose step this is. A number
+    would be wrong: vLLM keeps compiled graphs on disk, and other processes and engines reuse them.
+
+    Shapes:
+        x: (rows, D). Returns the same.
+    """
+    ff: FF = get_forward_context().no_compile_layers[name]
+    return ff.run(x)
 
 
 @vllm_ff.register_fake
-def _(x: Tensor, layer: int) -> Tensor:
+def _(x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -58,7 +66,7 @@ class Counts:
     masked: int = 0
 
 
-Weights = dict[int, tuple[Tensor, Tensor | None]]
+Weights = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
 
 @contextmanager
@@ -66,23 +74,24 @@ def kept_weights() -> Iterator[Weights]:
     """Keep the linear weights that vLLM frees on a CPU while it loads a model, after packing them its own way.
 
     Yields:
-        Weight and bias of every layer of `find`'s layouts, by the layer's id.
+        Weight and bias of every layer of `find`'s layouts.
     """
     kept: Weights = {}
-    original = UnquantizedLinearMethod.process_weights_after_loading
     names = tuple(f".{name}" for layout, _ in _LAYOUTS for name in (*layout.inputs, layout.output))
 
     def process(self: Any, layer: Any) -> None:
         if str(getattr(layer, "prefix", "")).endswith(names):
             bias = getattr(layer, "bias", None)
-            kept[id(layer)] = layer.weight.data, None if bias is None else bias.detach().clone()
+            kept[layer] = layer.weight.data, None if bias is None else bias.detach().clone()
         original(self, layer)
 
-    UnquantizedLinearMethod.process_weights_after_loading = process
-    try:
-        yield kept
-    finally:
-        UnquantizedLinearMethod.process_weights_after_loading = original
+    with _LOADING:
+        original = UnquantizedLinearMethod.process_weights_after_loading
+        UnquantizedLinearMethod.process_weights_after_loading = process
+        try:
+            yield kept
+        finally:
+            UnquantizedLinearMethod.process_weights_after_loading = original
 
 
 def find(model: nn.Module, layers: int) -> list[FFBlock]:
@@ -121,14 +130,17 @@ class FF:
         block: the block.
         weights: what `kept_weights` kept; layers that are not in it are read where they are.
         backend: as in `GriffinConfig`.
-        compiled: whether vLLM compiles the model.
+        layers: where compiled graphs find the block, vLLM's `static_forward_context` of this engine; `None` where
+            vLLM does not compile the model.
         counts: what is counted.
 
     Raises:
         ValueError: the native backend was asked for by name and cannot compute the block.
     """
 
-    def __init__(self, block: FFBlock, weights: Weights, backend: str, compiled: bool, counts: Counts) -> None:
+    def __init__(
+        self, block: FFBlock, weights: Weights, backend: str, layers: dict[str, Any] | None, counts: Counts
+    ) -> None:
         self.block, self._counts = block, counts
         names = (name for _, own in _LAYOUTS for name in own)
         self._act_name = next(name for name in names if isinstance(getattr(block.module, name, None), nn.Module))
@@ -146,8 +158,7 @@ class FF:
             raise ValueError(f"backend is native, but {self.reason}")
         elif backend == "gather" or (backend == "auto" and self._input.weight.device.type != "cpu"):
             self._copied = self._copied_block(weights)
-        _FFS[block.layer] = self
-        self._patch(compiled)
+        self._patch(layers)
 
     @property
     def way(self) -> str:
@@ -245,7 +256,7 @@ class FF:
         if (reason := library.available()) is not None:
             return reason
         for projection in (self._input, self._output):
-            weight = weights.get(id(projection), (projection.weight, None))[0]
+            weight = weights.get(projection, (projection.weight, None))[0]
             if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.numel() == 0:
                 return f"{self.block.path} has weights of {weight.dtype} on {weight.device} that it cannot read"
         if not self._output.reduce_results or self._output.skip_bias_add:
@@ -262,8 +273,8 @@ class FF:
 
     def _projections(self, weights: Weights) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """Weight and bias of what is read and of what is written; the sum over the ranks has the latter's bias once."""
-        read = weights.get(id(self._input), (self._input.weight, self._input.bias))
-        write, bias = weights.get(id(self._output), (self._output.weight, self._output.bias))
+        read = weights.get(self._input, (self._input.weight, self._input.bias))
+        write, bias = weights.get(self._output, (self._output.weight, self._output.bias))
         return read, (write, bias if self._rank == 0 else None)
 
     def _copied_block(self, weights: Weights) -> Copied:
@@ -288,13 +299,8 @@ class FF:
             out_bias=write_bias,
         )
 
-    def _patch(self, compiled: bool) -> None:
-        layer = self.block.layer
-
-        def forward(x: Tensor) -> Tensor:
-            y: Tensor = vllm_ff(x, layer) if compiled else self.run(x)
-            return y
-
+    def _patch(self, layers: dict[str, Any] | None) -> None:
+        forward = self.run if layers is None else self._registered(layers)
         if self.block.gated:
             self.block.module.forward = forward
             return
@@ -302,3 +308,16 @@ class FF:
         self._input.forward = lambda x: (x, None)
         setattr(self.block.module, self._act_name, nn.Identity())  # its own one is the same object in all layers
         self._output.forward = lambda x: (forward(x), None)
+
+    def _registered(self, layers: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Enter the block where compiled graphs look it up. Returns what they are to call."""
+        name = f"{self._output.prefix}.griffin"  # vLLM's names are unique in an engine, a draft model's included
+        if name in layers:
+            raise ValueError(f"this engine already has an FF block {name}")
+        layers[name] = self
+
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = vllm_ff(x, name)
+            return y
+
+        return forward

@@ -44,9 +44,10 @@ class GriffinWorker(Worker):  # type: ignore[misc]
             if config.layers[-1] >= layers:
                 raise ValueError(f"layers has {config.layers[-1]}, but the model has layers 0 to {layers - 1}")
             blocks = [block for block in blocks if block.layer in config.layers]
-        compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        compilation = self.vllm_config.compilation_config
+        named = None if compilation.mode == CompilationMode.NONE else compilation.static_forward_context
         self._griffin_counts = Counts()
-        ffs = [FF(block, weights, config.backend, compiled, self._griffin_counts) for block in blocks]
+        ffs = [FF(block, weights, config.backend, named, self._griffin_counts) for block in blocks]
         self._griffin_requests = Requests(blocks)
         forward = runner._model_forward
 
