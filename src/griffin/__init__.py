@@ -15,8 +15,9 @@ from griffin.version import __version__
 if TYPE_CHECKING:
     from griffin.attachment import Conversation, Griffin, Phase, attach
     from griffin.engine.step import Sampling, Step, generate_step
+    from griffin.families import LAYOUTS, Layout
     from griffin.generation.generate import Result, generate, stream_generate
-    from griffin.layouts import LAYOUTS, FFBlock, Layout, find_ff_blocks
+    from griffin.layouts import FFBlock, find_ff_blocks
     from griffin.models.load import load
 
 _HOMES = {
@@ -24,7 +25,8 @@ _HOMES = {
     "griffin.generation.generate": ("Result", "generate", "stream_generate"),
     "griffin.models.load": ("load",),
     "griffin.engine.step": ("Sampling", "Step", "generate_step"),
-    "griffin.layouts": ("LAYOUTS", "FFBlock", "Layout", "find_ff_blocks"),
+    "griffin.families": ("LAYOUTS", "Layout"),
+    "griffin.layouts": ("FFBlock", "find_ff_blocks"),
 }
 
 __all__ = [

@@ -12,7 +12,7 @@ from griffin.attachment.handle import Griffin, Phase, refuse_training
 from griffin.attachment.selected import Selected
 from griffin.attachment.transformers_generate import attach_generate
 from griffin.config import GriffinConfig
-from griffin.layouts import Layout
+from griffin.families import Layout
 from griffin.method.statistics import Conversation
 
 __all__ = ["Conversation", "Griffin", "Phase", "Selected", "attach"]
@@ -38,7 +38,7 @@ def attach(
     Args:
         model: the model, in eval mode.
         config: what to keep; `None` means the defaults.
-        layout: where the FF blocks are, for a family that `griffin.LAYOUTS` does not know.
+        layout: where the FF blocks are, for a family that no row of `griffin.LAYOUTS` fits.
         mixed: sequences of one batch are selected one by one, each by a config of its own (`Griffin.select`, `use`).
         **settings: fields of `GriffinConfig`, by keyword, over those of `config`.
 

@@ -22,7 +22,8 @@ from griffin.attachment.selected import Selected, select_one
 from griffin.backends import native
 from griffin.backends.masked import MaskedFF
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, Layout, find_ff_blocks
+from griffin.families import Layout
+from griffin.layouts import FFBlock, find_ff_blocks
 from griffin.method.dynamic import Split, Tier, make_sketches, split
 from griffin.method.statistics import Conversation
 
