@@ -31,6 +31,7 @@ from conftest import tiny_llama
 from griffin import generate_step
 from griffin.engine.cache import BufferedCache
 from griffin.engine.decoders import Decoders, EagerStep, new_cache
+from griffin.families import FAMILIES
 from griffin.native import library
 
 if (reason := library.available()) is not None:
@@ -82,6 +83,11 @@ STEPPED = {
     "gemma2": Gemma2Config(**TINY, **SLIDING, query_pre_attn_scalar=16, attn_logit_softcapping=2.0),
     "gemma3": Gemma3TextConfig(**TINY, **SLIDING, query_pre_attn_scalar=16),
 }
+
+
+def test_every_family_with_a_native_step_is_tested() -> None:
+    native = {family.model_type for family in FAMILIES if family.norm_offset is not None}
+    assert native == {config.model_type for config in STEPPED.values()}
 
 
 def build(config: Any) -> PreTrainedModel:

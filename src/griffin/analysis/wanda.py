@@ -20,7 +20,8 @@ from griffin.attachment import GATHER_ONLY, Griffin, attach
 from griffin.attachment.patching import patch
 from griffin.attachment.plan import Plan
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, Layout
+from griffin.families import Layout
+from griffin.layouts import FFBlock
 from griffin.method import selection, statistic
 from griffin.method.statistics import Statistics
 from griffin.weights.projection import rows

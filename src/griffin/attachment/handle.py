@@ -21,7 +21,8 @@ from griffin.attachment.plan import Plan, plan_for
 from griffin.attachment.selection import Selection, by_layer
 from griffin.backends.native import NativeFF
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, Layout, find_ff_blocks
+from griffin.families import Layout
+from griffin.layouts import FFBlock, find_ff_blocks
 from griffin.method import scores
 from griffin.method.dynamic import Split
 from griffin.method.statistics import Statistics
