@@ -153,7 +153,7 @@ def test_every_layout_of_one_input_projection_is_found() -> None:
     engine = Engine(1, gpt2)
     assert {str(ff.block.layout) for ff in engine.ffs} == {"c_fc -> c_proj"}
     torch.testing.assert_close(engine.run(engine.model, engine.x), engine.expected)
-    config = GriffinConfig(density=0.5, batch="per_sequence")
+    config = GriffinConfig(density=0.5, selection="topk", batch="per_sequence")
     requests = Requests([ff.block for ff in engine.ffs])
 
     def step(plan: StepPlan, x: Tensor) -> Tensor:

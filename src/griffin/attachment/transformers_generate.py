@@ -71,7 +71,7 @@ def attach_generate(handle: Griffin, stack: ExitStack) -> None:
         return outputs
 
     def generated(*args: Any, **kwargs: Any) -> Any:
-        with handle.exclusive():
+        with handle.turn.taken():
             handle.refuse_phase("generate says its phases itself")
             if kwargs.get("custom_generate") is not None:
                 raise ValueError(
