@@ -80,7 +80,8 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
                 "experts": split.experts, "chosen": split.chosen, "ff_bytes": round(read, 4),
                 "dense_us": 1e6 * statistics.median(seconds["dense"]),
                 "plain_us": 1e6 * statistics.median(seconds["plain"]),
-                "dynamic_us": 1e6 * statistics.median(seconds["dynamic"]), "dynamic_to_plain": statistics.median(ratios),
+                "dynamic_us": 1e6 * statistics.median(seconds["dynamic"]),
+                "dynamic_to_plain": statistics.median(ratios),
             }
         )  # fmt: skip
         row = rows[-1]

@@ -16,7 +16,7 @@ from transformers import Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3 import Gemma3ForCausalLM
 
 from griffin.analysis import benchmark, ceiling, flocking, shapes
-from griffin.analysis.ceiling import Machine, Part, Step, bytes_read_per_token, independent_union, step_of
+from griffin.analysis.ceiling import Machine, Part, StepCost, bytes_read_per_token, independent_union, step_of
 from griffin.analysis.workload import PACKED_BYTES
 from griffin.cli import main
 from griffin.layouts import find_ff_blocks
@@ -24,7 +24,7 @@ from griffin.native import library
 from test_bench import D_FF, LAYERS, TINY, TINY_OPT, D
 from test_cli import CONTEXT, ROOT, TEMPLATE, save_tiny
 
-STEP = Step(ff=Part(600, 1200), other=Part(400, 800), cache_bytes=100)
+STEP = StepCost(ff=Part(600, 1200), other=Part(400, 800), cache_bytes=100)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_unions_lie_between_the_bounds_and_reach_them() -> None:
 
 
 def test_a_batch_of_one_without_cache_is_the_old_ceiling() -> None:
-    step = Step(STEP.ff, STEP.other, 0)
+    step = StepCost(STEP.ff, STEP.other, 0)
     for density in (0.25, 0.5, 1.0):
         assert step.speedup(1, independent_union(density, 1)) == pytest.approx(ceiling.ceiling(0.6, density))
         assert step.speedup(64, density) == pytest.approx(ceiling.ceiling(0.6, density))  # the same experts
@@ -107,7 +107,7 @@ def test_a_step_on_meta_is_that_of_the_model(shape: shapes.Shape) -> None:
     assert step.cache_bytes == shapes.cache_bytes(shape, torch.float32, 20)
 
 
-@pytest.mark.skipif(library.available() is not None, reason="the native library is not built")
+@pytest.mark.skipif(library.why_not() is not None, reason="the native library is not built")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_packed_shape_is_nearly_the_packed_model(weights: str, family: str) -> None:
@@ -160,7 +160,7 @@ def test_json_of_a_shape(capsys: Any, tmp_path: Path) -> None:
     assert found["cache_bytes"] == 2 * LAYERS * D * 9 * 2
     rows = {(row["density"], row["batch"]): row for row in found["rows"]}
     assert list(rows) == [(0.5, 2), (0.5, 4), (0.25, 2), (0.25, 4)]
-    step = Step(Part(**found["ff"]), Part(**found["other"]), found["cache_bytes"])
+    step = StepCost(Part(**found["ff"]), Part(**found["other"]), found["cache_bytes"])
     row = rows[0.5, 2]
     for name, share in (("same", 0.5), ("measured", 0.6), ("chance", 0.75)):
         assert row[name]["ff_read"] == share

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import tiny_llama
 from griffin.analysis import folder as folders
-from griffin.analysis.cells import Key, Measured, Metric, Model, cell_id
+from griffin.analysis.cells import CellResult, Key, Metric, Model, cell_id
 from griffin.analysis.fingerprint import fingerprint
 from griffin.analysis.folder import Folder, read, writing
 from griffin.errors import GriffinError
@@ -21,12 +21,12 @@ from griffin.errors import GriffinError
 MODEL = Model("tiny", "0123456789abcdef", "float32", "float32")
 VERSIONS = {"griffin": "0.1.0", "torch": "2.13.0", "profile": "01234567", "python": "3.11.7"}
 KEYS = [Key("task", "topk", density, task="boolq", phase="continuation") for density in (0.75, 0.5, 0.25)]
-FOUND = Measured(
+FOUND = CellResult(
     {"acc": Metric(0.5, 0.25, 0.75), "odd": Metric(math.inf)}, 4, samples={"values": {"acc": [0, 1, 1, 0]}}
 )
 
 
-def keep(folder: Folder, key: Key, measured: Measured = FOUND) -> None:
+def keep(folder: Folder, key: Key, measured: CellResult = FOUND) -> None:
     folder.append(key, MODEL, measured, 1.5, VERSIONS, {"cpu": "some"})
 
 

@@ -34,7 +34,7 @@ from griffin.engine.decoders import Decoders, EagerStep, new_cache
 from griffin.families import FAMILIES
 from griffin.native import library
 
-if (reason := library.available()) is not None:
+if (reason := library.why_not()) is not None:
     pytest.fail(f"these tests need the native library: {reason}", pytrace=False)
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2]])

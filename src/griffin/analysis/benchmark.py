@@ -39,7 +39,7 @@ _WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class SpeedRow:
     """What was measured for one density, selection and length.
 
     Args:
@@ -213,7 +213,7 @@ def rows(
     configs: Sequence[GriffinConfig],
     runs: Sequence[Sequence[Run]],
     bandwidths: Sequence[Bandwidth],
-) -> list[Row]:
+) -> list[SpeedRow]:
     """The figures of every config, from what `measure` returned. The first config is density 1.0, the yardstick."""
     read = bytes_read_per_token(model)
     ff = sum(block.nbytes for block in find_ff_blocks(model))
@@ -232,7 +232,7 @@ def rows(
         ]
         peaks = [run.peak_rss_bytes for run in own if run.peak_rss_bytes is not None]
         found.append(
-            Row(
+            SpeedRow(
                 model=name,
                 weights=weights,
                 density=config.density,
@@ -289,7 +289,7 @@ def ff_bytes_per_step(handle: Griffin) -> int:
 
 def _native_counts() -> tuple[int, int]:
     """Calls of the native library, and bytes of FF weights that it has read."""
-    return (library.calls(), library.ff_bytes()) if library.available() is None else (0, 0)
+    return (library.calls(), library.ff_bytes()) if library.why_not() is None else (0, 0)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from griffin.analysis import flocking
-from griffin.analysis.cells import FULL, Key, Measured, Metric
+from griffin.analysis.cells import FULL, CellResult, Key, Metric
 from griffin.analysis.sweep import Job, Tick
 from griffin.generation.text import context_length
 from griffin.layouts import find_ff_blocks
@@ -39,7 +39,7 @@ def flocking_job(
     most = min(tokens, context_length(model) or tokens, len(ids) // _SEQUENCES)
     key = Key("flocking", FULL, 1.0, task=name, source=source, prompt=most, limit=_SEQUENCES, seed=seed)
 
-    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
         if most < 2:
             raise ValueError(f"the text has {len(ids)} tokens; expected at least {2 * _SEQUENCES}")
         first = [] if bos is None else [bos]
@@ -52,7 +52,7 @@ def flocking_job(
     return Job((key,), measure)
 
 
-def _measured(energies: Mapping[int, Tensor], pictures: list[dict[str, object]]) -> Measured:
+def _measured(energies: Mapping[int, Tensor], pictures: list[dict[str, object]]) -> CellResult:
     """Shapes: energies by layer, each (N, D_ff)."""
     n = next(iter(energies.values())).shape[0]
     pairs = torch.triu_indices(n, n, 1)
@@ -67,7 +67,7 @@ def _measured(energies: Mapping[int, Tensor], pictures: list[dict[str, object]])
         for density, values in own.items()
     }
     chance = {f"{density:g}": density / (2 - density) for density in DENSITIES}
-    return Measured(metrics, n, data={**series, "chance": chance}, samples={"pictures": pictures})
+    return CellResult(metrics, n, data={**series, "chance": chance}, samples={"pictures": pictures})
 
 
 def _pictures(model: PreTrainedModel, text: Tensor, seed: int) -> list[dict[str, object]]:

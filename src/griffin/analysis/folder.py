@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from griffin.analysis.cells import SAMPLES, TEXTS, Cell, Key, Measured, Model, cell_from, cell_id, json_text
+from griffin.analysis.cells import SAMPLES, TEXTS, Cell, CellResult, Key, Model, cell_from, cell_id, json_text
 from griffin.analysis.files import write_text
 from griffin.errors import GriffinError
 from griffin.text_files import read_text
@@ -45,7 +45,7 @@ class Folder:
         self,
         key: Key,
         model: Model,
-        measured: Measured,
+        measured: CellResult,
         seconds: float,
         versions: Mapping[str, str],
         machine: Mapping[str, Any],

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.analysis import benchmark, perplexity
-from griffin.analysis.cells import FULL, Key, Measured, Metric
+from griffin.analysis.cells import FULL, CellResult, Key, Metric
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
 from griffin.analysis.wanda import attach_any
 from griffin.analysis.workload import passage_prompts
@@ -58,7 +58,7 @@ def perplexities(
             for generate in sorted(set(generates))
         ]
 
-        def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+        def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
             wanted = list(dict.fromkeys(config_of(key) for key in todo))
             steps = len(own) * len(wanted)
             found = perplexity.measure(model, own, prompt, wanted, progress=lambda: tick(1 / steps))
@@ -70,7 +70,7 @@ def perplexities(
     return [job(prompt, own) for prompt, own in zip(prompts, windows, strict=True)]
 
 
-def _perplexity(measured: perplexity.Measured, key: Key) -> Measured:
+def _perplexity(measured: perplexity.Scored, key: Key) -> CellResult:
     assert key.prompt is not None
     assert key.generate is not None
     row = perplexity.summary(measured, key.prompt, key.generate, key.seed)
@@ -80,7 +80,7 @@ def _perplexity(measured: perplexity.Measured, key: Key) -> Measured:
     if key.method != FULL:
         metrics["kl"] = Metric.of(row.kl, higher_is_better=False)
         metrics["agreement"] = Metric.of(row.agreement)
-    return Measured(
+    return CellResult(
         metrics=metrics,
         n=row.sequences,
         data={
@@ -121,7 +121,7 @@ def speeds(
     timed = [config for config in configs if config.method.select is not None]  # which reads every weight
     keys = tuple(key_of(config, "speed", prompt=prompt, generate=generate) for config in timed)
 
-    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
         if model.device.type != "cpu":
             raise ValueError(f"speed is measured on the CPU, the model is on {model.device}; add --device cpu")
         full = next(key for key in keys if key.method == FULL)
@@ -139,11 +139,11 @@ def speeds(
     return Job(keys, measure)
 
 
-def _speed(row: benchmark.Row) -> Measured:
+def _speed(row: benchmark.SpeedRow) -> CellResult:
     metrics = {
         name: Metric(getattr(row, name)) for name in ("speedup", "generation_tokens_per_s", "prompt_tokens_per_s")
     }
-    return Measured(metrics=metrics, n=_ROUNDS, data=asdict(row))
+    return CellResult(metrics=metrics, n=_ROUNDS, data=asdict(row))
 
 
 def examples(
@@ -162,7 +162,7 @@ def examples(
         source: what tells these prompts from others.
     """
 
-    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
         for key in todo:
             yield _examples(model, tokenizer, prompts, key, tick)
 
@@ -172,7 +172,7 @@ def examples(
 
 def _examples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], key: Key, tick: Tick
-) -> Measured:
+) -> CellResult:
     tokens: list[list[int]] = []
     pieces: list[list[str]] = []
     with attach_any(model, config_of(key)) as handle:
@@ -182,7 +182,7 @@ def _examples(
             tokens.append([token for piece in own for token in piece.tokens])
             pieces.append([piece.text for piece in own])
             tick(1 / len(prompts))
-    return Measured(
+    return CellResult(
         metrics={"generated_tokens": Metric(sum(map(len, tokens)) / len(prompts))},
         n=len(prompts),
         samples={"tokens": tokens},

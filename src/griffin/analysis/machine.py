@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_features": [flag for flag in _FEATURES if flag in flags],
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native_library": library.available() or f"{library.isa()}, threads: {library.threading()}",
+        "native_library": library.why_not() or f"{library.isa()}, threads: {library.threading()}",
     }
 
 
@@ -109,7 +109,7 @@ def read_bandwidth() -> Bandwidth | None:
     if size < _LEAST_BUFFER_BYTES:
         return None
     buffer = torch.empty(size // 4)
-    if library.available() is None:
+    if library.why_not() is None:
         how = f"native library, {_size(buffer)}"
         memory.advise_huge(buffer)  # with small pages the same machine reads a tenth less: no yardstick
         buffer.fill_(1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from griffin.analysis.cells import FULL, Cell, Key, Measured, Model, cell_id
+from griffin.analysis.cells import FULL, Cell, CellResult, Key, Model, cell_id
 from griffin.analysis.folder import Folder
 from griffin.config import GriffinConfig
 
@@ -25,10 +25,10 @@ class Job:
     """
 
     keys: tuple[Key, ...]
-    measure: Callable[[Sequence[Key], Tick], Iterable[Measured]]
+    measure: Callable[[Sequence[Key], Tick], Iterable[CellResult]]
 
 
-class Watcher:
+class SweepObserver:
     """What is told while a sweep runs; every method may be left as it is."""
 
     def begun(self, keys: Sequence[Key]) -> None:
@@ -93,7 +93,7 @@ def carry_out(
     todo: Sequence[tuple[Job, tuple[Key, ...]]],
     versions: Mapping[str, str],
     machine: Mapping[str, Any],
-    watcher: Watcher,
+    watcher: SweepObserver,
 ) -> int:
     """Measure what is pending; a job that fails is told, what it has found is kept, and the others go on.
 
@@ -107,7 +107,7 @@ def carry_out(
     for job, keys in todo:
         watcher.begun(keys)
         start = time.perf_counter()
-        found: list[Measured] = []
+        found: list[CellResult] = []
         problem = None
         try:
             found.extend(job.measure(keys, partial(_tick, watcher, len(keys))))
@@ -122,5 +122,5 @@ def carry_out(
     return failed
 
 
-def _tick(watcher: Watcher, cells: int, share: float) -> None:
+def _tick(watcher: SweepObserver, cells: int, share: float) -> None:
     watcher.ticked(share * cells)

@@ -23,7 +23,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 def why_not_native(model: Any) -> str | None:
     """Why the native step cannot run a model, as far as its config tells; `None` if it may."""
     config = model.config.get_text_config()
-    if (reason := library.available()) is not None:
+    if (reason := library.why_not()) is not None:
         return reason
     family = BY_TYPE.get(config.model_type)
     if family is None or family.norm_offset is None:

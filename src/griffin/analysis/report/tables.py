@@ -29,7 +29,7 @@ class Entry:
 
 
 @dataclass
-class Row:
+class TableRow:
     """One setting in a table, with its figures by column."""
 
     name: str
@@ -42,7 +42,7 @@ class Table:
     """Rows and the columns' headings, each with a line on what it is."""
 
     columns: dict[str, str]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
                     "ratio": Entry(f"{float(line['ratio']):.3f}x", spans["ratio"], spans["ratio"]),
                     "agreement": Entry(f"{float(line['agreement']):.1%}"),
                 }
-                rows.append(Row(line["method"], line.get("bytes") or line["density"], entries))
+                rows.append(TableRow(line["method"], line.get("bytes") or line["density"], entries))
             first = lines[0]
             title = f"{first['prompt_tokens']} + {first['generated_tokens']} tokens, {first['weights']} weights"
             found.append((f"{title}, {first['sequences']} sequences", Table(columns, rows)))
@@ -100,7 +100,7 @@ def main_metric(cells: Sequence[Cell]) -> str:
 def summary(comparisons: Comparisons) -> Table:
     """A row for each setting; columns: speed-up, perplexity after the longest prompt, each task's main metric."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     cells = comparisons.cells("speed")
     if cells:
         _add(columns, rows, "speed-up", "of the generation phase", _scores(comparisons, cells, "speedup"))
@@ -119,7 +119,7 @@ def summary(comparisons: Comparisons) -> Table:
 def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     """All figures of a task."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
         better = next(cell.metrics[metric].higher_is_better for cell in cells if metric in cell.metrics)
         _add(
@@ -135,7 +135,7 @@ def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
 def perplexities(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     """All lengths of one text: perplexity, KL divergence and top-1 agreement."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     for prompt, generate in sorted({(cell.key.prompt or 0, cell.key.generate or 0) for cell in cells}):
         own = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
         _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, own, PERPLEXITY))
@@ -234,7 +234,9 @@ def _scores(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> lis
     return [score for score in found if score is not None]
 
 
-def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: str, scores: Sequence[Score]) -> None:
+def _add(
+    columns: dict[str, str], rows: dict[Setting, TableRow], column: str, what: str, scores: Sequence[Score]
+) -> None:
     while column in columns:
         column += "'"
     columns[column] = what
@@ -243,8 +245,8 @@ def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: s
         rows.setdefault(setting, _row(setting)).entries[column] = _entry(score)
 
 
-def _row(setting: Setting) -> Row:
-    return Row(setting.name, f"{setting.density:g}")
+def _row(setting: Setting) -> TableRow:
+    return TableRow(setting.name, f"{setting.density:g}")
 
 
 def _entry(score: Score) -> Entry:

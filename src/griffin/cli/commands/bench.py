@@ -23,7 +23,7 @@ from griffin.methods import METHODS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from griffin.analysis.benchmark import Row
+    from griffin.analysis.benchmark import SpeedRow
     from griffin.analysis.workload import Plan
 
 _DENSITIES = [1.0, 0.75, 0.5, 0.25]
@@ -201,7 +201,7 @@ def _tell_variation(speeds: Sequence[float]) -> None:
         )
 
 
-def _tell_paths(rows: Sequence[Row]) -> None:
+def _tell_paths(rows: Sequence[SpeedRow]) -> None:
     names = {row.model for row in rows if row.backend == "native" and row.native_calls_per_step == 0}
     for name in sorted(names):
         print(
@@ -211,7 +211,7 @@ def _tell_paths(rows: Sequence[Row]) -> None:
         )
 
 
-def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str, str]) -> None:
+def _print_tables(rows: Sequence[SpeedRow], about: dict[str, Any], versions: dict[str, str]) -> None:
     speeds = [own / 1e9 for own in about["read_bandwidth_measured"]]
     bandwidth = f"unknown: {about['read_bandwidth_how']}"
     if speeds:
@@ -234,7 +234,7 @@ def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str
         print_table(_table(list(own)))
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[SpeedRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 

@@ -17,13 +17,12 @@ from starlette.exceptions import HTTPException
 
 from griffin.integrations.server import schema
 from griffin.integrations.server.engine import Engine
-from griffin.integrations.server.errors import ApiError, answer, failed, invalid, of_http, refusal
+from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http, refusal
 from griffin.integrations.server.flocking import picture
 from griffin.integrations.server.metrics import Counted, Metrics
 from griffin.integrations.server.middleware import Gate
 from griffin.integrations.server.openai_chunks import Chunks, fold, token_bytes
-from griffin.integrations.server.types import Event, FullError, StoppedError, Summary
-from griffin.integrations.server.types import Request as Asked
+from griffin.integrations.server.types import Event, FullError, GenerationRequest, StoppedError, Summary
 from griffin.integrations.server.validation import Settings, config_of, encoded, prompts_of, sampling_of, tokens_of
 from griffin.version import __version__
 
@@ -108,7 +107,7 @@ class _Server:
     async def health(self) -> JSONResponse:
         """Whether requests are being answered."""
         if not self._engine.alive:
-            return answer(503, f"the engine has stopped: {self._engine.failure or 'the server is stopping'}")
+            return error_response(503, f"the engine has stopped: {self._engine.failure or 'the server is stopping'}")
         return JSONResponse({"status": "ok", "running": self._engine.running, "waiting": self._engine.waiting})
 
     async def metrics_text(self) -> Response:
@@ -196,7 +195,7 @@ class _Server:
         def emit(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = Asked(
+        request = GenerationRequest(
             prompts=prompts,
             config=config_of(self._engine, body.griffin),
             sampling=sampling_of(body, tokens_of(engine, self._settings, prompts, tokens)),
@@ -232,7 +231,7 @@ class _Server:
         return StreamingResponse(_server_sent(first, stream), media_type="text/event-stream")
 
     async def _stream(
-        self, request: Asked, events: asyncio.Queue[Event], chunks: Chunks
+        self, request: GenerationRequest, events: asyncio.Queue[Event], chunks: Chunks
     ) -> AsyncIterator[dict[str, Any]]:
         """The chunks as they come. Whoever stops reading cancels the request."""
         try:

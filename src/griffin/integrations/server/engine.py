@@ -28,10 +28,10 @@ from griffin.generation.text import Answer, context_length
 from griffin.integrations.server.types import (
     Event,
     FullError,
+    GenerationRequest,
     LateError,
     Limits,
     Piece,
-    Request,
     StoppedError,
     Summary,
     TokenInfo,
@@ -46,7 +46,7 @@ _ALONE = 512  # prompt tokens in one pass while no answer is running
 class _Waiting:
     """A prompt in the queue, or on its way through the full model."""
 
-    def __init__(self, request: Request, number: int, nbytes: int) -> None:
+    def __init__(self, request: GenerationRequest, number: int, nbytes: int) -> None:
         self.request, self.number, self.nbytes = request, number, nbytes
         self.prompt: Prefill | None = None
 
@@ -54,7 +54,9 @@ class _Waiting:
 class _Running:
     """One answer in its generation phase."""
 
-    def __init__(self, request: Request, index: int, row: Running, draw: Draw, answer: Answer, nbytes: int) -> None:
+    def __init__(
+        self, request: GenerationRequest, index: int, row: Running, draw: Draw, answer: Answer, nbytes: int
+    ) -> None:
         self.request, self.index, self.row = request, index, row
         self.draw, self.answer, self.nbytes = draw, answer, nbytes
 
@@ -132,7 +134,7 @@ class Engine:
         """Whether requests are being answered."""
         return self._thread.is_alive() and self.failure is None
 
-    def check(self, request: Request) -> None:
+    def check(self, request: GenerationRequest) -> None:
         """Refuse what could never be run.
 
         Raises:
@@ -147,7 +149,7 @@ class Engine:
                 f"{self.limits.cache_bytes / 1e6:,.1f} MB; ask for fewer tokens or answers"
             )
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         """Put a request's prompts into the queue.
 
         Raises:
@@ -252,7 +254,7 @@ class Engine:
             elif now - request.arrived_s > self.limits.seconds:
                 self._fail(request, LateError(f"the request was not finished within {self.limits.seconds:g} seconds"))
 
-    def _requests(self) -> list[Request]:
+    def _requests(self) -> list[GenerationRequest]:
         """All that are not finished."""
         with self._changed:
             found: list[_Waiting | _Running] = [*self._waiting, *self._running]
@@ -260,14 +262,14 @@ class Engine:
             found.append(self._prompt)
         return list({id(own.request): own.request for own in found}.values())
 
-    def _drop(self, request: Request) -> None:
+    def _drop(self, request: GenerationRequest) -> None:
         with self._changed:
             self._waiting = deque(own for own in self._waiting if own.request is not request)
         self._running = [own for own in self._running if own.request is not request]
         if self._prompt is not None and self._prompt.request is request:
             self._prompt = None
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: GenerationRequest, error: Exception) -> None:
         self._drop(request)
         self._emit(request, error)
 
@@ -372,7 +374,7 @@ class Engine:
         if reason is not None and request.open_answers == 0:
             self._emit(request, self._summary(request))
 
-    def _summary(self, request: Request) -> Summary:
+    def _summary(self, request: GenerationRequest) -> Summary:
         config = request.used or request.config
         answers = len(request.prompts) * request.n
         seconds = time.monotonic() - request.first_s
@@ -388,13 +390,13 @@ class Engine:
             generation_tokens_per_s=steps / seconds if steps > 0 and seconds > 0 else 0.0,
         )
 
-    def _emit(self, request: Request, event: Event) -> None:
+    def _emit(self, request: GenerationRequest, event: Event) -> None:
         try:
             request.emit(event)
         except Exception:  # whoever waited has gone
             request.cancel()
 
-    def _bytes_of(self, request: Request, ids: Sequence[int]) -> int:
+    def _bytes_of(self, request: GenerationRequest, ids: Sequence[int]) -> int:
         return request.n * (len(ids) + request.sampling.max_tokens) * self.bytes_per_token
 
     def _try(self) -> int:

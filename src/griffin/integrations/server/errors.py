@@ -54,7 +54,7 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def answer(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     """An error as an answer."""
     return ApiError(status, message, param, code).response()
 
@@ -77,11 +77,11 @@ def invalid(_: Request, error: Exception) -> JSONResponse:
     # Of a field's alternatives the one that went furthest is the one that was meant.
     first = max((own for own in errors if own["loc"][:2] == errors[0]["loc"][:2]), key=lambda own: len(own["loc"]))
     if first["type"] == "json_invalid":
-        return answer(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        return error_response(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or not _is_branch(part)]
     name = ".".join(place)
     if not name:
-        return answer(422, f"the body is not what is expected: {first['msg']}")
+        return error_response(422, f"the body is not what is expected: {first['msg']}")
     neutral = name.split(".")[0] in schema.UNSUPPORTED
     unsupported = neutral or first["type"] == "extra_forbidden"
     text = f"{name} is not supported" if unsupported else f"{name}: {first['msg']}"
@@ -89,7 +89,7 @@ def invalid(_: Request, error: Exception) -> JSONResponse:
         text += "; leave it out"
     elif not unsupported and isinstance(first.get("input"), str | int | float | bool):
         text += f" (found {_short(first['input'])})"
-    return answer(422, text, name, "unsupported_parameter" if unsupported else None)
+    return error_response(422, text, name, "unsupported_parameter" if unsupported else None)
 
 
 def _is_branch(part: str) -> bool:
@@ -106,14 +106,14 @@ def of_http(request: Request, error: Exception) -> JSONResponse:
     """Handler: a path or a method that there is not."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return answer(404, f"there is nothing at {request.url.path[:80]}; the API is at /v1, the page at /")
+        return error_response(404, f"there is nothing at {request.url.path[:80]}; the API is at /v1, the page at /")
     if error.status_code == 405:
-        response = answer(405, f"{request.method} is not allowed here")
+        response = error_response(405, f"{request.method} is not allowed here")
         response.headers.update(error.headers or {})
         return response
-    return answer(error.status_code, str(error.detail))
+    return error_response(error.status_code, str(error.detail))
 
 
 def failed(_: Request, error: Exception) -> JSONResponse:
     """Handler: a defect of this program."""
-    return answer(500, f"this server has failed: {type(error).__name__}")
+    return error_response(500, f"this server has failed: {type(error).__name__}")

@@ -7,7 +7,7 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from griffin.integrations.server.errors import answer
+from griffin.integrations.server.errors import error_response
 
 _GUARDED = "/v1/"
 _PATIENCE = 25  # times the limit that is read, and dropped, before a refusal
@@ -36,7 +36,7 @@ class Gate:
             given = headers.get(b"authorization", b"")
             # Of the same length or not, right or not: it takes the same time.
             if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
-                refusal = answer(
+                refusal = error_response(
                     401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
                 )
                 refusal.headers["WWW-Authenticate"] = "Bearer"
@@ -57,11 +57,11 @@ class Gate:
                         body.append(message)
         except TimeoutError:
             text = f"the body did not come within {self._seconds:g} seconds"
-            await answer(408, text, code="request_timeout")(scope, receive, send)
+            await error_response(408, text, code="request_timeout")(scope, receive, send)
             return
         if seen > self._most:
             text = f"the body is larger than the {self._most / 1e6:g} MB that this server takes"
-            await answer(413, text, code="request_too_large")(scope, receive, send)
+            await error_response(413, text, code="request_too_large")(scope, receive, send)
             return
         waiting = iter(body)
 

@@ -104,7 +104,7 @@ Event = Piece | Summary | Exception
 
 
 @dataclass(eq=False)
-class Request:
+class GenerationRequest:
     """Prompts to be answered with one config.
 
     Args:

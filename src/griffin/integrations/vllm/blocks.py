@@ -259,7 +259,7 @@ class FF:
 
     def _why_not_native(self, weights: Weights) -> str | None:
         """Why the native library cannot compute this block; `None` if it can."""
-        if (reason := library.available()) is not None:
+        if (reason := library.why_not()) is not None:
             return reason
         for projection in (self._input, self._output):
             weight = weights.get(projection, (projection.weight, None))[0]

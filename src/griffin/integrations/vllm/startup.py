@@ -90,7 +90,7 @@ def _why_not(vllm_config: Any, config: GriffinConfig) -> list[str]:
     cpu = vllm_config.device_config.device_type == "cpu"
     version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
     low, high = (".".join(map(str, bound)) for bound in VERSIONS)
-    missing = library.available()
+    missing = library.why_not()
     rules = [
         (
             not VERSIONS[0] <= version < VERSIONS[1],
