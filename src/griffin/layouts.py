@@ -231,7 +231,7 @@ def _checked(index: int, path: str, layer: nn.Module, module: nn.Module, layout:
 
 
 def _others(layer: nn.Module, module: nn.Module, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
-    """Children of the FF block beside its projections. A block that is the decoder layer itself (OPT) has none.
+    """Submodules of the FF block other than its projections. A block that is the decoder layer itself (OPT) has none.
 
     Only scalars are allowed in them (the xIELU activation learns two): a norm between the projections would tie the
     neurons to each other.

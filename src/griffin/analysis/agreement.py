@@ -31,7 +31,7 @@ def teacher_forced_logits(
 
 @torch.no_grad()
 def run_prompt(model: PreTrainedModel, prompt_ids: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Run a prompt in the phase that was said; returns its key/value cache and the logits of its last position.
+    """Run a prompt in the current phase; returns its key/value cache and the logits of its last position.
 
     Shapes:
         prompt_ids: (B, P). The logits are (B, 1, V), in the model's dtype.
@@ -43,7 +43,7 @@ def run_prompt(model: PreTrainedModel, prompt_ids: Tensor) -> tuple[DynamicCache
 
 @torch.no_grad()
 def run_continuation(model: PreTrainedModel, continuation_ids: Tensor, cache: DynamicCache, first: Tensor) -> Tensor:
-    """Run a known continuation of what `run_prompt` returned, in the phase that was said; the cache is extended.
+    """Run a known continuation of what `run_prompt` returned, in the current phase; the cache is extended.
 
     Shapes:
         continuation_ids: (B, G). first: (B, 1, V). Returns the logits of its tokens, (B, G, V), in the model's dtype.

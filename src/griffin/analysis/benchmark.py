@@ -1,7 +1,7 @@
 """Speed of the generation phase at several densities, beside the ceiling and the machine's read bandwidth.
 
-Densities take turns, so that what else the machine does falls on all of them; medians over the rounds; a speed-up is
-the median of each round's ratio. Every backend is verified against the reference before anything is timed.
+Densities are interleaved, so background load hits all of them. Figures are medians over rounds; a speed-up is the
+median of the per-round ratios. Every backend is verified against the reference before anything is timed.
 """
 
 from __future__ import annotations

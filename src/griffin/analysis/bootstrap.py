@@ -24,7 +24,7 @@ class Interval:
 
     Args:
         value: of the examples themselves.
-        low, high: ends of the interval; nan where one example tells nothing about the spread.
+        low, high: ends of the interval; nan for a single example, which has no spread.
     """
 
     value: float

@@ -34,7 +34,7 @@ def flocking_job(
         bos: the token that the model expects at the beginning.
         tokens: most tokens of a sequence.
         seed: of the permutation and of the random tokens.
-        source: what tells this text from another of the same name.
+        source: distinguishes this text from others of the same name.
     """
     most = min(tokens, context_length(model) or tokens, len(ids) // _SEQUENCES)
     key = Key("flocking", FULL, 1.0, task=name, source=source, prompt=most, limit=_SEQUENCES, seed=seed)

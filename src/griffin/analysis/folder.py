@@ -34,12 +34,12 @@ class Folder:
     Args:
         path: where it is.
         cells: its finished cells by id, in the order in which they were finished.
-        complaints: what was found in it that is not believed, one clear line each.
+        warnings: one line for each corrupt entry that was skipped.
     """
 
     path: Path
     cells: dict[str, Cell] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def append(
         self,
@@ -177,7 +177,7 @@ def _read(path: Path) -> Folder:
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             half = " (cut off in the middle)" if number == len(lines) else ""
             reason = " ".join(str(error).split()) or type(error).__name__
-            folder.complaints.append(f"{path / LINES}, line {number}{half}: not a whole cell, left out: {reason}")
+            folder.warnings.append(f"{path / LINES}, line {number}{half}: not a whole cell, left out: {reason}")
             continue
         folder.cells[cell.id] = cell
     return folder

@@ -41,7 +41,7 @@ def perplexities(
         configs: of `griffin.analysis.sweep.settings`.
         prompts, generates: tokens of the prompt and of the continuation.
         sequences: number of sequences cut from the text.
-        source: what tells this text from another of the same name.
+        source: distinguishes this text from others of the same name.
 
     Raises:
         ValueError: a length is out of range, the text is too short, or the model's context is.
@@ -159,7 +159,7 @@ def examples(
     Args:
         prompts: what is asked; as a message where the tokenizer has a chat template.
         generate: most tokens of an answer.
-        source: what tells these prompts from others.
+        source: distinguishes these prompts from others.
     """
 
     def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:

@@ -156,7 +156,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def _cpu() -> tuple[str, frozenset[str]]:
-    """Name and feature flags of the CPU, as far as the system tells."""
+    """Name and feature flags of the CPU, as far as the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

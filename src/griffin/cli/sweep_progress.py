@@ -1,4 +1,4 @@
-"""What a sweep tells while it runs: a line for every finished cell, and on a terminal a bar with the time left."""
+"""Progress of a sweep: a line for every finished cell, and on a terminal a bar with the time left."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Comparisons:
     def sets(self, kind: str) -> dict[str, list[Cell]]:
         """The cells of tasks or texts by what they were measured on: figures of other examples are not compared.
 
-        The names are those of the tasks and texts, with what tells sets of one name apart.
+        The names are those of the tasks and texts, with a suffix where several sets have one name.
         """
         found: dict[Key, list[Cell]] = {}
         for cell in self.cells(kind):

@@ -127,8 +127,8 @@ def run(args: argparse.Namespace) -> int:
     jobs = _jobs(args, model, tokenizer, about, configs, tasks, text)
     total = sum(len(job.keys) for job in jobs)
     with writing(args.output, about, versions) as folder:
-        for complaint in folder.complaints:
-            print(f"warning: {complaint}", file=sys.stderr)
+        for warning in folder.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         todo = sweep.pending(folder, about, jobs)
         missing = sum(len(keys) for _, keys in todo)
         print(f"{total} cells, {total - missing} of them finished earlier", file=sys.stderr)
@@ -157,7 +157,7 @@ def _check_window(length: int | None, model: PreTrainedModel) -> None:
 
 
 def _used(model: PreTrainedModel, configs: Sequence[GriffinConfig]) -> dict[str, str]:
-    """Try every method once, so that one that this model cannot run is said before others have run for hours.
+    """Try every method once, so that a method that this model cannot run is refused before others run for hours.
 
     Returns:
         The profile that methods use, as something that has a version.
@@ -201,7 +201,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
             from griffin.integrations.lm_eval.data import load
 
             for task in tasks:
-                load(task, args.data)  # a file that is missing is said before the model is loaded
+                load(task, args.data)  # refuse a missing file before the model is loaded
     return tasks
 
 

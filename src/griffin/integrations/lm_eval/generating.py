@@ -131,7 +131,7 @@ class Shared:
         configs: the configs, of methods that select neurons.
         path: where answers are kept as they come, so that a killed run loses one batch; `None` keeps them nowhere.
         progress: called with the share of the prompts that were answered since.
-        model: what tells the model, and what it runs on, from others whose answers the file may hold; as JSON.
+        model: identifies the model and what it runs on, since the file may hold answers of others; JSON.
 
     Raises:
         GriffinError: the file cannot be read or written.

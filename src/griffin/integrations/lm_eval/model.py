@@ -288,7 +288,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
 
 
 def _rules(config: Any) -> dict[str, Any]:
-    """What a model's own generation config asks for beside sampling, which the harness's settings decide."""
+    """Settings of a model's own generation config, without sampling, which the harness decides."""
     found = {name: getattr(config, name, None) for name in _OFF}
     return {name: value for name, value in found.items() if value is not None and value not in _OFF[name]}
 

@@ -1,4 +1,4 @@
-"""What /metrics tells, in Prometheus' format."""
+"""Metrics of the server, in Prometheus' format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request meets before anything reads it: the API key, and a limit on its body. Plain ASGI, so streams pass."""
+"""ASGI middleware that checks the API key and caps the body size. It does not buffer responses, so streaming works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from griffin.integrations.server.errors import error_response
 
 _GUARDED = "/v1/"
-_PATIENCE = 25  # times the limit that is read, and dropped, before a refusal
+# Read and discard up to 25 times the limit before answering 413: a client that still sends would not see the answer.
+_PATIENCE = 25
 
 
 class Gate:
@@ -34,8 +35,7 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self._key is not None and scope["path"].startswith(_GUARDED):
             given = headers.get(b"authorization", b"")
-            # Of the same length or not, right or not: it takes the same time.
-            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):  # constant-time comparison
                 refusal = error_response(
                     401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
                 )
@@ -47,7 +47,7 @@ class Gate:
         try:
             async with asyncio.timeout(self._seconds):
                 more = True
-                while more and seen <= _PATIENCE * self._most:  # who still sends would not see an answer
+                while more and seen <= _PATIENCE * self._most:
                     message = await receive()
                     if message["type"] != "http.request":  # the client has gone
                         return

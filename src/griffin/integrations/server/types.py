@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it tells: requests, their limits and their events."""
+"""Requests to the engine, their limits, and the events that the engine sends back."""
 
 from __future__ import annotations
 
