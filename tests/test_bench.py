@@ -14,7 +14,7 @@ import torch
 
 import griffin
 from griffin.analysis import benchmark, files, machine, shapes, verification, workload
-from griffin.analysis.benchmark import Row, Run, cases, ff_bytes_per_step
+from griffin.analysis.benchmark import Run, SpeedRow, cases, ff_bytes_per_step
 from griffin.analysis.ceiling import bytes_read_per_token, ceiling
 from griffin.analysis.machine import Bandwidth
 from griffin.attachment import attach
@@ -33,7 +33,7 @@ TINY_OPT = shapes.Shape(
     | {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": VOCABULARY}
 )  # fmt: skip
 QUICK = ["--prompt", "8", "--generate", "4", "--repeats", "2"]
-FIGURES = set(Row.__dataclass_fields__)
+FIGURES = set(SpeedRow.__dataclass_fields__)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ _WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class SpeedRow:
     """What was measured for one density, selection and length.
 
     Args:
@@ -213,7 +213,7 @@ def rows(
     configs: Sequence[GriffinConfig],
     runs: Sequence[Sequence[Run]],
     bandwidths: Sequence[Bandwidth],
-) -> list[Row]:
+) -> list[SpeedRow]:
     """The figures of every config, from what `measure` returned. The first config is density 1.0, the yardstick."""
     read = bytes_read_per_token(model)
     ff = sum(block.nbytes for block in find_ff_blocks(model))
@@ -232,7 +232,7 @@ def rows(
         ]
         peaks = [run.peak_rss_bytes for run in own if run.peak_rss_bytes is not None]
         found.append(
-            Row(
+            SpeedRow(
                 model=name,
                 weights=weights,
                 density=config.density,

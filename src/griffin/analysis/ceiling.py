@@ -59,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """What a generation step of the full model reads.
 
     Args:
@@ -109,7 +109,7 @@ class Step:
 
 
 @torch.no_grad()
-def step_of(model: PreTrainedModel, context: int, bytes_per_weight: float | None = None) -> Step:
+def step_cost(model: PreTrainedModel, context: int, bytes_per_weight: float | None = None) -> StepCost:
     """What a generation step of the model reads, at a context of so many tokens.
 
     Args:
@@ -132,7 +132,7 @@ def step_of(model: PreTrainedModel, context: int, bytes_per_weight: float | None
         in_linears = sum(shape_of(own)[0] * shape_of(own)[1] for own in projections)
         own_bytes = int(in_linears * bytes_per_weight) + (own_weights - in_linears) * model.dtype.itemsize
     ff = Part(own_weights, own_bytes)
-    return Step(ff, Part(weights - ff.weights, nbytes - ff.nbytes), _cache_bytes(model, context))
+    return StepCost(ff, Part(weights - ff.weights, nbytes - ff.nbytes), _cache_bytes(model, context))
 
 
 def _read(model: nn.Module, bytes_per_weight: float | None) -> dict[int, tuple[int, int]]:

@@ -72,7 +72,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellResult:
     """What measuring a cell found.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from griffin.analysis.cells import SAMPLES, TEXTS, Cell, Key, Measured, Model, cell_from, cell_id, json_text
+from griffin.analysis.cells import SAMPLES, TEXTS, Cell, CellResult, Key, Model, cell_from, cell_id, json_text
 from griffin.analysis.files import write_text
 from griffin.errors import GriffinError
 from griffin.text_files import read_text
@@ -34,18 +34,18 @@ class Folder:
     Args:
         path: where it is.
         cells: its finished cells by id, in the order in which they were finished.
-        complaints: what was found in it that is not believed, one clear line each.
+        warnings: what was found in it that is not believed, one clear line each.
     """
 
     path: Path
     cells: dict[str, Cell] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def append(
         self,
         key: Key,
         model: Model,
-        measured: Measured,
+        measured: CellResult,
         seconds: float,
         versions: Mapping[str, str],
         machine: Mapping[str, Any],
@@ -177,7 +177,7 @@ def _read(path: Path) -> Folder:
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             half = " (cut off in the middle)" if number == len(lines) else ""
             reason = " ".join(str(error).split()) or type(error).__name__
-            folder.complaints.append(f"{path / LINES}, line {number}{half}: not a whole cell, left out: {reason}")
+            folder.warnings.append(f"{path / LINES}, line {number}{half}: not a whole cell, left out: {reason}")
             continue
         folder.cells[cell.id] = cell
     return folder

@@ -29,7 +29,7 @@ _VALUES_AT_A_TIME = 2**24  # logits in float32, 64 MB; several such are alive at
 
 
 @dataclass(frozen=True)
-class Measured:
+class Scored:
     """What the tokens of N continuations of G tokens cost with one config, and with the full model.
 
     Args:
@@ -51,7 +51,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class PerplexityRow:
     """The figures of one config for one length of prompt and continuation; intervals are over the sequences.
 
     Args:
@@ -161,7 +161,7 @@ def measure(
     configs: Sequence[GriffinConfig],
     *,
     progress: Callable[[], None] = lambda: None,
-) -> list[Measured]:
+) -> list[Scored]:
     """Score the continuations of N prompts with the full model and with every config.
 
     Sequence by sequence: the prompt runs once, and its statistic and its key/value cache serve the full model and every
@@ -203,7 +203,7 @@ def measure(
                 own.append(_scores(logits, full, continuation[0]))
                 progress()
     return [
-        Measured(
+        Scored(
             config,
             torch.stack([one.nll for one in own]),
             torch.stack(full_nll),
@@ -214,7 +214,7 @@ def measure(
     ]
 
 
-def summary(measured: Measured, prompt: int, generate: int, seed: int = 0) -> Row:
+def summary(measured: Scored, prompt: int, generate: int, seed: int = 0) -> PerplexityRow:
     """The figures of the first `generate` tokens of every continuation: shorter ones are prefixes of one run.
 
     Raises:
@@ -227,7 +227,7 @@ def summary(measured: Measured, prompt: int, generate: int, seed: int = 0) -> Ro
         values[:, :generate].double().mean(dim=1)
         for values in (measured.nll, measured.full_nll, measured.kl, measured.agreement)
     )
-    return Row(
+    return PerplexityRow(
         density=measured.config.density,
         selection=measured.config.selection,
         prompt_tokens=prompt,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from griffin.analysis.perplexity import Row
+    from griffin.analysis.perplexity import PerplexityRow
 
 
 def flocking_heat_map(activations: Tensor, title: str, path: Path) -> None:
@@ -109,7 +109,7 @@ def overlap_matrix(overlap: Tensor, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def perplexity_against_length(rows: Sequence[Row], title: str, path: Path) -> None:
+def perplexity_against_length(rows: Sequence[PerplexityRow], title: str, path: Path) -> None:
     """Draw perplexity against the lengths of prompt and continuation, with its intervals, and save it as PNG.
 
     One panel for each of the two that has several values, the other at its longest. The axis of perplexity is
@@ -146,7 +146,7 @@ def perplexity_against_length(rows: Sequence[Row], title: str, path: Path) -> No
     _save(figure, path)
 
 
-def _perplexity_lines(axes: Axes, rows: Sequence[Row], length: str) -> None:
+def _perplexity_lines(axes: Axes, rows: Sequence[PerplexityRow], length: str) -> None:
     lines = {(row.density, row.selection): row for row in rows if row.density < 1.0}
     full = sorted({getattr(row, length): row.full_perplexity for row in rows}.items())
     curves = [("full model", [at for at, _ in full], [interval for _, interval in full])]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from griffin.analysis.cells import FULL, Cell, Key, Measured, Model, cell_id
+from griffin.analysis.cells import FULL, Cell, CellResult, Key, Model, cell_id
 from griffin.analysis.folder import Folder
 from griffin.config import GriffinConfig
 
@@ -25,10 +25,10 @@ class Job:
     """
 
     keys: tuple[Key, ...]
-    measure: Callable[[Sequence[Key], Tick], Iterable[Measured]]
+    measure: Callable[[Sequence[Key], Tick], Iterable[CellResult]]
 
 
-class Watcher:
+class SweepObserver:
     """What is told while a sweep runs; every method may be left as it is."""
 
     def begun(self, keys: Sequence[Key]) -> None:
@@ -93,7 +93,7 @@ def carry_out(
     todo: Sequence[tuple[Job, tuple[Key, ...]]],
     versions: Mapping[str, str],
     machine: Mapping[str, Any],
-    watcher: Watcher,
+    observer: SweepObserver,
 ) -> int:
     """Measure what is pending; a job that fails is told, what it has found is kept, and the others go on.
 
@@ -105,22 +105,22 @@ def carry_out(
     """
     failed = 0
     for job, keys in todo:
-        watcher.begun(keys)
+        observer.begun(keys)
         start = time.perf_counter()
-        found: list[Measured] = []
+        found: list[CellResult] = []
         problem = None
         try:
-            found.extend(job.measure(keys, partial(_tick, watcher, len(keys))))
+            found.extend(job.measure(keys, partial(_tick, observer, len(keys))))
         except Exception as error:  # whatever went wrong with one cell, the others are worth having
             problem = error
         seconds = (time.perf_counter() - start) / max(1, len(found))  # they were measured together
         for key, measured in zip(keys, found, strict=problem is None):
-            watcher.finished(folder.append(key, model, measured, seconds, versions, machine))
+            observer.finished(folder.append(key, model, measured, seconds, versions, machine))
         if problem is not None:
             failed += len(keys) - len(found)
-            watcher.failed(keys[len(found) :], problem)
+            observer.failed(keys[len(found) :], problem)
     return failed
 
 
-def _tick(watcher: Watcher, cells: int, share: float) -> None:
-    watcher.ticked(share * cells)
+def _tick(observer: SweepObserver, cells: int, share: float) -> None:
+    observer.ticked(share * cells)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from griffin.analysis import benchmark, machine, shapes
-from griffin.analysis.benchmark import Row
+from griffin.analysis.benchmark import SpeedRow
 from griffin.analysis.machine import Bandwidth
 from griffin.analysis.shapes import Shape
 from griffin.config import GriffinConfig
@@ -86,7 +86,7 @@ def check_fits(plan: Plan) -> None:
             )
 
 
-def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tuple[list[Row], list[Bandwidth]]:
+def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tuple[list[SpeedRow], list[Bandwidth]]:
     """Verify and measure; returns the rows, and the read bandwidths measured around each round.
 
     Args:
@@ -97,7 +97,7 @@ def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tu
         ValueError: no such model, or lengths that its context does not hold.
         GriffinError: a backend is wrong, or a model cannot be loaded.
     """
-    rows: list[Row] = []
+    rows: list[SpeedRow] = []
     bandwidths: list[Bandwidth] = []
     longest = max(prompt for prompt, _ in plan.lengths)
     for name in plan.names:

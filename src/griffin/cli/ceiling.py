@@ -17,7 +17,7 @@ from griffin.cli.tables import print_pairs, print_table
 from griffin.text_files import read_text
 
 if TYPE_CHECKING:
-    from griffin.analysis.ceiling import Machine, Step
+    from griffin.analysis.ceiling import Machine, StepCost
 
 _BATCHES = [1, 2, 4, 8, 16, 32, 64]
 _CONTEXT = 512
@@ -139,9 +139,9 @@ def _measured(path: Path | None, densities: Sequence[float]) -> tuple[dict[tuple
     return union, rows[0]["model"]
 
 
-def _step(args: argparse.Namespace, context: int) -> tuple[str, str, Step]:
+def _step(args: argparse.Namespace, context: int) -> tuple[str, str, StepCost]:
     """Name, format of the weights, and what a step reads."""
-    from griffin.analysis.ceiling import step_of
+    from griffin.analysis.ceiling import step_cost
     from griffin.analysis.shapes import on_meta
     from griffin.analysis.workload import PACKED_BYTES, format_of
     from griffin.generation.text import context_length
@@ -161,11 +161,11 @@ def _step(args: argparse.Namespace, context: int) -> tuple[str, str, Step]:
     limit = context_length(model)
     if limit is not None and context > limit:
         raise ValueError(f"--context is {context}, but the context of {name} is {limit} tokens; ask for fewer")
-    return name, weights, step_of(model, context, bytes_per_weight)
+    return name, weights, step_cost(model, context, bytes_per_weight)
 
 
 def _row(
-    step: Step, machine: Machine | None, density: float, batch: int, union: Mapping[tuple[float, int], float]
+    step: StepCost, machine: Machine | None, density: float, batch: int, union: Mapping[tuple[float, int], float]
 ) -> dict[str, Any]:
     from griffin.analysis.ceiling import independent_union
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from griffin.analysis.cells import Cell, Key
-from griffin.analysis.sweep import Watcher
+from griffin.analysis.sweep import SweepObserver
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
 @contextmanager
-def watcher(cells: int) -> Iterator[Watcher]:
+def observer(cells: int) -> Iterator[SweepObserver]:
     """What to tell of a sweep with so many cells to measure."""
     if not sys.stderr.isatty():
         yield _Lines(cells)
@@ -47,7 +47,7 @@ def watcher(cells: int) -> Iterator[Watcher]:
         yield _Bar(cells, bar)
 
 
-class _Lines(Watcher):
+class _Lines(SweepObserver):
     """One line a cell, with the time that remains if the others take as long on average."""
 
     def __init__(self, cells: int) -> None:

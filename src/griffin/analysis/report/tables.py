@@ -29,7 +29,7 @@ class Entry:
 
 
 @dataclass
-class Row:
+class TableRow:
     """One setting in a table, with its figures by column."""
 
     name: str
@@ -42,11 +42,11 @@ class Table:
     """Rows and the columns' headings, each with a line on what it is."""
 
     columns: dict[str, str]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ComparedAnswer:
     """An answer beside the full model's: what they share, the first token that differs, and the rest."""
 
     name: str
@@ -79,7 +79,7 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
                     "ratio": Entry(f"{float(line['ratio']):.3f}x", spans["ratio"], spans["ratio"]),
                     "agreement": Entry(f"{float(line['agreement']):.1%}"),
                 }
-                rows.append(Row(line["method"], line.get("bytes") or line["density"], entries))
+                rows.append(TableRow(line["method"], line.get("bytes") or line["density"], entries))
             first = lines[0]
             title = f"{first['prompt_tokens']} + {first['generated_tokens']} tokens, {first['weights']} weights"
             found.append((f"{title}, {first['sequences']} sequences", Table(columns, rows)))
@@ -100,7 +100,7 @@ def main_metric(cells: Sequence[Cell]) -> str:
 def summary(comparisons: Comparisons) -> Table:
     """A row for each setting; columns: speed-up, perplexity after the longest prompt, each task's main metric."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     cells = comparisons.cells("speed")
     if cells:
         _add(columns, rows, "speed-up", "of the generation phase", _scores(comparisons, cells, "speedup"))
@@ -119,7 +119,7 @@ def summary(comparisons: Comparisons) -> Table:
 def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     """All figures of a task."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
         better = next(cell.metrics[metric].higher_is_better for cell in cells if metric in cell.metrics)
         _add(
@@ -135,7 +135,7 @@ def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
 def perplexities(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     """All lengths of one text: perplexity, KL divergence and top-1 agreement."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     for prompt, generate in sorted({(cell.key.prompt or 0, cell.key.generate or 0) for cell in cells}):
         own = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
         _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, own, PERPLEXITY))
@@ -175,7 +175,7 @@ def speeds(cells: Sequence[Cell]) -> Table:
     return Table(columns, rows)
 
 
-def answers(comparisons: Comparisons) -> list[tuple[str, list[Answer]]]:
+def answers(comparisons: Comparisons) -> list[tuple[str, list[ComparedAnswer]]]:
     """Each example's prompt with the answers to it, the full model's first."""
     cells = [cell for cell in comparisons.cells("examples") if comparisons.texts(cell)]
     full = next((cell for cell in cells if cell.key.method == FULL), None)
@@ -207,13 +207,13 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> Answer:
+def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> ComparedAnswer:
     first = first_difference(ours, theirs)
     cut = len(pieces) if first is None else first
     # The text of a token may come with the next one: characters of several tokens come with their last.
     end = next((place + 1 for place in range(cut, len(pieces)) if pieces[place]), cut)
     name = Setting.of(cell.key).name
-    return Answer(
+    return ComparedAnswer(
         name=name if cell.key.method == FULL else f"{name}, density {cell.key.density:g}",
         tokens=len(ours),
         first=None if first is None else first + 1,
@@ -234,7 +234,9 @@ def _scores(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> lis
     return [score for score in found if score is not None]
 
 
-def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: str, scores: Sequence[Score]) -> None:
+def _add(
+    columns: dict[str, str], rows: dict[Setting, TableRow], column: str, what: str, scores: Sequence[Score]
+) -> None:
     while column in columns:
         column += "'"
     columns[column] = what
@@ -243,8 +245,8 @@ def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: s
         rows.setdefault(setting, _row(setting)).entries[column] = _entry(score)
 
 
-def _row(setting: Setting) -> Row:
-    return Row(setting.name, f"{setting.density:g}")
+def _row(setting: Setting) -> TableRow:
+    return TableRow(setting.name, f"{setting.density:g}")
 
 
 def _entry(score: Score) -> Entry:

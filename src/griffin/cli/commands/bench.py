@@ -23,7 +23,7 @@ from griffin.methods import METHODS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from griffin.analysis.benchmark import Row
+    from griffin.analysis.benchmark import SpeedRow
     from griffin.analysis.workload import Plan
 
 _DENSITIES = [1.0, 0.75, 0.5, 0.25]
@@ -170,6 +170,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         shapes = shapes or _PAPER_SHAPES
         densities, selections, lengths = _PAPER_DENSITIES, _PAPER_SELECTIONS, _PAPER_LENGTHS
     from griffin.analysis.benchmark import cases, dtype_of
+    from griffin.analysis.passage import passage
     from griffin.analysis.shapes import shape_of
     from griffin.analysis.workload import Plan
 
@@ -178,9 +179,8 @@ def plan_from(args: argparse.Namespace) -> Plan:
         shape_of(name)
     if args.weights is not None:
         dtype_of(args.weights)
-    passage = (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
     model = args.model or BUILTIN_MODELS[0]
-    return Plan(model, shapes, args.weights, args.batch, configs, lengths, args.repeats, passage)
+    return Plan(model, shapes, args.weights, args.batch, configs, lengths, args.repeats, passage())
 
 
 def _tell_load(load: float | None) -> None:
@@ -201,7 +201,7 @@ def _tell_variation(speeds: Sequence[float]) -> None:
         )
 
 
-def _tell_paths(rows: Sequence[Row]) -> None:
+def _tell_paths(rows: Sequence[SpeedRow]) -> None:
     names = {row.model for row in rows if row.backend == "native" and row.native_calls_per_step == 0}
     for name in sorted(names):
         print(
@@ -211,7 +211,7 @@ def _tell_paths(rows: Sequence[Row]) -> None:
         )
 
 
-def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str, str]) -> None:
+def _print_tables(rows: Sequence[SpeedRow], about: dict[str, Any], versions: dict[str, str]) -> None:
     speeds = [own / 1e9 for own in about["read_bandwidth_measured"]]
     bandwidth = f"unknown: {about['read_bandwidth_how']}"
     if speeds:
@@ -234,7 +234,7 @@ def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str
         print_table(_table(list(own)))
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[SpeedRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from griffin.analysis.bootstrap import Interval
-    from griffin.analysis.perplexity import Row
+    from griffin.analysis.perplexity import PerplexityRow
     from griffin.config import GriffinConfig
 
 
@@ -132,7 +132,7 @@ def _measured(
     text: str,
     configs: list[GriffinConfig],
     args: argparse.Namespace,
-) -> list[Row]:
+) -> list[PerplexityRow]:
     from griffin.analysis.benchmark import check_length
     from griffin.analysis.perplexity import encode_text, measure, summary, windows
 
@@ -148,7 +148,7 @@ def _measured(
     return rows
 
 
-def _table(title: str, rows: list[Row]) -> Table:
+def _table(title: str, rows: list[PerplexityRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
