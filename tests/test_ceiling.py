@@ -16,7 +16,7 @@ from transformers import Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3 import Gemma3ForCausalLM
 
 from griffin.analysis import benchmark, ceiling, flocking, shapes
-from griffin.analysis.ceiling import Machine, Part, StepCost, bytes_read_per_token, independent_union, step_of
+from griffin.analysis.ceiling import Machine, Part, StepCost, bytes_read_per_token, independent_union, step_cost
 from griffin.analysis.workload import PACKED_BYTES
 from griffin.cli import main
 from griffin.layouts import find_ff_blocks
@@ -99,8 +99,8 @@ def test_time_is_bytes_or_arithmetic() -> None:
 @pytest.mark.parametrize("shape", [TINY, TINY_OPT], ids=["llama", "opt"])
 def test_a_step_on_meta_is_that_of_the_model(shape: shapes.Shape) -> None:
     model = shapes.build(shape, torch.float32)
-    step = step_of(model, 20)
-    assert step == step_of(shapes.on_meta(shape, torch.float32), 20)
+    step = step_cost(model, 20)
+    assert step == step_cost(shapes.on_meta(shape, torch.float32), 20)
     assert step.ff.nbytes + step.other.nbytes == bytes_read_per_token(model)
     assert step.ff.nbytes == sum(block.nbytes for block in find_ff_blocks(model))
     assert (step.ff.weights, step.other.weights) == (step.ff.nbytes // 4, step.other.nbytes // 4)
@@ -115,8 +115,8 @@ def test_a_packed_shape_is_nearly_the_packed_model(weights: str, family: str) ->
     if family == "opt":
         settings = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "vocab_size": 1000}
         wide = shapes.Shape("opt", dict(TINY_OPT.settings) | settings)
-    stored = step_of(benchmark.prepare(shapes.build(wide, torch.bfloat16), weights), 20)
-    counted = step_of(shapes.on_meta(wide, torch.bfloat16), 20, PACKED_BYTES[weights])
+    stored = step_cost(benchmark.prepare(shapes.build(wide, torch.bfloat16), weights), 20)
+    counted = step_cost(shapes.on_meta(wide, torch.bfloat16), 20, PACKED_BYTES[weights])
     for own, told in ((stored.ff, counted.ff), (stored.other, counted.other)):
         assert own.weights == told.weights
         assert 0.9 * own.nbytes < told.nbytes <= own.nbytes  # the scales of int8's rows are left out
@@ -131,8 +131,8 @@ def test_a_sliding_window_bounds_the_cache() -> None:
     )  # fmt: skip
     model: PreTrainedModel = Gemma3ForCausalLM(config)
     token = 2 * 8 * 4
-    assert step_of(model, 10).cache_bytes == 3 * 10 * token
-    assert step_of(model, 40).cache_bytes == (16 + 16 + 40) * token
+    assert step_cost(model, 10).cache_bytes == 3 * 10 * token
+    assert step_cost(model, 40).cache_bytes == (16 + 16 + 40) * token
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -128,14 +128,14 @@ def test_what_a_failing_job_has_found_is_kept(tmp_path: Path) -> None:
         yield CellResult({"acc": Metric(0.25)}, 1)
         raise RuntimeError("no more")
 
-    class Told(SweepObserver):
+    class Observed(SweepObserver):
         def failed(self, keys: Sequence[Key], error: Exception) -> None:
             failed.extend(keys)
 
     failed: list[Key] = []
     model = Model("tiny", "0", "float32", "float32")
     with writing(tmp_path, model, {}) as folder:
-        assert carry_out(folder, model, [(Job(keys, measure), keys)], {}, {}, Told()) == 1
+        assert carry_out(folder, model, [(Job(keys, measure), keys)], {}, {}, Observed()) == 1
     assert failed == [keys[2]]
     assert [(cell.key, cell.metrics["acc"].value) for cell in read(tmp_path).cells.values()] == [
         (keys[0], 0.5),

@@ -109,7 +109,7 @@ class StepCost:
 
 
 @torch.no_grad()
-def step_of(model: PreTrainedModel, context: int, bytes_per_weight: float | None = None) -> StepCost:
+def step_cost(model: PreTrainedModel, context: int, bytes_per_weight: float | None = None) -> StepCost:
     """What a generation step of the model reads, at a context of so many tokens.
 
     Args:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import base64
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from griffin.analysis import benchmark, perplexity
+from griffin.analysis import benchmark, flocking, perplexity
 from griffin.analysis.cells import FULL, CellResult, Key, Metric
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
 from griffin.analysis.wanda import attach_any
@@ -16,9 +18,15 @@ from griffin.analysis.workload import passage_prompts
 from griffin.config import GriffinConfig
 from griffin.generation.generate import stream_generate
 from griffin.generation.text import Prompt, context_length
+from griffin.layouts import find_ff_blocks
 
 _POINTS = 32  # of a curve over the tokens generated
 _ROUNDS = 3
+_FLOCKING_DENSITIES = (0.25, 0.5, 0.75)
+_FLOCKING_SEQUENCES = 8
+_PICTURE = (64, 384)  # a picture shows at most so many tokens and neurons
+# The scale of all three pictures ends at this quantile of the text's, as a few values are far larger.
+_BRIGHTEST = 0.995
 
 
 def perplexities(
@@ -51,7 +59,7 @@ def perplexities(
     windows = perplexity.windows(ids, bos, prompts, longest, sequences)
     source = f"{source}, windows of {max(prompts)} + {longest}"  # others would cut other sequences
 
-    def job(prompt: int, own: torch.Tensor) -> Job:
+    def job(prompt: int, own: Tensor) -> Job:
         keys = [
             key_of(config, "perplexity", task=text, source=source, prompt=prompt, generate=generate, limit=sequences)
             for config in configs
@@ -188,3 +196,71 @@ def _examples(
         samples={"tokens": tokens},
         texts={"prompts": list(prompts), "pieces": pieces},
     )
+
+
+def flocking_job(
+    model: PreTrainedModel, name: str, ids: Sequence[int], bos: int | None, tokens: int, seed: int, source: str
+) -> Job:
+    """One cell: pictures of three layers for a text, its tokens permuted, and random tokens; experts of several texts.
+
+    Args:
+        name: of the text.
+        ids: its tokens, without special ones; cut into sequences that do not overlap.
+        bos: the token that the model expects at the beginning.
+        tokens: most tokens of a sequence.
+        seed: of the permutation and of the random tokens.
+        source: distinguishes this text from others of the same name.
+    """
+    most = min(tokens, context_length(model) or tokens, len(ids) // _FLOCKING_SEQUENCES)
+    key = Key("flocking", FULL, 1.0, task=name, source=source, prompt=most, limit=_FLOCKING_SEQUENCES, seed=seed)
+
+    def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
+        if most < 2:
+            raise ValueError(f"the text has {len(ids)} tokens; expected at least {2 * _FLOCKING_SEQUENCES}")
+        first = [] if bos is None else [bos]
+        step, size = len(ids) // _FLOCKING_SEQUENCES, most - len(first)
+        texts = torch.tensor([[*first, *ids[at * step : at * step + size]] for at in range(_FLOCKING_SEQUENCES)])
+        energies = flocking.energies(model, texts.split(1))  # type: ignore[no-untyped-call]
+        tick(0.8)
+        yield _flocking(energies, _pictures(model, texts[:1], seed))
+
+    return Job((key,), measure)
+
+
+def _flocking(energies: Mapping[int, Tensor], pictures: list[dict[str, object]]) -> CellResult:
+    """Shapes: energies by layer, each (N, D_ff)."""
+    n = next(iter(energies.values())).shape[0]
+    pairs = torch.triu_indices(n, n, 1)
+    series: dict[str, dict[str, list[float]]] = {"jaccard": {}, "energy": {}}
+    for density in _FLOCKING_DENSITIES:
+        overlaps = flocking.jaccard(energies, density)[:, pairs[0], pairs[1]]
+        series["jaccard"][f"{density:g}"] = overlaps.mean(dim=1).tolist()
+        series["energy"][f"{density:g}"] = flocking.energy_share(energies, density).mean(dim=1).tolist()
+    metrics = {
+        f"{what} at {density}": Metric(sum(values) / len(values))
+        for what, own in series.items()
+        for density, values in own.items()
+    }
+    chance = {f"{density:g}": density / (2 - density) for density in _FLOCKING_DENSITIES}
+    return CellResult(metrics, n, data={**series, "chance": chance}, samples={"pictures": pictures})
+
+
+def _pictures(model: PreTrainedModel, text: Tensor, seed: int) -> list[dict[str, object]]:
+    """Three layers' pictures of a text, of its tokens permuted, and of random tokens. Shapes: text (1, S)."""
+    versions = flocking.compared(text.to(model.device), model.config.get_text_config().vocab_size, seed)
+    layers = len(find_ff_blocks(model))
+    chosen = sorted({layers // 4, layers // 2, 3 * layers // 4})
+    found = {name: flocking.relative_activations(model, own, chosen) for name, own in versions.items()}
+    pictures: list[dict[str, object]] = []
+    for layer in chosen:
+        shown = {name: own[layer][: _PICTURE[0], : _PICTURE[1]] for name, own in found.items()}
+        most = max(float(shown["original"].quantile(_BRIGHTEST)), 1e-12)
+        maps = {name: {"shape": list(own.shape), "bytes": _bytes(own / most)} for name, own in shown.items()}
+        pictures.append({"layer": layer, "shape": maps["original"]["shape"], "maps": maps})
+    return pictures
+
+
+def _bytes(values: Tensor) -> str:
+    """Values from 0 to 1 as a byte each, in base64."""
+    rounded = (values.clamp(0, 1) * 255).round().to(torch.uint8)
+    return base64.b64encode(bytes(rounded.flatten().tolist())).decode("ascii")

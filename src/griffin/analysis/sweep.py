@@ -93,7 +93,7 @@ def carry_out(
     todo: Sequence[tuple[Job, tuple[Key, ...]]],
     versions: Mapping[str, str],
     machine: Mapping[str, Any],
-    watcher: SweepObserver,
+    observer: SweepObserver,
 ) -> int:
     """Measure what is pending; a job that fails is told, what it has found is kept, and the others go on.
 
@@ -105,22 +105,22 @@ def carry_out(
     """
     failed = 0
     for job, keys in todo:
-        watcher.begun(keys)
+        observer.begun(keys)
         start = time.perf_counter()
         found: list[CellResult] = []
         problem = None
         try:
-            found.extend(job.measure(keys, partial(_tick, watcher, len(keys))))
+            found.extend(job.measure(keys, partial(_tick, observer, len(keys))))
         except Exception as error:  # whatever went wrong with one cell, the others are worth having
             problem = error
         seconds = (time.perf_counter() - start) / max(1, len(found))  # they were measured together
         for key, measured in zip(keys, found, strict=problem is None):
-            watcher.finished(folder.append(key, model, measured, seconds, versions, machine))
+            observer.finished(folder.append(key, model, measured, seconds, versions, machine))
         if problem is not None:
             failed += len(keys) - len(found)
-            watcher.failed(keys[len(found) :], problem)
+            observer.failed(keys[len(found) :], problem)
     return failed
 
 
-def _tick(watcher: SweepObserver, cells: int, share: float) -> None:
-    watcher.ticked(share * cells)
+def _tick(observer: SweepObserver, cells: int, share: float) -> None:
+    observer.ticked(share * cells)

@@ -141,7 +141,7 @@ def _measured(path: Path | None, densities: Sequence[float]) -> tuple[dict[tuple
 
 def _step(args: argparse.Namespace, context: int) -> tuple[str, str, StepCost]:
     """Name, format of the weights, and what a step reads."""
-    from griffin.analysis.ceiling import step_of
+    from griffin.analysis.ceiling import step_cost
     from griffin.analysis.shapes import on_meta
     from griffin.analysis.workload import PACKED_BYTES, format_of
     from griffin.generation.text import context_length
@@ -161,7 +161,7 @@ def _step(args: argparse.Namespace, context: int) -> tuple[str, str, StepCost]:
     limit = context_length(model)
     if limit is not None and context > limit:
         raise ValueError(f"--context is {context}, but the context of {name} is {limit} tokens; ask for fewer")
-    return name, weights, step_of(model, context, bytes_per_weight)
+    return name, weights, step_cost(model, context, bytes_per_weight)
 
 
 def _row(

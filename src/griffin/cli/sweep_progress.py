@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def watcher(cells: int) -> Iterator[SweepObserver]:
+def observer(cells: int) -> Iterator[SweepObserver]:
     """What to tell of a sweep with so many cells to measure."""
     if not sys.stderr.isatty():
         yield _Lines(cells)

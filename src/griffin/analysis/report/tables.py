@@ -46,7 +46,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ComparedAnswer:
     """An answer beside the full model's: what they share, the first token that differs, and the rest."""
 
     name: str
@@ -175,7 +175,7 @@ def speeds(cells: Sequence[Cell]) -> Table:
     return Table(columns, rows)
 
 
-def answers(comparisons: Comparisons) -> list[tuple[str, list[Answer]]]:
+def answers(comparisons: Comparisons) -> list[tuple[str, list[ComparedAnswer]]]:
     """Each example's prompt with the answers to it, the full model's first."""
     cells = [cell for cell in comparisons.cells("examples") if comparisons.texts(cell)]
     full = next((cell for cell in cells if cell.key.method == FULL), None)
@@ -207,13 +207,13 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> Answer:
+def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> ComparedAnswer:
     first = first_difference(ours, theirs)
     cut = len(pieces) if first is None else first
     # The text of a token may come with the next one: characters of several tokens come with their last.
     end = next((place + 1 for place in range(cut, len(pieces)) if pieces[place]), cut)
     name = Setting.of(cell.key).name
-    return Answer(
+    return ComparedAnswer(
         name=name if cell.key.method == FULL else f"{name}, density {cell.key.density:g}",
         tokens=len(ours),
         first=None if first is None else first + 1,

@@ -170,6 +170,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         shapes = shapes or _PAPER_SHAPES
         densities, selections, lengths = _PAPER_DENSITIES, _PAPER_SELECTIONS, _PAPER_LENGTHS
     from griffin.analysis.benchmark import cases, dtype_of
+    from griffin.analysis.passage import passage
     from griffin.analysis.shapes import shape_of
     from griffin.analysis.workload import Plan
 
@@ -178,9 +179,8 @@ def plan_from(args: argparse.Namespace) -> Plan:
         shape_of(name)
     if args.weights is not None:
         dtype_of(args.weights)
-    passage = (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
     model = args.model or BUILTIN_MODELS[0]
-    return Plan(model, shapes, args.weights, args.batch, configs, lengths, args.repeats, passage)
+    return Plan(model, shapes, args.weights, args.batch, configs, lengths, args.repeats, passage())
 
 
 def _tell_load(load: float | None) -> None:

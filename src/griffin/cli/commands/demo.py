@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from griffin.cli.arguments import add_model_arguments, load_model
 from griffin.config import AUTO, GriffinConfig
+from griffin.text_files import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -60,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.panel import Panel
 
     from griffin.analysis.flocking import relative_activations
+    from griffin.analysis.passage import PASSAGE
     from griffin.analysis.plots import flocking_heat_map
     from griffin.engine.step import Sampling
     from griffin.generation.generate import generate
     from griffin.generation.text import Prompt, encode, pad
     from griffin.layouts import find_ff_blocks
 
-    passage = _passage(args.file)
+    passage = read_text(args.file or PASSAGE)
     sampling = Sampling(max_tokens=args.max_tokens)
     model, tokenizer = load_model(args)
     prompt: Prompt = passage  # a model without a chat template continues the passage
@@ -104,14 +106,6 @@ def run(args: argparse.Namespace) -> int:
     told = f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}"
     console.print(told, soft_wrap=True)  # a path that is broken in two cannot be copied
     return 0
-
-
-def _passage(path: Path | None) -> str:
-    if path is None:
-        return (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
-    from griffin.text_files import read_text
-
-    return read_text(path)
 
 
 def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[int, ...]) -> dict[str, float]:

@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("expected --tokens from 2, and --sequences from 2 as they are compared with each other")
     if args.turn is not None and len(args.turn) < 2:
         raise ValueError("--turn is given once; give it for each message of the conversation, at least twice")
-    path = args.text or Path(__file__).parents[2] / "analysis" / "passage.txt"
+    from griffin.analysis.passage import PASSAGE
+
+    path = args.text or PASSAGE
     text = read_text(path)
     from griffin.analysis import files, flocking, machine
     from griffin.layouts import find_ff_blocks

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from griffin.analysis import cells, machine, sweep
     from griffin.analysis.fingerprint import fingerprint
     from griffin.analysis.folder import writing
-    from griffin.cli.sweep_progress import watcher
+    from griffin.cli.sweep_progress import observer
 
     model, tokenizer = load_model(args)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -133,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
         missing = sum(len(keys) for _, keys in todo)
         print(f"{total} cells, {total - missing} of them finished earlier", file=sys.stderr)
         try:
-            with watcher(missing) as watching:
-                failed = sweep.carry_out(folder, about, todo, versions, machine.machine(), watching)
+            with observer(missing) as progress:
+                failed = sweep.carry_out(folder, about, todo, versions, machine.machine(), progress)
         except KeyboardInterrupt:
             left = sum(len(keys) for _, keys in sweep.pending(folder, about, jobs))
             print(
@@ -217,13 +217,13 @@ def _jobs(
     """Everything that was asked for, what is soonest done first."""
     from griffin.analysis import jobs
     from griffin.analysis.cells import TEXTS
-    from griffin.analysis.flocking_job import flocking_job
+    from griffin.analysis.passage import passage as shipped_passage
     from griffin.analysis.perplexity import encode_text
     from griffin.analysis.sweep import settings
 
     # The other kinds run one sequence at a time, where the kinds of batch are one.
     batched = settings(args.methods, args.densities, args.batch if args.batch_size > 1 else BATCHES[:1], seed=args.seed)
-    passage = (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
+    passage = shipped_passage()
     found: list[Job] = []
     if args.examples:
         prompts = [question.format(passage=passage) for question in _QUESTIONS]
@@ -232,7 +232,7 @@ def _jobs(
         name, own = ("passage", passage) if text is None else (args.perplexity.name, text)
         ids, bos = encode_text(tokenizer, own)
         if args.flocking:
-            found.append(flocking_job(model, name, ids, bos, _FLOCKING_TOKENS, args.seed, _hash(own)))
+            found.append(jobs.flocking_job(model, name, ids, bos, _FLOCKING_TOKENS, args.seed, _hash(own)))
         if text is not None:
             lengths = args.prompt, args.generate, args.sequences
             found += jobs.perplexities(model, name, ids, bos, configs, *lengths, _hash(text))
