@@ -457,7 +457,7 @@ def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
 
 
 def test_without_the_native_library_torch_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "library", SimpleNamespace(available=lambda: "not built"))
+    monkeypatch.setattr(machine, "library", SimpleNamespace(why_not=lambda: "not built"))
     found = machine.read_bandwidth()
     assert found is not None
     assert found.bytes_per_s > 0
