@@ -24,9 +24,9 @@ def teacher_forced_logits(
         prompt_ids: (B, P). continuation_ids: (B, G). Returns (B, G, V), float32.
     """
     with nullcontext() if handle is None else handle.prompt_phase():
-        cache, first = run_prompt(model, prompt_ids)
+        cache, first_logits = run_prompt(model, prompt_ids)
     with nullcontext() if handle is None else handle.generation_phase():
-        return run_continuation(model, continuation_ids, cache, first).float()
+        return run_continuation(model, continuation_ids, cache, first_logits).float()
 
 
 @torch.no_grad()
@@ -42,16 +42,18 @@ def run_prompt(model: PreTrainedModel, prompt_ids: Tensor) -> tuple[DynamicCache
 
 
 @torch.no_grad()
-def run_continuation(model: PreTrainedModel, continuation_ids: Tensor, cache: DynamicCache, first: Tensor) -> Tensor:
+def run_continuation(
+    model: PreTrainedModel, continuation_ids: Tensor, cache: DynamicCache, first_logits: Tensor
+) -> Tensor:
     """Run a known continuation of what `run_prompt` returned, in the phase that was said; the cache is extended.
 
     Shapes:
-        continuation_ids: (B, G). first: (B, 1, V). Returns the logits of its tokens, (B, G, V), in the model's dtype.
+        continuation_ids: (B, G). first_logits: (B, 1, V). Returns (B, G, V), in the model's dtype.
     """
     if continuation_ids.shape[1] == 1:
-        return first
+        return first_logits
     rest = model(continuation_ids[:, :-1], past_key_values=cache, use_cache=True).logits
-    return torch.cat([first, rest], dim=1)
+    return torch.cat([first_logits, rest], dim=1)
 
 
 def top1_agreement(logits: Tensor, others: Tensor) -> float:

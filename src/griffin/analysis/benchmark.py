@@ -128,13 +128,13 @@ def cases(densities: Sequence[float], selections: Sequence[str], batch: int, bac
     kind = "shared" if batch == 1 else "per_sequence"
     for density in densities:
         GriffinConfig(density=density)
-    for own in selections:
-        GriffinConfig(selection=own)
+    for selection in selections:
+        GriffinConfig(selection=selection)
     wanted = [(1.0, "topk" if "topk" in selections else selections[0])]
-    wanted += [(density, own) for own in selections for density in densities if density != 1.0]
+    wanted += [(density, selection) for selection in selections for density in densities if density != 1.0]
     return [
-        GriffinConfig(density=density, selection=own, batch=kind, backend=backend)
-        for density, own in dict.fromkeys(wanted)
+        GriffinConfig(density=density, selection=selection, batch=kind, backend=backend)
+        for density, selection in dict.fromkeys(wanted)
     ]
 
 
@@ -182,12 +182,12 @@ def measure(
             _timed(model, prompts[:, :_WARM_UP_TOKENS], config, _WARM_UP_STEPS)
         bandwidths.append(machine.read_bandwidth())
         for _ in range(repeats):
-            for own, config in zip(runs, configs, strict=True):
-                own.append(_timed(model, prompts, config, generated_tokens))
+            for config_runs, config in zip(runs, configs, strict=True):
+                config_runs.append(_timed(model, prompts, config, generated_tokens))
                 done()
             bandwidths.append(machine.read_bandwidth())
-    known = [own for own in bandwidths if own is not None]
-    return runs, known if len(known) == len(bandwidths) else []
+    measured = [bandwidth for bandwidth in bandwidths if bandwidth is not None]
+    return runs, measured if len(measured) == len(bandwidths) else []
 
 
 def verified(
@@ -218,49 +218,51 @@ def rows(
     read = bytes_read_per_token(model)
     ff = sum(block.nbytes for block in find_ff_blocks(model))
     batch, prompt_tokens = prompts.shape
-    found = []
-    for config, own in zip(configs, runs, strict=True):
-        speedup = statistics.median(run.steps_per_s / full.steps_per_s for run, full in zip(own, runs[0], strict=True))
-        steps_per_s = statistics.median(run.steps_per_s for run in own)
-        ff_read = statistics.median(run.ff_bytes for run in own)
+    figures = []
+    for config, config_runs in zip(configs, runs, strict=True):
+        speedup = statistics.median(
+            run.steps_per_s / full.steps_per_s for run, full in zip(config_runs, runs[0], strict=True)
+        )
+        steps_per_s = statistics.median(run.steps_per_s for run in config_runs)
+        ff_read = statistics.median(run.ff_bytes for run in config_runs)
         most = ceiling(ff / read, config.density)
         step_bytes = read - ff + ff_read
         # The memory's own speed changes while a virtual machine has neighbours, so each round has its own.
         shares = [
             step_bytes * run.steps_per_s / statistics.fmean((before.bytes_per_s, after.bytes_per_s))
-            for run, (before, after) in zip(own, pairwise(bandwidths), strict=False)
+            for run, (before, after) in zip(config_runs, pairwise(bandwidths), strict=False)
         ]
-        peaks = [run.peak_rss_bytes for run in own if run.peak_rss_bytes is not None]
-        found.append(
+        peaks = [run.peak_rss_bytes for run in config_runs if run.peak_rss_bytes is not None]
+        figures.append(
             SpeedRow(
                 model=name,
                 weights=weights,
                 density=config.density,
                 selection=config.selection,
                 batch=batch,
-                backend=own[0].backend,
+                backend=config_runs[0].backend,
                 prompt_tokens=prompt_tokens,
                 generated_tokens=generated_tokens,
-                prompt_tokens_per_s=statistics.median(run.prompt_tokens_per_s for run in own),
+                prompt_tokens_per_s=statistics.median(run.prompt_tokens_per_s for run in config_runs),
                 generation_tokens_per_s=batch * steps_per_s,
-                selection_ms=1e3 * statistics.median(run.selection_s for run in own),
+                selection_ms=1e3 * statistics.median(run.selection_s for run in config_runs),
                 speedup=speedup,
                 ceiling=most,
                 share_of_ceiling=speedup / most,
                 bytes_per_s=step_bytes * steps_per_s,
                 share_of_read_bandwidth=statistics.median(shares) if shares else None,
                 peak_rss_bytes=max(peaks, default=None),
-                native_calls_per_step=own[0].native_calls_per_step,
+                native_calls_per_step=config_runs[0].native_calls_per_step,
             )
         )
-    return found
+    return figures
 
 
 def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, generated_tokens: int) -> Run:
     with attach(model, config) as handle:
         steps = generate_step(model, prompts, handle=handle)
         machine.reset_peak_rss()
-        first = next(steps)
+        prompt_step = next(steps)
         sparse, (native, counted) = handle.sparse_calls, _native_counts()
         seconds = [step.seconds for step in islice(steps, generated_tokens - 1)]
         native, counted = (now - before for now, before in zip(_native_counts(), (native, counted), strict=True))
@@ -268,9 +270,9 @@ def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, gener
             raise GriffinError(f"backend {handle.backend.name} was to compute the experts, but it did not run")
         return Run(
             backend=handle.backend.name,
-            prompt_tokens_per_s=prompts.numel() / first.seconds,
+            prompt_tokens_per_s=prompts.numel() / prompt_step.seconds,
             steps_per_s=len(seconds) / sum(seconds),
-            selection_s=first.selection_s,
+            selection_s=prompt_step.selection_s,
             ff_bytes=counted / len(seconds) if counted else ff_bytes_per_step(handle),
             peak_rss_bytes=machine.peak_rss_bytes(),
             native_calls_per_step=native / len(seconds),
@@ -283,7 +285,7 @@ def ff_bytes_per_step(handle: Griffin) -> int:
     Every sequence's experts are read on their own.
     """
     whole = sum(block.nbytes for block in find_ff_blocks(handle.model) if block.layer not in handle.pruned)
-    sets = max((len(own) for own in handle.experts.values() if isinstance(own, list)), default=1)
+    sets = max((len(experts) for experts in handle.experts.values() if isinstance(experts, list)), default=1)
     return whole + sets * (handle.ff_bytes_per_token - whole)
 
 

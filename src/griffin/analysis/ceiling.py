@@ -122,16 +122,16 @@ def step_cost(model: PreTrainedModel, context: int, bytes_per_weight: float | No
         GriffinError: the model keeps no keys and values, or in a way that is not known.
     """
     blocks = find_ff_blocks(model)
-    projections = [own for block in blocks for own in (*block.inputs, block.output)]
+    projections = [projection for block in blocks for projection in (*block.inputs, block.output)]
     read = _read(model, bytes_per_weight)
-    weights, nbytes = (sum(own) for own in zip(*read.values(), strict=True))
-    own_weights = sum(block.parameters for block in blocks)
+    weights, nbytes = (sum(column) for column in zip(*read.values(), strict=True))
+    ff_weights = sum(block.parameters for block in blocks)
     if bytes_per_weight is None:
-        own_bytes = sum(block.nbytes for block in blocks)
+        ff_bytes = sum(block.nbytes for block in blocks)
     else:
-        in_linears = sum(shape_of(own)[0] * shape_of(own)[1] for own in projections)
-        own_bytes = int(in_linears * bytes_per_weight) + (own_weights - in_linears) * model.dtype.itemsize
-    ff = Part(own_weights, own_bytes)
+        in_linears = sum(shape_of(projection)[0] * shape_of(projection)[1] for projection in projections)
+        ff_bytes = int(in_linears * bytes_per_weight) + (ff_weights - in_linears) * model.dtype.itemsize
+    ff = Part(ff_weights, ff_bytes)
     return StepCost(ff, Part(weights - ff.weights, nbytes - ff.nbytes), _cache_bytes(model, context))
 
 
@@ -144,10 +144,11 @@ def _read(model: nn.Module, bytes_per_weight: float | None) -> dict[int, tuple[i
             read[id(module)] = height * width, int(module.nbytes)
         if isinstance(module, nn.Embedding):
             continue
-        for name, own in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             packed = bytes_per_weight is not None and isinstance(module, nn.Linear) and name == "weight"
-            size = int(own.numel() * (bytes_per_weight or 0)) if packed else own.nbytes
-            read[own.data_ptr() or id(own)] = own.numel(), size  # on the device meta there are no addresses
+            size = int(parameter.numel() * (bytes_per_weight or 0)) if packed else parameter.nbytes
+            address = parameter.data_ptr() or id(parameter)  # on the device meta, data_ptr() is 0
+            read[address] = parameter.numel(), size
     return read
 
 

@@ -127,25 +127,25 @@ def cell_id(key: Key, model: Model) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def cell_from(found: Any) -> Cell:
+def cell_from(record: Any) -> Cell:
     """The cell in a line's JSON.
 
     Raises:
         ValueError, TypeError, KeyError, AttributeError: it is none.
     """
-    if not isinstance(found, dict) or set(found) != {own.name for own in fields(Cell)}:
+    if not isinstance(record, dict) or set(record) != {column.name for column in fields(Cell)}:
         raise ValueError("its fields are not those of a cell")
-    key = Key(**found["key"])
-    model = Model(**found["model"])
-    if found["id"] != cell_id(key, model):
+    key = Key(**record["key"])
+    model = Model(**record["model"])
+    if record["id"] != cell_id(key, model):
         raise ValueError("its id does not belong to its key")
-    metrics = {name: Metric(**_with_nan(own)) for name, own in found["metrics"].items()}
-    if key.kind not in KINDS or not isinstance(found["data"], dict):
+    metrics = {name: Metric(**_with_nan(metric)) for name, metric in record["metrics"].items()}
+    if key.kind not in KINDS or not isinstance(record["data"], dict):
         raise ValueError(f"its kind is {key.kind!r}")
-    expected = None if found["samples"] is None else f"{SAMPLES}/{found['id']}.json"
-    if found["samples"] != expected:
-        raise ValueError(f"its samples are in {found['samples']!r}, expected {expected!r}")
-    return Cell(**{**found, "key": key, "model": model, "metrics": metrics})
+    expected = None if record["samples"] is None else f"{SAMPLES}/{record['id']}.json"
+    if record["samples"] != expected:
+        raise ValueError(f"its samples are in {record['samples']!r}, expected {expected!r}")
+    return Cell(**{**record, "key": key, "model": model, "metrics": metrics})
 
 
 def _with_nan(metric: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(own) for key, own in value.items()}
+        return {str(key): _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(own) for own in value]
+        return [_without_nan(item) for item in value]
     return value

@@ -20,12 +20,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     from its base, in milliseconds. The order of a tensor in memory does not count.
     """
     settings = {key: value for key, value in model.config.to_diff_dict().items() if key not in _ABOUT_THE_FILES}
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             at = torch.linspace(0, tensor.numel() - 1, _VALUES_OF_A_TENSOR, dtype=torch.float64).long()
             places = tuple(place.to(tensor.device) for place in torch.unravel_index(at, tensor.shape))
             values = tensor[places] if places else tensor.reshape(1)
-            found.update(bytes(values.cpu().contiguous().view(torch.uint8).tolist()))
-    return found.hexdigest()[:16]
+            digest.update(bytes(values.cpu().contiguous().view(torch.uint8).tolist()))
+    return digest.hexdigest()[:16]

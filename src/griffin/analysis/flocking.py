@@ -34,7 +34,7 @@ def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iter
         ValueError: a layer that the model does not have, or a model whose FF blocks are not found.
     """
     blocks = find_ff_blocks(model)
-    found: dict[int, Tensor] = {}
+    activations: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for layer in layers:
             if not 0 <= layer < len(blocks):
@@ -42,11 +42,11 @@ def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iter
 
             def keep(module: torch.nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
                 z = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                found[layer] = (z / z.norm(dim=1, keepdim=True).clamp_min(EPS)).abs().cpu()
+                activations[layer] = (z / z.norm(dim=1, keepdim=True).clamp_min(EPS)).abs().cpu()
 
             stack.callback(blocks[layer].output.register_forward_pre_hook(keep).remove)
         model(input_ids, use_cache=False)
-    return found
+    return activations
 
 
 def compared(input_ids: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
@@ -64,11 +64,11 @@ def compared(input_ids: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Ten
     """
     generator = torch.Generator().manual_seed(seed)
     ids = input_ids.cpu()
-    first, rest = ids[:, :1], ids[:, 1:]
+    start, rest = ids[:, :1], ids[:, 1:]
     permuted = rest[:, torch.randperm(rest.shape[1], generator=generator)]
     drawn = torch.randint(vocabulary, rest.shape, generator=generator)
-    found = {"original": ids, "permuted": torch.cat([first, permuted], 1), "random": torch.cat([first, drawn], 1)}
-    return {name: own.to(input_ids.device) for name, own in found.items()}
+    texts = {"original": ids, "permuted": torch.cat([start, permuted], 1), "random": torch.cat([start, drawn], 1)}
+    return {name: tokens.to(input_ids.device) for name, tokens in texts.items()}
 
 
 @torch.no_grad()
@@ -81,15 +81,15 @@ def energies(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[int, T
     Raises:
         ValueError: there is no sequence, or GRIFFIN cannot prune the model.
     """
-    found: dict[int, list[Tensor]] = {}
+    by_layer: dict[int, list[Tensor]] = {}
     for ids in sequences:
         with attach(model, GATHER_ONLY) as handle, handle.gather() as statistics:
             model(ids.to(model.device), use_cache=False)
-        for layer, own in statistics.energies.items():
-            found.setdefault(layer, []).append(own[0].cpu())
-    if not found:
+        for layer, energy in statistics.energies.items():
+            by_layer.setdefault(layer, []).append(energy[0].cpu())
+    if not by_layer:
         raise ValueError("there is no sequence to run")
-    return {layer: torch.stack(own) for layer, own in found.items()}
+    return {layer: torch.stack(energy) for layer, energy in by_layer.items()}
 
 
 def energy_share(energies: Mapping[int, Tensor], density: float) -> Tensor:
@@ -99,9 +99,9 @@ def energy_share(energies: Mapping[int, Tensor], density: float) -> Tensor:
         energies: by layer, each (N, D_ff). Returns (layers, N).
     """
     shares = []
-    for own in energies.values():
-        k = GriffinConfig(density=density).experts_of(own.shape[1])
-        shares.append(own.topk(k, dim=1).values.sum(dim=1) / own.sum(dim=1).clamp_min(EPS))
+    for layer_energies in energies.values():
+        k = GriffinConfig(density=density).experts_of(layer_energies.shape[1])
+        shares.append(layer_energies.topk(k, dim=1).values.sum(dim=1) / layer_energies.sum(dim=1).clamp_min(EPS))
     return torch.stack(shares)
 
 
@@ -113,13 +113,13 @@ def jaccard(energies: Mapping[int, Tensor], density: float) -> Tensor:
     Shapes:
         energies: by layer, each (N, D_ff). Returns (layers, N, N), float32.
     """
-    found = []
-    for own in energies.values():
-        experts = kept(own, density)
+    overlaps = []
+    for layer_energies in energies.values():
+        experts = kept(layer_energies, density)
         common = experts @ experts.T
         sizes = experts.sum(dim=1)
-        found.append(common / (sizes[:, None] + sizes[None, :] - common))
-    return torch.stack(found)
+        overlaps.append(common / (sizes[:, None] + sizes[None, :] - common))
+    return torch.stack(overlaps)
 
 
 def union_share(energies: Mapping[int, Tensor], density: float, batch: int) -> Tensor:
@@ -138,10 +138,10 @@ def union_share(energies: Mapping[int, Tensor], density: float, batch: int) -> T
         energies: by layer, each (N, D_ff). Returns (layers,), float64.
     """
     shares = []
-    for own in energies.values():
-        n = own.shape[0]
+    for layer_energies in energies.values():
+        n = layer_energies.shape[0]
         missing = torch.tensor([comb(n - c, batch) / comb(n, batch) for c in range(n + 1)], dtype=torch.float64)
-        selected = kept(own, density).sum(dim=0).long()
+        selected = kept(layer_energies, density).sum(dim=0).long()
         shares.append(1 - missing[selected.cpu()].mean())
     return torch.stack(shares)
 
@@ -156,7 +156,7 @@ def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], dens
     Shapes:
         before, after: by layer, each (B, D_ff). Returns (layers,).
     """
-    both = {layer: torch.stack([own[0], after[layer][0]]) for layer, own in before.items()}
+    both = {layer: torch.stack([layer_energies[0], after[layer][0]]) for layer, layer_energies in before.items()}
     return jaccard(both, density)[:, 0, 1].cpu()
 
 

@@ -151,7 +151,7 @@ def writing(path: Path, model: Model, versions: Mapping[str, str]) -> Iterator[F
 
 def _check(path: Path, cell: Cell, model: Model, versions: Mapping[str, str]) -> None:
     if cell.model.fingerprint != model.fingerprint:
-        ours, theirs = (f"{own.name} ({own.weights}, {own.fingerprint})" for own in (model, cell.model))
+        ours, theirs = (f"{one.name} ({one.weights}, {one.fingerprint})" for one in (model, cell.model))
         raise ValueError(f"{path} holds results of {theirs}, not of {ours}; choose another folder with -o")
     for name in (versions.keys() & cell.versions.keys()) - {"python"}:
         ours, theirs = versions[name], cell.versions[name]
@@ -185,10 +185,10 @@ def _read(path: Path) -> Folder:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise GriffinError(f"{path} cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _append_line(path: Path, line: str) -> None:

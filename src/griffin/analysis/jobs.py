@@ -59,7 +59,7 @@ def perplexities(
     windows = perplexity.windows(ids, bos, prompts, longest, sequences)
     source = f"{source}, windows of {max(prompts)} + {longest}"  # others would cut other sequences
 
-    def job(prompt: int, own: Tensor) -> Job:
+    def job(prompt: int, window_ids: Tensor) -> Job:
         keys = [
             key_of(config, "perplexity", task=text, source=source, prompt=prompt, generate=generate, limit=sequences)
             for config in configs
@@ -68,21 +68,21 @@ def perplexities(
 
         def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
             wanted = list(dict.fromkeys(config_of(key) for key in todo))
-            steps = len(own) * len(wanted)
-            found = perplexity.measure(model, own, prompt, wanted, progress=lambda: tick(1 / steps))
-            by_config = dict(zip(wanted, found, strict=True))
+            steps = len(window_ids) * len(wanted)
+            scored = perplexity.measure(model, window_ids, prompt, wanted, progress=lambda: tick(1 / steps))
+            by_config = dict(zip(wanted, scored, strict=True))
             return (_perplexity(by_config[config_of(key)], key) for key in todo)
 
         return Job(tuple(keys), measure)
 
-    return [job(prompt, own) for prompt, own in zip(prompts, windows, strict=True)]
+    return [job(prompt, window_ids) for prompt, window_ids in zip(prompts, windows, strict=True)]
 
 
-def _perplexity(measured: perplexity.Scored, key: Key) -> CellResult:
+def _perplexity(scored: perplexity.Scored, key: Key) -> CellResult:
     assert key.prompt is not None
     assert key.generate is not None
-    row = perplexity.summary(measured, key.prompt, key.generate, key.seed)
-    nll, kl, agreement = (own[:, : key.generate].double() for own in (measured.nll, measured.kl, measured.agreement))
+    row = perplexity.summary(scored, key.prompt, key.generate, key.seed)
+    nll, kl, agreement = (values[:, : key.generate].double() for values in (scored.nll, scored.kl, scored.agreement))
     bins = torch.arange(key.generate).tensor_split(min(_POINTS, key.generate))
     metrics = {"perplexity": Metric.of(row.perplexity, higher_is_better=False)}
     if key.method != FULL:
@@ -92,8 +92,8 @@ def _perplexity(measured: perplexity.Scored, key: Key) -> CellResult:
         metrics=metrics,
         n=row.sequences,
         data={
-            "position": [float(own.double().mean()) + 1 for own in bins],
-            "perplexity": [float(nll[:, own].mean().exp()) for own in bins],
+            "position": [float(positions.double().mean()) + 1 for positions in bins],
+            "perplexity": [float(nll[:, positions].mean().exp()) for positions in bins],
         },
         samples={
             "values": {
@@ -134,13 +134,13 @@ def speeds(
             raise ValueError(f"speed is measured on the CPU, the model is on {model.device}; add --device cpu")
         full = next(key for key in keys if key.method == FULL)
         wanted = list(dict.fromkeys([full, *todo]))
-        own = [config_of(key) for key in wanted]
+        wanted_configs = [config_of(key) for key in wanted]
         encoded = tokenizer(passage, verbose=False)["input_ids"]
         prompts = passage_prompts(encoded, tokenizer.bos_token_id, 1, prompt)
-        steps = len(own) * (1 + _ROUNDS)
-        benchmark.verified(model, prompts, own, lambda: tick(1 / steps))
-        runs, read = benchmark.measure(model, prompts, own, generate, _ROUNDS, lambda: tick(1 / steps))
-        rows = benchmark.rows(name, weights, model, prompts, generate, own, runs, read)
+        steps = len(wanted_configs) * (1 + _ROUNDS)
+        benchmark.verified(model, prompts, wanted_configs, lambda: tick(1 / steps))
+        runs, read = benchmark.measure(model, prompts, wanted_configs, generate, _ROUNDS, lambda: tick(1 / steps))
+        rows = benchmark.rows(name, weights, model, prompts, generate, wanted_configs, runs, read)
         by_key = dict(zip(wanted, rows, strict=True))
         return (_speed(by_key[key]) for key in todo)
 
@@ -186,9 +186,9 @@ def _examples(
     with attach_any(model, config_of(key)) as handle:
         for text in prompts:
             prompt: Prompt = text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
-            own = list(stream_generate(model, tokenizer, prompt, griffin=handle, max_tokens=key.generate))
-            tokens.append([token for piece in own for token in piece.tokens])
-            pieces.append([piece.text for piece in own])
+            answer = list(stream_generate(model, tokenizer, prompt, griffin=handle, max_tokens=key.generate))
+            tokens.append([token for piece in answer for token in piece.tokens])
+            pieces.append([piece.text for piece in answer])
             tick(1 / len(prompts))
     return CellResult(
         metrics={"generated_tokens": Metric(sum(map(len, tokens)) / len(prompts))},
@@ -217,9 +217,9 @@ def flocking_job(
     def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
         if most < 2:
             raise ValueError(f"the text has {len(ids)} tokens; expected at least {2 * _FLOCKING_SEQUENCES}")
-        first = [] if bos is None else [bos]
-        step, size = len(ids) // _FLOCKING_SEQUENCES, most - len(first)
-        texts = torch.tensor([[*first, *ids[at * step : at * step + size]] for at in range(_FLOCKING_SEQUENCES)])
+        beginning = [] if bos is None else [bos]
+        step, size = len(ids) // _FLOCKING_SEQUENCES, most - len(beginning)
+        texts = torch.tensor([[*beginning, *ids[at * step : at * step + size]] for at in range(_FLOCKING_SEQUENCES)])
         energies = flocking.energies(model, texts.split(1))  # type: ignore[no-untyped-call]
         tick(0.8)
         yield _flocking(energies, _pictures(model, texts[:1], seed))
@@ -238,8 +238,8 @@ def _flocking(energies: Mapping[int, Tensor], pictures: list[dict[str, object]])
         series["energy"][f"{density:g}"] = flocking.energy_share(energies, density).mean(dim=1).tolist()
     metrics = {
         f"{what} at {density}": Metric(sum(values) / len(values))
-        for what, own in series.items()
-        for density, values in own.items()
+        for what, by_density in series.items()
+        for density, values in by_density.items()
     }
     chance = {f"{density:g}": density / (2 - density) for density in _FLOCKING_DENSITIES}
     return CellResult(metrics, n, data={**series, "chance": chance}, samples={"pictures": pictures})
@@ -250,12 +250,12 @@ def _pictures(model: PreTrainedModel, text: Tensor, seed: int) -> list[dict[str,
     versions = flocking.compared(text.to(model.device), model.config.get_text_config().vocab_size, seed)
     layers = len(find_ff_blocks(model))
     chosen = sorted({layers // 4, layers // 2, 3 * layers // 4})
-    found = {name: flocking.relative_activations(model, own, chosen) for name, own in versions.items()}
+    activations = {name: flocking.relative_activations(model, ids, chosen) for name, ids in versions.items()}
     pictures: list[dict[str, object]] = []
     for layer in chosen:
-        shown = {name: own[layer][: _PICTURE[0], : _PICTURE[1]] for name, own in found.items()}
+        shown = {name: by_layer[layer][: _PICTURE[0], : _PICTURE[1]] for name, by_layer in activations.items()}
         most = max(float(shown["original"].quantile(_BRIGHTEST)), 1e-12)
-        maps = {name: {"shape": list(own.shape), "bytes": _bytes(own / most)} for name, own in shown.items()}
+        maps = {name: {"shape": list(values.shape), "bytes": _bytes(values / most)} for name, values in shown.items()}
         pictures.append({"layer": layer, "shape": maps["original"]["shape"], "maps": maps})
     return pictures
 

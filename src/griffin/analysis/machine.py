@@ -69,9 +69,8 @@ def available_bytes(device: torch.device | None = None) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device is not None and device.type != "cpu":
         return None
-    limits = [_meminfo_bytes(), _cgroup_bytes()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    limits = [limit for limit in (_meminfo_bytes(), _cgroup_bytes()) if limit is not None]
+    return min(limits, default=None)
 
 
 def _meminfo_bytes() -> int | None:
@@ -79,8 +78,8 @@ def _meminfo_bytes() -> int | None:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(values[0]) * 1024 if values else None
 
 
 def _cgroup_bytes() -> int | None:
@@ -113,12 +112,12 @@ def read_bandwidth() -> Bandwidth | None:
         how = f"native library, {_size(buffer)}"
         memory.advise_huge(buffer)  # with small pages the same machine reads a tenth less: no yardstick
         buffer.fill_(1.0)
-        found = [memory.read_bandwidth(buffer) for _ in range(_PASSES)]
+        speeds = [memory.read_bandwidth(buffer) for _ in range(_PASSES)]
     else:
         how = f"torch sum, {_size(buffer)}, as the native library is missing"
         buffer.fill_(1.0)
-        found = [_summed(buffer) for _ in range(_PASSES)]
-    return Bandwidth(statistics.median(found), how)
+        speeds = [_summed(buffer) for _ in range(_PASSES)]
+    return Bandwidth(statistics.median(speeds), how)
 
 
 def _summed(buffer: torch.Tensor) -> float:
@@ -161,6 +160,6 @@ def _cpu() -> tuple[str, frozenset[str]]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine(), frozenset()
-    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = known.get("flags") or known.get("Features") or ""
-    return known.get("model name") or platform.processor() or platform.machine(), frozenset(flags.split())
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name") or platform.processor() or platform.machine(), frozenset(flags.split())

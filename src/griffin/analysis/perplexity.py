@@ -94,10 +94,12 @@ def cases(densities: Iterable[float], selections: Sequence[str], backend: str, s
     Raises:
         ValueError: a density, a selection, the backend or the seed is none.
     """
-    wanted = [(density, selections[0] if density == 1.0 else own) for own in selections for density in densities]
+    wanted = [
+        (density, selections[0] if density == 1.0 else selection) for selection in selections for density in densities
+    ]
     return [
-        GriffinConfig(density=density, selection=own, backend=backend, seed=seed)
-        for density, own in dict.fromkeys(wanted)
+        GriffinConfig(density=density, selection=selection, backend=backend, seed=seed)
+        for density, selection in dict.fromkeys(wanted)
     ]
 
 
@@ -109,10 +111,10 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
     """
     if not text.strip():
         raise ValueError("the text is empty; give one that is longer than a prompt and its continuation")
-    first: Any = tokenizer(text[:100], verbose=False)["input_ids"]
+    start: Any = tokenizer(text[:100], verbose=False)["input_ids"]
     plain: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    return [int(token) for token in plain], bos if isinstance(bos, int) and list(first[:1]) == [bos] else None
+    return [int(token) for token in plain], bos if isinstance(bos, int) and list(start[:1]) == [bos] else None
 
 
 def windows(ids: Sequence[int], bos: int | None, prompts: Sequence[int], generate: int, sequences: int) -> list[Tensor]:
@@ -139,8 +141,8 @@ def windows(ids: Sequence[int], bos: int | None, prompts: Sequence[int], generat
     for name, value in (("prompt", min(prompts)), ("generate", generate), ("sequences", sequences)):
         if value < 1:
             raise ValueError(f"{name} is {value}; expected a whole number from 1")
-    first = [] if bos is None else [bos]
-    size = max(max(prompts) - len(first), 0) + generate
+    prefix = [] if bos is None else [bos]
+    size = max(max(prompts) - len(prefix), 0) + generate
     if len(ids) < sequences * size:
         raise ValueError(
             f"the text has {len(ids)} tokens, but {sequences} sequences of {max(prompts)} + {generate} tokens that do "
@@ -149,8 +151,8 @@ def windows(ids: Sequence[int], bos: int | None, prompts: Sequence[int], generat
         )
     step = len(ids) // sequences
     text = torch.tensor([list(ids[at * step : at * step + size]) for at in range(sequences)])
-    beginning = torch.tensor(first, dtype=torch.int64).expand(sequences, -1)
-    return [torch.cat([beginning, text[:, size - generate - (p - len(first)) :]], dim=1) for p in prompts]
+    beginning = torch.tensor(prefix, dtype=torch.int64).expand(sequences, -1)
+    return [torch.cat([beginning, text[:, size - generate - (p - len(prefix)) :]], dim=1) for p in prompts]
 
 
 @torch.no_grad()
@@ -192,25 +194,25 @@ def measure(
         for row in ids.to(model.device):
             continuation = row[None, prompt:]
             with attach(model, GATHER_ONLY) as gathering, gathering.gather(needs=needs) as statistics:
-                cache, first = run_prompt(model, row[None, :prompt])
-            full = run_continuation(model, continuation, copy.deepcopy(cache), first)[0]
+                cache, first_logits = run_prompt(model, row[None, :prompt])
+            full = run_continuation(model, continuation, copy.deepcopy(cache), first_logits)[0]
             full_nll.append(_scores(full, full, continuation[0]).nll)
-            for own, config in zip(scores, configs, strict=True):
+            for config_scores, config in zip(scores, configs, strict=True):
                 with attach_any(model, config) as handle:
                     handle.select(statistics)
                     with handle.generation_phase():
-                        logits = run_continuation(model, continuation, copy.deepcopy(cache), first)[0]
-                own.append(_scores(logits, full, continuation[0]))
+                        logits = run_continuation(model, continuation, copy.deepcopy(cache), first_logits)[0]
+                config_scores.append(_scores(logits, full, continuation[0]))
                 progress()
     return [
         Scored(
             config,
-            torch.stack([one.nll for one in own]),
+            torch.stack([score.nll for score in config_scores]),
             torch.stack(full_nll),
-            torch.stack([one.kl for one in own]),
-            torch.stack([one.agreement for one in own]),
+            torch.stack([score.kl for score in config_scores]),
+            torch.stack([score.agreement for score in config_scores]),
         )
-        for config, own in zip(configs, scores, strict=True)
+        for config, config_scores in zip(configs, scores, strict=True)
     ]
 
 
@@ -252,9 +254,9 @@ def _scores(logits: Tensor, full: Tensor, tokens: Tensor) -> _Scores:
     """Shapes: logits, full (G, V), any float dtype; tokens (G,)."""
     nll, kl, agreement = [], [], []
     rows = max(1, _VALUES_AT_A_TIME // logits.shape[1])
-    for own, right, token in zip(*(torch.split(each, rows) for each in (logits, full, tokens)), strict=True):
-        q, p = own.float().log_softmax(dim=-1), right.float().log_softmax(dim=-1)
+    for ours, theirs, token in zip(*(torch.split(each, rows) for each in (logits, full, tokens)), strict=True):
+        q, p = ours.float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
         nll.append(-q.gather(1, token[:, None])[:, 0].cpu())
         kl.append(F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1).cpu())
-        agreement.append((own.argmax(dim=-1) == right.argmax(dim=-1)).cpu())
+        agreement.append((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).cpu())
     return _Scores(torch.cat(nll), torch.cat(kl), torch.cat(agreement))

@@ -46,14 +46,14 @@ def flocking_heat_maps(activations: Mapping[str, Tensor], title: str, path: Path
     Raises:
         GriffinError: matplotlib is not installed, or the file cannot be written.
     """
-    first = next(iter(activations.values()))
-    most = max(float(first.quantile(0.99)) if first.numel() < 2**24 else float(first.max()), 1e-12)
+    reference = next(iter(activations.values()))
+    most = max(float(reference.quantile(0.99)) if reference.numel() < 2**24 else float(reference.max()), 1e-12)
     figure = _figure(10, 1.2 + 3.0 * len(activations))
     figure.suptitle(title)
     panels = figure.subplots(len(activations), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (name, own) in zip(panels, activations.items(), strict=True):
+    for axes, (name, values) in zip(panels, activations.items(), strict=True):
         image = axes.imshow(
-            own.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=most, rasterized=True
+            values.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=most, rasterized=True
         )
         axes.set(title=name, ylabel="token")
     panels[-1].set_xlabel("FF neuron")
@@ -130,13 +130,13 @@ def perplexity_against_length(rows: Sequence[PerplexityRow], title: str, path: P
         panels.append(("generated_tokens", "tokens generated", by_generated))
     figure = _figure(5.5 * len(panels) + 1.5, 4.4)
     figure.suptitle(title)
-    for axes, (length, label, own) in zip(
+    for axes, (length, label, panel_rows) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
-        _perplexity_lines(axes, own, length)
+        _perplexity_lines(axes, panel_rows, length)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        ticks = sorted({getattr(row, length) for row in own})
+        ticks = sorted({getattr(row, length) for row in panel_rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         other = f"{longest[1]} generated" if length == "prompt_tokens" else f"prompts of {longest[0]}"
@@ -151,12 +151,12 @@ def _perplexity_lines(axes: Axes, rows: Sequence[PerplexityRow], length: str) ->
     full = sorted({getattr(row, length): row.full_perplexity for row in rows}.items())
     curves = [("full model", [at for at, _ in full], [interval for _, interval in full])]
     for density, selection in lines:
-        own = sorted(
+        line_rows = sorted(
             (row for row in rows if (row.density, row.selection) == (density, selection)),
             key=lambda row: int(getattr(row, length)),
         )
         name = f"{selection}, density {density:g}"
-        curves.append((name, [getattr(row, length) for row in own], [row.perplexity for row in own]))
+        curves.append((name, [getattr(row, length) for row in line_rows], [row.perplexity for row in line_rows]))
     for number, (name, lengths, intervals) in enumerate(curves):
         color = "black" if number == 0 else f"C{number - 1}"
         axes.plot(lengths, [one.value for one in intervals], marker="o", color=color, label=name)

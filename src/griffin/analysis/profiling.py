@@ -43,21 +43,21 @@ def written(
     Raises:
         ValueError: the tokenizer has no token that a sequence can begin with.
     """
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
         raise ValueError("the tokenizer has no token to begin with, so the model cannot write a text; give --text FILE")
-    found = []
+    texts = []
     for at in range(0, sequences, _BATCH):
         rows = min(_BATCH, sequences - at)
-        beginning = torch.full((rows, 1), first, device=model.device)
+        beginning = torch.full((rows, 1), start, device=model.device)
         with attach(model, GriffinConfig(density=1.0, selection="topk", batch="per_sequence")) as handle:
             sampling = Sampling(temperature=1.0, seed=seed + at)
             tokens = []
             for step in islice(generate_step(model, beginning, handle=handle, sampling=sampling), TOKENS - 1):
                 tokens.append(step.tokens)
                 done()
-        found.append(torch.cat([beginning, torch.stack(tokens, dim=1)], dim=1))
-    return torch.cat(found).cpu()
+        texts.append(torch.cat([beginning, torch.stack(tokens, dim=1)], dim=1))
+    return torch.cat(texts).cpu()
 
 
 def steps_of(sequences: int) -> int:
@@ -95,8 +95,8 @@ def prior(
             done()
     tokens = sequences.numel()
     return Profile(
-        {layer: own / tokens for layer, own in energies.items()},
-        {layer: own / tokens for layer, own in ups.items()},
+        {layer: totals / tokens for layer, totals in energies.items()},
+        {layer: totals / tokens for layer, totals in ups.items()},
         sample(model),
         about | {"tokens": str(tokens)},
     )
@@ -118,7 +118,7 @@ def with_losses(
         sequences: (N, 512), int64.
     """
     configs = [GriffinConfig(density=density, selection=BEST, profile=path) for density in DENSITIES]
-    measured = perplexity.measure(model, sequences, _PROMPT, configs, progress=done)
-    losses = {own.config.density: float(own.kl.double().mean()) for own in measured}
+    scored_configs = perplexity.measure(model, sequences, _PROMPT, configs, progress=done)
+    losses = {scored.config.density: float(scored.kl.double().mean()) for scored in scored_configs}
     weights = format_of(find_ff_blocks(model)[0])
     return replace(profile, losses={**profile.losses, weights: losses})

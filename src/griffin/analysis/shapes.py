@@ -26,8 +26,8 @@ class Shape:
 
     def config(self, layers: int | None = None) -> PreTrainedConfig:
         """The config; with `layers` of a model of so many layers."""
-        own = dict(self.settings) | ({} if layers is None else {"num_hidden_layers": layers})
-        return AutoConfig.for_model(self.model_type, **own, **_NO_TOKENS)
+        settings = dict(self.settings) | ({} if layers is None else {"num_hidden_layers": layers})
+        return AutoConfig.for_model(self.model_type, **settings, **_NO_TOKENS)
 
 
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -79,12 +79,12 @@ def config_of(key: Key) -> GriffinConfig:
 
 def pending(folder: Folder, model: Model, jobs: Iterable[Job]) -> list[tuple[Job, tuple[Key, ...]]]:
     """The jobs that are not done, each with its cells that are not in the folder."""
-    found = []
+    todo = []
     for job in jobs:
         missing = tuple(key for key in job.keys if cell_id(key, model) not in folder.cells)
         if missing:
-            found.append((job, missing))
-    return found
+            todo.append((job, missing))
+    return todo
 
 
 def carry_out(
@@ -107,18 +107,18 @@ def carry_out(
     for job, keys in todo:
         observer.begun(keys)
         start = time.perf_counter()
-        found: list[CellResult] = []
+        results: list[CellResult] = []
         problem = None
         try:
-            found.extend(job.measure(keys, partial(_tick, observer, len(keys))))
+            results.extend(job.measure(keys, partial(_tick, observer, len(keys))))
         except Exception as error:  # whatever went wrong with one cell, the others are worth having
             problem = error
-        seconds = (time.perf_counter() - start) / max(1, len(found))  # they were measured together
-        for key, measured in zip(keys, found, strict=problem is None):
-            observer.finished(folder.append(key, model, measured, seconds, versions, machine))
+        seconds = (time.perf_counter() - start) / max(1, len(results))  # they were measured together
+        for key, result in zip(keys, results, strict=problem is None):
+            observer.finished(folder.append(key, model, result, seconds, versions, machine))
         if problem is not None:
-            failed += len(keys) - len(found)
-            observer.failed(keys[len(found) :], problem)
+            failed += len(keys) - len(results)
+            observer.failed(keys[len(results) :], problem)
     return failed
 
 

@@ -52,31 +52,31 @@ def verify(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor) -> fl
     """
     prompts = prompts[:, :_PROMPT_TOKENS]
     expected = _run(model, replace(config, backend="reference"), prompts)
-    found = _run(model, config, prompts, expected)
-    ours, right = torch.stack(found.logits), torch.stack(expected.logits)
+    actual = _run(model, config, prompts, expected)
+    ours, right = torch.stack(actual.logits), torch.stack(expected.logits)
     if not bool(torch.isfinite(ours).all() & torch.isfinite(right).all()):
-        raise GriffinError(f"backend {found.backend}: the logits hold inf or nan; nothing was timed")
+        raise GriffinError(f"backend {actual.backend}: the logits hold inf or nan; nothing was timed")
     worst = difference(ours, right)
     tolerance = TOLERANCES[model.dtype]
-    if found.sketched or any(block.quantised for block in find_ff_blocks(model)):
+    if actual.sketched or any(block.quantised for block in find_ff_blocks(model)):
         tolerance = max(tolerance, QUANTISED_TOLERANCE)
     if worst > tolerance:
         raise GriffinError(
-            f"backend {found.backend} is wrong at density {config.density:g}: its logits differ from the reference's "
+            f"backend {actual.backend} is wrong at density {config.density:g}: its logits differ from the reference's "
             f"by {worst:.1%} of their spread, allowed are {tolerance:.1%} for these weights; nothing was timed"
         )
     return worst
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the differences, as a share of the expected logits' spread around their mean.
 
     A constant added to all logits of a token changes no probability, so it counts on neither side.
 
     Shapes:
-        found, expected: (..., V).
+        actual, expected: (..., V).
     """
-    ours, right = (logits - logits.mean(dim=-1, keepdim=True) for logits in (found, expected))
+    ours, right = (logits - logits.mean(dim=-1, keepdim=True) for logits in (actual, expected))
     return float((ours - right).norm() / right.norm().clamp_min(1e-30))
 
 

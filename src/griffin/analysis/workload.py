@@ -74,13 +74,13 @@ def check_fits(plan: Plan) -> None:
     for name in plan.shapes:
         shape = shapes.shape_of(name)
         if weights in PACKED_BYTES:
-            own = shapes.packed_bytes(shape, PACKED_BYTES[weights])
+            size = shapes.packed_bytes(shape, PACKED_BYTES[weights])
         else:
-            own = shapes.weight_bytes(shape, dtype)
+            size = shapes.weight_bytes(shape, dtype)
         cache = shapes.cache_bytes(shape, dtype, tokens)
-        if own + cache > free:
+        if size + cache > free:
             raise GriffinError(
-                f"{name} in {weights} needs {(own + cache) / 1e9:.1f} GB of memory ({own / 1e9:.1f} GB of weights, "
+                f"{name} in {weights} needs {(size + cache) / 1e9:.1f} GB of memory ({size / 1e9:.1f} GB of weights, "
                 f"{cache / 1e9:.1f} GB of key/value cache), {free / 1e9:.1f} GB are free; choose a smaller shape, "
                 "weights of fewer bits or a shorter length"
             )
@@ -108,9 +108,9 @@ def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tu
         weights = plan.weights or format_of(model)
         timed = partial(done, f"{name} timed")
         for length, generated in plan.lengths:
-            own = prompts[:, :length]
-            runs, read = benchmark.measure(model, own, plan.configs, generated, plan.repeats, timed)
-            rows += benchmark.rows(name, weights, model, own, generated, plan.configs, runs, read)
+            inputs = prompts[:, :length]
+            runs, read = benchmark.measure(model, inputs, plan.configs, generated, plan.repeats, timed)
+            rows += benchmark.rows(name, weights, model, inputs, generated, plan.configs, runs, read)
             bandwidths += read
         del model
         gc.collect()
@@ -168,12 +168,12 @@ def passage_prompts(ids: list[int], bos: int | None, batch: int, length: int) ->
     Shapes:
         ids: the passage's tokens. Returns (batch, length), int64.
     """
-    first = ids[:1] if ids and ids[0] == bos else []
-    text = torch.tensor(ids[len(first) :])
-    within = torch.arange(length - len(first))
+    prefix = ids[:1] if ids and ids[0] == bos else []
+    text = torch.tensor(ids[len(prefix) :])
+    within = torch.arange(length - len(prefix))
     return torch.stack(
         [
-            torch.cat([torch.tensor(first, dtype=torch.int64), text[(within + _SHIFT * n) % len(text)]])
+            torch.cat([torch.tensor(prefix, dtype=torch.int64), text[(within + _SHIFT * n) % len(text)]])
             for n in range(batch)
         ]
     )

@@ -49,8 +49,8 @@ class Setting:
     @property
     def order(self) -> tuple[Any, ...]:
         """Where it comes in a table: by method, the denser first."""
-        known = _METHODS.index(self.method) if self.method in _METHODS else len(_METHODS)
-        return known, self.method, self.batch_size, self.phase or "", -self.density
+        rank = _METHODS.index(self.method) if self.method in _METHODS else len(_METHODS)
+        return rank, self.method, self.batch_size, self.phase or "", -self.density
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Comparisons:
 
     def cells(self, kind: str) -> list[Cell]:
         """The cells of a kind, in the order of the tables."""
-        found = [cell for cell in self._folder.cells.values() if cell.key.kind == kind]
+        cells = [cell for cell in self._folder.cells.values() if cell.key.kind == kind]
         return sorted(
-            found, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0)
+            cells, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0)
         )
 
     def sets(self, kind: str) -> dict[str, list[Cell]]:
@@ -106,10 +106,10 @@ class Comparisons:
 
         The names are those of the tasks and texts, with what tells sets of one name apart.
         """
-        found: dict[Key, list[Cell]] = {}
+        by_examples: dict[Key, list[Cell]] = {}
         for cell in self.cells(kind):
-            found.setdefault(_examples(cell.key), []).append(cell)
-        return {_told_apart(own, found): cells for own, cells in found.items()}
+            by_examples.setdefault(_examples(cell.key), []).append(cell)
+        return {_told_apart(key, by_examples): cells for key, cells in by_examples.items()}
 
     def samples(self, cell: Cell) -> dict[str, Any]:
         """The samples of a cell, read once."""
@@ -134,20 +134,20 @@ class Comparisons:
         full = self.full(cell)
         if full is None or full is cell or name not in full.metrics:
             return Score(cell, name, metric, None, relative)
-        ours, theirs = (self._values(own, name) for own in (cell, full))
-        about = [self.samples(own).get("doc_ids") for own in (cell, full)]
-        if ours is None or theirs is None or len(ours) != len(theirs) or about[0] != about[1]:
+        ours, theirs = (self._values(one, name) for one in (cell, full))
+        doc_ids = [self.samples(one).get("doc_ids") for one in (cell, full)]
+        if ours is None or theirs is None or len(ours) != len(theirs) or doc_ids[0] != doc_ids[1]:
             return Score(cell, name, metric, _without_interval(metric, full.metrics[name], relative), relative)
         groups = self.samples(full).get("groups")
-        found = paired_interval(ours, theirs, weights=self._weights(full, name), groups=groups, seed=cell.key.seed)
+        difference = paired_interval(ours, theirs, weights=self._weights(full, name), groups=groups, seed=cell.key.seed)
         if relative:
-            found = Interval(*(math.expm1(end) for end in (found.value, found.low, found.high)))
-        return Score(cell, name, metric, found, relative)
+            difference = Interval(*(math.expm1(end) for end in (difference.value, difference.low, difference.high)))
+        return Score(cell, name, metric, difference, relative)
 
     def scores(self, cells: Iterable[Cell]) -> list[Score]:
         """All figures of some cells."""
-        found = [self.score(cell, name) for cell in cells for name in cell.metrics]
-        return [score for score in found if score is not None]
+        scores = [self.score(cell, name) for cell in cells for name in cell.metrics]
+        return [score for score in scores if score is not None]
 
     def _values(self, cell: Cell, name: str) -> list[float] | None:
         """One value an example, whose mean is the figure (of perplexities its logarithm); `None` without them."""
@@ -156,9 +156,9 @@ class Comparisons:
             return None
         if PERPLEXITY in name and name != PERPLEXITY:  # a task's: each document's own
             values = [math.log(value) for value in values]
-        found = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
-        found = math.exp(found) if PERPLEXITY in name else found
-        return values if math.isclose(found, cell.metrics[name].value, rel_tol=1e-6, abs_tol=1e-6) else None
+        mean = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
+        mean = math.exp(mean) if PERPLEXITY in name else mean
+        return values if math.isclose(mean, cell.metrics[name].value, rel_tol=1e-6, abs_tol=1e-6) else None
 
     def _weights(self, cell: Cell, name: str) -> list[float] | None:
         weights = self.samples(cell).get("weights", {}).get(NATS if name == PERPLEXITY else name)
@@ -179,7 +179,7 @@ def _examples(key: Key) -> Key:
     return replace(_alike(key), batch_size=1, prompt=prompt, generate=None)
 
 
-def _told_apart(own: Key, others: Iterable[Key]) -> str:
+def _told_apart(key: Key, others: Iterable[Key]) -> str:
     def words(key: Key) -> list[str]:
         source, _, windows = (key.source or "").partition(", ")
         return [
@@ -190,9 +190,9 @@ def _told_apart(own: Key, others: Iterable[Key]) -> str:
             f"seed {key.seed}",
         ]
 
-    alike = [words(key) for key in others if key.task == own.task]
-    differing = [word for word, *rest in zip(words(own), *alike, strict=True) if len(set(rest)) > 1]
-    name = own.task or "text"
+    alike = [words(other) for other in others if other.task == key.task]
+    differing = [word for word, *rest in zip(words(key), *alike, strict=True) if len(set(rest)) > 1]
+    name = key.task or "text"
     return f"{name} ({', '.join(differing)})" if differing else name
 
 

@@ -37,15 +37,15 @@ def quality(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> Plo
     lines = [
         _line(
             name,
-            [score.cell.key.density for score in own],
-            [score.metric.value for score in own],
+            [score.cell.key.density for score in points],
+            [score.metric.value for score in points],
             colour=_colour(method),
             mode="lines+markers",
-            error_y=_error_bars(own),
+            error_y=_error_bars(points),
             hovertemplate="density %{x}: %{y:.4g}",
         )
         for (name, method), pruned in _by_setting(score for score in scores if score.cell.key.method != FULL)
-        for own in [[*full[:1], *pruned]]  # every method is the full model at density 1
+        for points in [[*full[:1], *pruned]]  # every method is the full model at density 1
     ]
     if full:
         lines.insert(0, _level(full[0].metric.value, [score.cell.key.density for score in scores]))
@@ -55,12 +55,12 @@ def quality(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> Plo
 def perplexity_against_prompt(cells: Sequence[Cell]) -> Plot:
     """Perplexity against the length of the prompt, a line for each method and density."""
     lines = []
-    for (name, method, dash), own in _by_method_and_density(cells):
+    for (name, method, dash), line_cells in _by_method_and_density(cells):
         lines.append(
             _line(
                 name,
-                [cell.key.prompt for cell in own],
-                [cell.metrics[PERPLEXITY].value for cell in own],
+                [cell.key.prompt for cell in line_cells],
+                [cell.metrics[PERPLEXITY].value for cell in line_cells],
                 colour=_colour(method),
                 dash=dash,
                 mode="lines+markers",
@@ -75,8 +75,8 @@ def perplexity_against_prompt(cells: Sequence[Cell]) -> Plot:
 def perplexity_against_generated(cells: Sequence[Cell]) -> Plot:
     """Perplexity of the tokens at a distance from the prompt, a line for each method and density."""
     lines = []
-    for (name, method, dash), own in _by_method_and_density(cells):
-        data = own[-1].data
+    for (name, method, dash), line_cells in _by_method_and_density(cells):
+        data = line_cells[-1].data
         lines.append(
             _line(
                 name,
@@ -106,15 +106,15 @@ def speed(cells: Sequence[Cell]) -> Plot:
     )
     full = [cell for cell in cells if cell.key.method == FULL]
     for method, group in groupby((cell for cell in cells if cell.key.method != FULL), key=lambda cell: cell.key.method):
-        own = sorted([*full, *group], key=lambda cell: cell.key.density)
+        line_cells = sorted([*full, *group], key=lambda cell: cell.key.density)
         lines.append(
             _line(
                 method,
-                [cell.key.density for cell in own],
-                [cell.metrics["speedup"].value for cell in own],
+                [cell.key.density for cell in line_cells],
+                [cell.metrics["speedup"].value for cell in line_cells],
                 colour=_colour(method),
                 mode="lines+markers",
-                customdata=[cell.metrics["generation_tokens_per_s"].value for cell in own],
+                customdata=[cell.metrics["generation_tokens_per_s"].value for cell in line_cells],
                 hovertemplate="density %{x}: %{y:.2f}x, %{customdata:.4g} tokens/s",
             )
         )
@@ -130,8 +130,8 @@ def per_layer(series: dict[str, Sequence[float]], title: str, levels: dict[str, 
         lines.append(_line(name, layers, values, **settings))
         if levels is not None and name in levels:
             level = [levels[name]] * len(values)
-            told = f"{html.escape(name)}, by chance: %{{y:.3f}}<extra></extra>"
-            lines.append(_line(name, layers, level, colour=colour, dash="dot", showlegend=False, hovertemplate=told))
+            hover = f"{html.escape(name)}, by chance: %{{y:.3f}}<extra></extra>"
+            lines.append(_line(name, layers, level, colour=colour, dash="dot", showlegend=False, hovertemplate=hover))
     return _plot(lines, "layer", title, yaxis={"range": [0, 1.02]})
 
 

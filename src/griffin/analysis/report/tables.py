@@ -51,7 +51,7 @@ class ComparedAnswer:
 
     name: str
     tokens: int
-    first: int | None  # number of the first token that differs, from 1; `None`: none does
+    differs_at: int | None  # number of the first token that differs, from 1; `None`: none does
     shared: str
     differing: str
     rest: str
@@ -63,7 +63,7 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
     Raises:
         ValueError: a file is not such a table.
     """
-    found = []
+    tables = []
     columns = {"KL": "nats a token", "ratio": "to plain GRIFFIN at the same bytes", "agreement": "top-1"}
     for path in sorted((folder / "equal_bytes").glob("*.csv")):
         rows = []
@@ -80,14 +80,14 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
                     "agreement": Entry(f"{float(line['agreement']):.1%}"),
                 }
                 rows.append(TableRow(line["method"], line.get("bytes") or line["density"], entries))
-            first = lines[0]
-            title = f"{first['prompt_tokens']} + {first['generated_tokens']} tokens, {first['weights']} weights"
-            found.append((f"{title}, {first['sequences']} sequences", Table(columns, rows)))
+            about = lines[0]
+            title = f"{about['prompt_tokens']} + {about['generated_tokens']} tokens, {about['weights']} weights"
+            tables.append((f"{title}, {about['sequences']} sequences", Table(columns, rows)))
         except (KeyError, ValueError, IndexError, OSError) as error:
             raise ValueError(
                 f"{path} is no table of benchmarks/ablation.py or benchmarks/loss.py: {error!r}"
             ) from error
-    return found
+    return tables
 
 
 def main_metric(cells: Sequence[Cell]) -> str:
@@ -113,7 +113,7 @@ def summary(comparisons: Comparisons) -> Table:
         metric = main_metric(cells)
         what = f"{metric}, n = {_numbers(cell.n for cell in cells)}"
         _add(columns, rows, task, what, _scores(comparisons, cells, metric))
-    return Table(columns, [rows[setting] for setting in sorted(rows, key=lambda own: own.order)])
+    return Table(columns, [rows[setting] for setting in sorted(rows, key=lambda setting: setting.order)])
 
 
 def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
@@ -137,12 +137,12 @@ def perplexities(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     columns: dict[str, str] = {}
     rows: dict[Setting, TableRow] = {}
     for prompt, generate in sorted({(cell.key.prompt or 0, cell.key.generate or 0) for cell in cells}):
-        own = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
-        _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, own, PERPLEXITY))
+        cells_at_length = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
+        _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, cells_at_length, PERPLEXITY))
     longest = _longest(cells)
     for metric, what in (("kl", "KL divergence from the full model, nats"), ("agreement", "same likeliest token")):
-        found = _scores(comparisons, [cell for cell in longest if cell.key.method != FULL], metric)
-        _add(columns, rows, metric, what, found)
+        scores = _scores(comparisons, [cell for cell in longest if cell.key.method != FULL], metric)
+        _add(columns, rows, metric, what, scores)
     return Table(columns, list(rows.values()))
 
 
@@ -183,13 +183,13 @@ def answers(comparisons: Comparisons) -> list[tuple[str, list[ComparedAnswer]]]:
         return []
     theirs = comparisons.samples(full)["tokens"]
     compared = [(cell, comparisons.texts(cell)["pieces"]) for cell in cells if comparisons.full(cell) == full]
-    found = []
+    examples = []
     for at, prompt in enumerate(comparisons.texts(full)["prompts"]):
-        own = [
+        shown = [
             _answer(cell, comparisons.samples(cell)["tokens"][at], pieces[at], theirs[at]) for cell, pieces in compared
         ]
-        found.append((str(prompt), own))
-    return found
+        examples.append((str(prompt), shown))
+    return examples
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
@@ -208,15 +208,15 @@ def number(value: float) -> str:
 
 
 def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> ComparedAnswer:
-    first = first_difference(ours, theirs)
-    cut = len(pieces) if first is None else first
+    index = first_difference(ours, theirs)
+    cut = len(pieces) if index is None else index
     # The text of a token may come with the next one: characters of several tokens come with their last.
     end = next((place + 1 for place in range(cut, len(pieces)) if pieces[place]), cut)
     name = Setting.of(cell.key).name
     return ComparedAnswer(
         name=name if cell.key.method == FULL else f"{name}, density {cell.key.density:g}",
         tokens=len(ours),
-        first=None if first is None else first + 1,
+        differs_at=None if index is None else index + 1,
         shared="".join(pieces[:cut]),
         differing="".join(pieces[cut:end]),
         rest="".join(pieces[end:]),
@@ -230,8 +230,8 @@ def _longest(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _scores(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> list[Score]:
-    found = [comparisons.score(cell, metric) for cell in cells]
-    return [score for score in found if score is not None]
+    scores = [comparisons.score(cell, metric) for cell in cells]
+    return [score for score in scores if score is not None]
 
 
 def _add(
@@ -272,5 +272,5 @@ def _signed(value: float, unit: str) -> str:
 
 
 def _numbers(values: Any) -> str:
-    found = sorted(set(values))
-    return " to ".join(str(value) for value in dict.fromkeys((found[0], found[-1])))
+    ordered = sorted(set(values))
+    return " to ".join(str(value) for value in dict.fromkeys((ordered[0], ordered[-1])))

@@ -119,12 +119,12 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads or threads)
         about = machine.machine() | {"load_average": load}
         with progress_bar(plan.runs) as done:
-            found, bandwidths = workload.carry_out(plan, done)
+            rows, bandwidths = workload.carry_out(plan, done)
     finally:
         torch.set_num_threads(threads)
-    speeds = [own.bytes_per_s for own in bandwidths]
+    speeds = [bandwidth.bytes_per_s for bandwidth in bandwidths]
     _tell_variation(speeds)
-    _tell_paths(found)
+    _tell_paths(rows)
     about |= {
         "read_bandwidth_bytes_per_s": statistics.median(speeds) if speeds else None,
         "read_bandwidth_measured": speeds,  # before and after each round
@@ -132,16 +132,16 @@ def run(args: argparse.Namespace) -> int:
         "peak_rss_of": "each run" if machine.reset_peak_rss() else "the whole process",
     }
     versions = machine.versions()
-    rows = [asdict(row) for row in found]
-    text = json.dumps({"machine": about, "versions": versions, "rows": rows}, indent=2)
+    records = [asdict(row) for row in rows]
+    text = json.dumps({"machine": about, "versions": versions, "rows": records}, indent=2)
     if args.csv is not None:
-        files.write_text(args.csv, files.csv_text(rows, about, versions))
+        files.write_text(args.csv, files.csv_text(records, about, versions))
     if json_file is not None:
         files.write_text(json_file, text + "\n")
     if args.json == "-":
         print(text)
     else:
-        _print_tables(found, about, versions)
+        _print_tables(rows, about, versions)
     return 0
 
 
@@ -212,7 +212,7 @@ def _tell_paths(rows: Sequence[SpeedRow]) -> None:
 
 
 def _print_tables(rows: Sequence[SpeedRow], about: dict[str, Any], versions: dict[str, str]) -> None:
-    speeds = [own / 1e9 for own in about["read_bandwidth_measured"]]
+    speeds = [speed / 1e9 for speed in about["read_bandwidth_measured"]]
     bandwidth = f"unknown: {about['read_bandwidth_how']}"
     if speeds:
         bandwidth = (
@@ -230,19 +230,19 @@ def _print_tables(rows: Sequence[SpeedRow], about: dict[str, Any], versions: dic
             ("peak RSS", f"of {about['peak_rss_of']}"),
         ],
     )
-    for _, own in groupby(rows, key=lambda row: (row.model, row.prompt_tokens, row.generated_tokens)):
-        print_table(_table(list(own)))
+    for _, group in groupby(rows, key=lambda row: (row.model, row.prompt_tokens, row.generated_tokens)):
+        print_table(_table(list(group)))
 
 
 def _table(rows: Sequence[SpeedRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    first = rows[0]
+    head = rows[0]
     table = Table(
         title=escape(
-            f"{first.model}, {first.weights}, backend {first.backend}, batch {first.batch}, "
-            f"{first.prompt_tokens} + {first.generated_tokens} tokens, medians"
+            f"{head.model}, {head.weights}, backend {head.backend}, batch {head.batch}, "
+            f"{head.prompt_tokens} + {head.generated_tokens} tokens, medians"
         )
     )
     for name in ("density", "selection"):

@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     layer = len(find_ff_blocks(model)) // 2
     relative = relative_activations(model, ids, [layer])[layer]
     flocking_heat_map(relative, f"Flocking in layer {layer} of {args.model}", args.picture)
-    told = f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}"
-    console.print(told, soft_wrap=True)  # a path that is broken in two cannot be copied
+    message = f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}"
+    console.print(message, soft_wrap=True)  # a path that is broken in two cannot be copied
     return 0
 
 
@@ -159,16 +159,16 @@ def _table(speeds: dict[str, list[Result]], agreements: dict[str, float]) -> Tab
     table = Table("", "prompt tok/s", "generation tok/s", "speed-up", "FF read per token", "agrees with full")
     for name, results in speeds.items():
         ratios = [
-            own.generation_tokens_per_s / full.generation_tokens_per_s
-            for own, full in zip(results, speeds[_FULL], strict=True)
+            result.generation_tokens_per_s / full.generation_tokens_per_s
+            for result, full in zip(results, speeds[_FULL], strict=True)
             if full.generation_tokens_per_s
         ]
         read = results[0].ff_bytes_per_token
         size = "?" if read is None else f"{read / 1e6:.0f} MB"
         table.add_row(
             name,
-            f"{statistics.median(own.prompt_tokens_per_s for own in results):.0f}",
-            f"{statistics.median(own.generation_tokens_per_s for own in results):.1f}",
+            f"{statistics.median(result.prompt_tokens_per_s for result in results):.0f}",
+            f"{statistics.median(result.generation_tokens_per_s for result in results):.1f}",
             f"{statistics.median(ratios):.2f}x" if ratios else "-",
             size,
             f"{agreements[name]:.0%}" if name in agreements else "-",

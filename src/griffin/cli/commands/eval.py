@@ -106,8 +106,8 @@ def _config(args: argparse.Namespace) -> GriffinConfig:
     single = seed is None or "," not in seed
     if seed is not None and single and not seed.isdecimal():
         raise ValueError(f"--seed is {seed!r}; expected a whole number from 0, or four separated by commas")
-    own = argparse.Namespace(**{**vars(args), "seed": int(seed) if seed is not None and single else None})
-    return config_from(own)
+    namespace = argparse.Namespace(**{**vars(args), "seed": int(seed) if seed is not None and single else None})
+    return config_from(namespace)
 
 
 def _dtype(name: str) -> str:

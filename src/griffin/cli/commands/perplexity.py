@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(written)
         return 0
-    for (prompt, generated), own in groupby(rows, key=lambda row: (row.prompt_tokens, row.generated_tokens)):
-        print_table(_table(f"{args.model}, {args.text.name}, {prompt} + {generated} tokens", list(own)))
+    for (prompt, generated), group in groupby(rows, key=lambda row: (row.prompt_tokens, row.generated_tokens)):
+        print_table(_table(f"{args.model}, {args.text.name}, {prompt} + {generated} tokens", list(group)))
     return 0
 
 
@@ -142,9 +142,9 @@ def _measured(
     check_length(model, max(args.prompt), longest)
     rows = []
     with progress_bar(len(args.prompt) * len(configs) * args.sequences) as done:
-        for prompt, own in zip(args.prompt, sequences, strict=True):
-            measured = measure(model, own, prompt, configs, progress=partial(done, f"prompts of {prompt} tokens"))
-            rows += [summary(one, prompt, generate) for generate in args.generate for one in measured]
+        for prompt, window_ids in zip(args.prompt, sequences, strict=True):
+            scored = measure(model, window_ids, prompt, configs, progress=partial(done, f"prompts of {prompt} tokens"))
+            rows += [summary(scores, prompt, generate) for generate in args.generate for scores in scored]
     return rows
 
 
