@@ -32,7 +32,7 @@ from griffin.native import library
 from griffin.weights.neuron_major import make_neuron_major
 from griffin.weights.quantised import FLOATS, QUANTISED
 
-# By weight format: the dtype in which a model is built before its FF weights are converted. Other weights keep it.
+# By weight format: the dtype in which a model is built before conversion. Weights that are not converted keep it.
 WEIGHTS = {**FLOATS, **dict.fromkeys(QUANTISED, torch.bfloat16)}
 _WARM_UP_TOKENS = 32
 _WARM_UP_STEPS = 3
@@ -40,7 +40,7 @@ _WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """The measurements of one density, selection and length.
+    """The measurements of one density, selection and length. Speeds, times and shares are medians over the rounds.
 
     Args:
         model: name of the model or shape.

@@ -61,7 +61,7 @@ def mean_interval(
         values, weights, groups: (N,).
 
     Raises:
-        ValueError: there is no example, a value is not finite, weights or groups do not fit, or `level` is outside 0..1.
+        ValueError: no example, a value that is not finite, weights or groups that do not fit, or `level` outside 0..1.
     """
     rows, weight = _checked(values, weights, resamples, level)
     return _interval(*_grouped(rows, weight, groups), resamples, level, seed)

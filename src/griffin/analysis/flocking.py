@@ -1,7 +1,7 @@
-"""Look at flocking itself: tokens of one sequence agree on the FF neurons that matter, sequences do not.
+"""Measure flocking: the tokens of one sequence agree on the FF neurons that matter, different sequences do not.
 
-Everything starts from |Zbar|, the relative activations of every token, or from the energies `A = s**2` of whole
-sequences (see `griffin.method.statistic`), and is returned as tensors, by layer.
+The inputs are |Zbar|, the relative activations of every token, or the energies `A = s**2` of whole sequences (see
+`griffin.method.statistic`). The results are tensors by layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from griffin.method.statistic import EPS
 
 @torch.no_grad()
 def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-    """Relative activation magnitudes |Zbar| of a text, by layer: what the paper's flocking figures show.
+    """Relative activation magnitudes |Zbar| of a text, by layer, as in the paper's flocking figures.
 
     Every row is one token's FF activations, scaled to unit L2 norm, in absolute value.
 
@@ -50,14 +50,14 @@ def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iter
 
 
 def compared(input_ids: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
-    """A text, the same tokens in another order, and random tokens: flocking needs no order, but it needs a text.
+    """A text, its tokens permuted, and random tokens. Flocking depends on the tokens of the text, not on their order.
 
-    The first token stays where it is in all three, as many models treat the first one as special.
+    All three keep the first token, as many models treat it as special.
 
     Args:
         input_ids: the text.
-        vocabulary: number of tokens to draw the random ones from.
-        seed: of the order and of the random tokens.
+        vocabulary: number of tokens to draw random ones from.
+        seed: seed of the permutation and of the random tokens.
 
     Shapes:
         input_ids: (1, S). Returns `original`, `permuted` and `random`, each (1, S).
@@ -73,7 +73,7 @@ def compared(input_ids: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Ten
 
 @torch.no_grad()
 def energies(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Energies of the flocking statistic of each sequence by itself, by layer.
+    """Energies of the flocking statistic of every single sequence, by layer.
 
     Shapes:
         sequences: each (1, S). Returns for each layer (N, D_ff), float32, on the CPU.
@@ -93,7 +93,7 @@ def energies(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[int, T
 
 
 def energy_share(energies: Mapping[int, Tensor], density: float) -> Tensor:
-    """Share of a sequence's energy that its experts, the k neurons of most energy, hold: without flocking, the density.
+    """Share of a sequence's energy in its experts, the k neurons of most energy. Without flocking it is the density.
 
     Shapes:
         energies: by layer, each (N, D_ff). Returns (layers, N).
@@ -108,7 +108,7 @@ def energy_share(energies: Mapping[int, Tensor], density: float) -> Tensor:
 def jaccard(energies: Mapping[int, Tensor], density: float) -> Tensor:
     """Jaccard overlap `|A & B| / |A | B|` of the experts of every two sequences, by layer.
 
-    Two sets drawn without looking have about `density / (2 - density)` in common.
+    Two random sets have an overlap of about `density / (2 - density)`.
 
     Shapes:
         energies: by layer, each (N, D_ff). Returns (layers, N, N), float32.
@@ -123,14 +123,13 @@ def jaccard(energies: Mapping[int, Tensor], density: float) -> Tensor:
 
 
 def union_share(energies: Mapping[int, Tensor], density: float, batch: int) -> Tensor:
-    """Share of the neurons that `batch` sequences together have as experts, by layer: the mean over all such batches.
+    """Share of the neurons in the union of `batch` sequences' experts, by layer: the exact mean over all batches.
 
     A neuron that c of the N sequences select is missing from `C(N - c, B)` of the `C(N, B)` batches of B different
-    sequences, so nothing is drawn. Were the sequences independent, it would be `1 - (1 - density)**B`; were they alike,
-    the density.
+    sequences. For independent sequences the share is `1 - (1 - density)**B`; for identical ones it is the density.
 
     Args:
-        energies: of `energies`.
+        energies: what `energies` returned.
         density: share of the neurons kept.
         batch: B, from 1 to N.
 
@@ -150,7 +149,7 @@ def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], dens
     """Jaccard overlap of a conversation's experts after one turn with those after a later one, by layer.
 
     Args:
-        before, after: what `handle.gathered.energies` held after the turns, of the first sequence.
+        before, after: `handle.gathered.energies` after the two turns; only the first sequence counts.
         density: share of the neurons kept.
 
     Shapes:
@@ -161,6 +160,10 @@ def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], dens
 
 
 def kept(energies: Tensor, density: float) -> Tensor:
-    """1.0 where a neuron is an expert, else 0.0; shapes as `energies`, (N, D_ff)."""
+    """1.0 where a neuron is an expert, else 0.0.
+
+    Shapes:
+        energies: (N, D_ff). Returns the same shape.
+    """
     k = GriffinConfig(density=density).experts_of(energies.shape[1])
     return torch.zeros_like(energies).scatter_(1, selection.topk(energies, k), 1.0)

@@ -1,4 +1,4 @@
-"""The jobs of a sweep that need nothing but the model: perplexity, speed, flocking, answers to compare."""
+"""The jobs of a sweep that need only the model: perplexity, speed, flocking, and answers to compare."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from griffin.generation.generate import stream_generate
 from griffin.generation.text import Prompt, context_length
 from griffin.layouts import find_ff_blocks
 
-_POINTS = 32  # of a curve over the tokens generated
+_POINTS = 32  # on a curve over the generated tokens
 _ROUNDS = 3
 _FLOCKING_DENSITIES = (0.25, 0.5, 0.75)
 _FLOCKING_SEQUENCES = 8
@@ -40,16 +40,16 @@ def perplexities(
     sequences: int,
     source: str,
 ) -> list[Job]:
-    """A job for each length of prompt; the shorter continuations are prefixes of the longest.
+    """One job for each prompt length; shorter continuations are prefixes of the longest.
 
     Args:
         text: the text's name.
-        ids: its tokens, without special ones.
+        ids: the text's tokens, without special ones.
         bos: the token that the model expects at the beginning.
-        configs: of `griffin.analysis.sweep.settings`.
+        configs: what `griffin.analysis.sweep.settings` returned.
         prompts, generates: tokens of the prompt and of the continuation.
         sequences: number of sequences cut from the text.
-        source: what tells this text from another of the same name.
+        source: distinguishes this text from another of the same name.
 
     Raises:
         ValueError: a length is out of range, the text is too short, or the model's context is.
@@ -57,7 +57,7 @@ def perplexities(
     longest = max(generates)
     benchmark.check_length(model, max(prompts), longest)
     windows = perplexity.windows(ids, bos, prompts, longest, sequences)
-    source = f"{source}, windows of {max(prompts)} + {longest}"  # others would cut other sequences
+    source = f"{source}, windows of {max(prompts)} + {longest}"  # other lengths cut other sequences
 
     def job(prompt: int, window_ids: Tensor) -> Job:
         keys = [
@@ -115,18 +115,20 @@ def speeds(
     prompt: int,
     generate: int,
 ) -> Job:
-    """One job: all configs that can save time take turns, verified against the reference backend before they are timed.
+    """One job for all configs that can save time. They are verified against the reference backend, then interleaved.
 
     Args:
-        name, weights: of the model, for the rows.
-        passage: text that the prompt is taken from.
-        configs: of `griffin.analysis.sweep.settings`.
-        prompt, generate: tokens; less where the model's context is too short for them.
+        name, weights: the model's name and weight format, for the rows.
+        passage: the text that the prompt is taken from.
+        configs: what `griffin.analysis.sweep.settings` returned.
+        prompt, generate: numbers of tokens; reduced if the model's context is too short.
     """
     context = context_length(model)
     if context is not None and prompt + generate > context:
         prompt, generate = context - context // 4, context // 4
-    timed = [config for config in configs if config.method.select is not None]  # which reads every weight
+    timed = [
+        config for config in configs if config.method.select is not None
+    ]  # Wanda reads every weight, so it saves no time
     keys = tuple(key_of(config, "speed", prompt=prompt, generate=generate) for config in timed)
 
     def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
@@ -162,12 +164,12 @@ def examples(
     generate: int,
     source: str,
 ) -> list[Job]:
-    """A job for each config: answers to the prompts, generated greedily.
+    """One job for each config, which answers the prompts greedily.
 
     Args:
-        prompts: what is asked; as a message where the tokenizer has a chat template.
-        generate: most tokens of an answer.
-        source: what tells these prompts from others.
+        prompts: the prompts; each becomes a user message if the tokenizer has a chat template.
+        generate: maximum number of tokens of an answer.
+        source: distinguishes these prompts from others.
     """
 
     def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
@@ -201,15 +203,17 @@ def _examples(
 def flocking_job(
     model: PreTrainedModel, name: str, ids: Sequence[int], bos: int | None, tokens: int, seed: int, source: str
 ) -> Job:
-    """One cell: pictures of three layers for a text, its tokens permuted, and random tokens; experts of several texts.
+    """One cell: flocking pictures of three layers, and the overlap of the experts of several sequences.
+
+    The pictures show a text, its tokens permuted, and random tokens.
 
     Args:
-        name: of the text.
-        ids: its tokens, without special ones; cut into sequences that do not overlap.
+        name: the text's name.
+        ids: the text's tokens, without special ones; they are cut into sequences that do not overlap.
         bos: the token that the model expects at the beginning.
-        tokens: most tokens of a sequence.
-        seed: of the permutation and of the random tokens.
-        source: what tells this text from another of the same name.
+        tokens: maximum number of tokens of a sequence.
+        seed: seed of the permutation and of the random tokens.
+        source: distinguishes this text from another of the same name.
     """
     most = min(tokens, context_length(model) or tokens, len(ids) // _FLOCKING_SEQUENCES)
     key = Key("flocking", FULL, 1.0, task=name, source=source, prompt=most, limit=_FLOCKING_SEQUENCES, seed=seed)
@@ -246,7 +250,7 @@ def _flocking(energies: Mapping[int, Tensor], pictures: list[dict[str, object]])
 
 
 def _pictures(model: PreTrainedModel, text: Tensor, seed: int) -> list[dict[str, object]]:
-    """Three layers' pictures of a text, of its tokens permuted, and of random tokens. Shapes: text (1, S)."""
+    """Pictures of three layers for a text, its tokens permuted, and random tokens. Shapes: text (1, S)."""
     versions = flocking.compared(text.to(model.device), model.config.get_text_config().vocab_size, seed)
     layers = len(find_ff_blocks(model))
     chosen = sorted({layers // 4, layers // 2, 3 * layers // 4})
@@ -261,6 +265,6 @@ def _pictures(model: PreTrainedModel, text: Tensor, seed: int) -> list[dict[str,
 
 
 def _bytes(values: Tensor) -> str:
-    """Values from 0 to 1 as a byte each, in base64."""
+    """Encode values from 0 to 1 as one byte each, in base64."""
     rounded = (values.clamp(0, 1) * 255).round().to(torch.uint8)
     return base64.b64encode(bytes(rounded.flatten().tolist())).decode("ascii")

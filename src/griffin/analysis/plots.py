@@ -1,4 +1,4 @@
-"""Pictures. The only module that imports matplotlib."""
+"""Pictures of measurements. No other module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def flocking_heat_maps(activations: Mapping[str, Tensor], title: str, path: Path
     """Draw several heat maps as `flocking_heat_map` does, one above the other, on the scale of the first.
 
     Args:
-        activations: by title.
-        title: of the whole picture.
-        path: the file.
+        activations: activations by the title of their heat map.
+        title: title of the whole picture.
+        path: the file to write.
 
     Shapes:
         activations: each (S, D_ff), not negative.
@@ -65,10 +65,10 @@ def lines_against_layer(lines: Mapping[str, Tensor], label: str, title: str, pat
     """Draw values of every layer, such as overlaps or shares of energy, as lines, and save them as PNG.
 
     Args:
-        lines: by name.
-        label: what the values are.
-        title: of the picture.
-        path: the file.
+        lines: values by the name of their line.
+        label: label of the values' axis.
+        title: title of the picture.
+        path: the file to write.
 
     Shapes:
         lines: each (layers,), from 0 to 1.
@@ -112,11 +112,11 @@ def overlap_matrix(overlap: Tensor, title: str, path: Path) -> None:
 def perplexity_against_length(rows: Sequence[PerplexityRow], title: str, path: Path) -> None:
     """Draw perplexity against the lengths of prompt and continuation, with its intervals, and save it as PNG.
 
-    One panel for each of the two that has several values, the other at its longest. The axis of perplexity is
-    logarithmic, as some selections are far worse than others.
+    Each of the two lengths that has several values gets a panel, with the other length at its maximum. The perplexity
+    axis is logarithmic, as some selections are far worse than others.
 
     Args:
-        rows: of any densities, selections and lengths.
+        rows: rows of any densities, selections and lengths.
 
     Raises:
         GriffinError: matplotlib is not installed, or the file cannot be written.
@@ -166,7 +166,7 @@ def _perplexity_lines(axes: Axes, rows: Sequence[PerplexityRow], length: str) ->
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, drawn into memory: no window, no global state."""
+    """A figure of this size in inches that uses no window and no global state of matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
