@@ -2,7 +2,7 @@
 
 Texts are in a separate subfolder, so a copy can leave out texts that may not be redistributed; such a copy can still be
 reported on and added to. A line is written after the file of its samples, and flushed to the disk. A run that is killed
-therefore leaves complete cells and at most one broken last line, and the reader skips that line. Nothing is overwritten.
+therefore leaves complete cells and at most one broken last line, which the reader skips. Nothing is overwritten.
 """
 
 from __future__ import annotations
