@@ -94,7 +94,7 @@ def carry_out(
     machine: Mapping[str, Any],
     observer: SweepObserver,
 ) -> int:
-    """Measure the pending cells. If a job fails, the observer is notified, its finished cells are kept, and others go on.
+    """Measure the pending cells. If a job fails, its finished cells are kept, and the other jobs still run.
 
     Returns:
         The number of cells that failed.

@@ -96,10 +96,10 @@ class Wanda(Griffin):
         return Plan.of(self.blocks, whole)
 
     def select(self, statistics: Statistics) -> None:
-        """Mask the weights. The sequences of a batch share the masks, with norms summed as the paper sums its statistic.
+        """Mask the weights. The sequences of a batch share the masks; norms are summed as the paper sums its statistic.
 
         Raises:
-            ValueError: there was no prompt token, the config wants masks for each sequence, or an input is not finite.
+            ValueError: no prompt token came, `batch` asks for masks of each sequence, or an input is not finite.
         """
         for block in self._chosen:
             if block.layer not in statistics.inputs:

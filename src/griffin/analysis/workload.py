@@ -118,7 +118,7 @@ def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tu
 
 
 def _verified_shape(plan: Plan, name: str, longest: int, done: Callable[[str], None]) -> tuple[PreTrainedModel, Tensor]:
-    """Verify a shape on a model with few layers of full width, then build the whole model; returns it and the prompts."""
+    """Verify a shape with few layers of full width, then build the whole model; returns it and the prompts."""
     shape, weights = shapes.shape_of(name), plan.weights or "bf16"
     dtype = benchmark.dtype_of(weights)
     small = benchmark.prepare(shapes.build(shape, dtype, _VERIFIED_LAYERS), weights)

@@ -1,4 +1,4 @@
-"""`griffin info --ceiling`: how large a batch still gains."""
+"""`griffin info --ceiling`: the upper bound of the speed-up for each batch size."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_without(args: argparse.Namespace) -> None:
-    """Raise `ValueError` if an argument was given that goes with --ceiling only."""
+    """Raise `ValueError` if an argument was given that requires --ceiling."""
     if given := [name for name in _ASKS if getattr(args, name) is not None]:
         raise ValueError(f"--{given[0].replace('_', '-')} goes with --ceiling; add it, or leave this out")
 
@@ -118,7 +118,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
 
 
 def _measured(path: Path | None, densities: Sequence[float]) -> tuple[dict[tuple[float, int], float], str | None]:
-    """Unions by density and batch, and the model that they were measured on."""
+    """Unions by density and batch, and the model they were measured on."""
     if path is None:
         return {}, None
     reader = csv.DictReader(read_text(path).splitlines())
@@ -140,7 +140,7 @@ def _measured(path: Path | None, densities: Sequence[float]) -> tuple[dict[tuple
 
 
 def _step(args: argparse.Namespace, context: int) -> tuple[str, str, StepCost]:
-    """Name, format of the weights, and what a step reads."""
+    """The model's name, the format of its weights, and the cost of a step."""
     from griffin.analysis.ceiling import step_cost
     from griffin.analysis.shapes import on_meta
     from griffin.analysis.workload import PACKED_BYTES, format_of

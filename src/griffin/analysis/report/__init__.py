@@ -1,4 +1,4 @@
-"""One HTML page with what a sweep has measured: works offline, light and dark, on a telephone."""
+"""One HTML page with the results of a sweep. It works offline, on small screens, and in light and dark mode."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
     """The page of a results folder.
 
     Args:
-        folder: what `griffin.analysis.folder.read` found.
+        folder: the folder that `griffin.analysis.folder.read` returned.
         without_text: leave out prompts and answers.
 
     Raises:
-        ValueError: the folder has no finished cell, cells of several models, or a file in `equal_bytes/` that is none.
+        ValueError: the folder has no finished cell, cells of several models, or a malformed file in `equal_bytes/`.
         GriffinError: jinja2 or plotly is not installed, or a file of samples cannot be read.
     """
     if not folder.cells:
@@ -136,7 +136,7 @@ def _flocking(comparisons: Comparisons, cell: Cell, plot: Any) -> dict[str, Any]
 
 
 def _about(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """What the figures were measured with, each said once for all cells, or with how many cells it holds of."""
+    """What the figures were measured with: one value for all cells, or each value with its number of cells."""
     return [
         ("measured", _span(cell.date[:10] for cell in cells)),
         ("cells", f"{len(cells)}, {sum(cell.seconds for cell in cells) / 60:.1f} minutes in all"),

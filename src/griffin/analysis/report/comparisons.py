@@ -1,4 +1,4 @@
-"""What GRIFFIN costs: every figure of a sweep beside the full model's, with the interval of their difference."""
+"""Compare every figure of a sweep with the full model's, with the interval of the difference."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from griffin.analysis.cells import FULL, Cell, Key, Metric
 from griffin.analysis.folder import Folder
 from griffin.config import BEST
 
-NATS = "nll"  # values of an example whose mean's exponential is the perplexity
+NATS = "nll"  # the examples' values whose mean is the logarithm of the perplexity
 PERPLEXITY = "perplexity"
-_FEWEST = 10  # examples from which on an interval is believed
-# The order in tables and legends.
+_FEWEST = 10  # an interval over fewer examples is not trusted
+# The methods in the order of tables and legends.
 _METHODS = (FULL, BEST, "dynamic+topk", "prior+topk", "topk", "topk_sample", "sample", "magnitude", "wanda", "random")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the tables: how the model was run.
+    """How the model was run; each setting is a row of the tables.
 
-    Experts of each sequence are those it would have alone, so a batch is told only where it shares them.
+    With experts for each sequence the batch size does not matter, so it is kept only for batches that share experts.
     """
 
     method: str
@@ -34,13 +34,13 @@ class Setting:
     @classmethod
     def of(cls, key: Key) -> Setting:
         """The setting of a cell."""
-        phase = None if key.phase == "continuation" else key.phase  # the default, and the only one of other kinds
+        phase = None if key.phase == "continuation" else key.phase  # the default; other kinds of cells have no phase
         batch_size = key.batch_size if key.batch == "shared" and key.method != FULL else 1
         return cls(key.method, key.density, batch_size, phase)
 
     @property
     def name(self) -> str:
-        """A few words: the method and what is out of the ordinary."""
+        """The method, and every setting that is not the default, in a few words."""
         words = ["full model" if self.method == FULL else self.method]
         words += [f"shared by a batch of {self.batch_size}"] if self.batch_size > 1 else []
         words += [self.phase.replace("_", " ")] if self.phase else []
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Where it comes in a table: by method, the denser first."""
+        """The sort key in a table: by method, then by decreasing density."""
         rank = _METHODS.index(self.method) if self.method in _METHODS else len(_METHODS)
         return rank, self.method, self.batch_size, self.phase or "", -self.density
 
@@ -58,13 +58,12 @@ class Score:
     """A figure of a cell beside the full model's.
 
     Args:
-        cell: where it is from.
-        name: of the metric.
+        cell: the cell of the figure.
+        name: the metric's name.
         metric: the figure.
-        difference: to the full model's, paired over the examples: of the figure itself, or, for perplexities, as a
-            share of the full model's; `None` for the full model and where it is missing. Ends are nan without an
-            interval.
-        relative: the difference is a share.
+        difference: difference to the full model, paired over the examples; for perplexities as a share of the full
+            model's. `None` for the full model, and if there is no full model. The ends are nan without an interval.
+        relative: whether the difference is a share.
     """
 
     cell: Cell
@@ -75,9 +74,9 @@ class Score:
 
     @property
     def verdict(self) -> str:
-        """`worse` or `better` where the interval of the difference leaves 0 out, else `unclear`; empty without one.
+        """`worse` or `better` if the interval of the difference excludes 0, else `unclear`; empty without an interval.
 
-        Few examples are always unclear: resampled, some that happen to have one sign never lose it.
+        Few examples are always unclear: if all differences have one sign by chance, so do all resampled means.
         """
         if self.difference is None or math.isnan(self.difference.low):
             return ""
@@ -102,9 +101,9 @@ class Comparisons:
         )
 
     def sets(self, kind: str) -> dict[str, list[Cell]]:
-        """The cells of tasks or texts by what they were measured on: figures of other examples are not compared.
+        """The cells of tasks or texts, grouped by their examples; only figures of the same examples are compared.
 
-        The names are those of the tasks and texts, with what tells sets of one name apart.
+        The names are those of the tasks and texts. Groups with the same name also get their differences.
         """
         by_examples: dict[Key, list[Cell]] = {}
         for cell in self.cells(kind):
@@ -118,7 +117,7 @@ class Comparisons:
         return self._samples[cell.id]
 
     def texts(self, cell: Cell) -> dict[str, Any]:
-        """The texts of a cell; empty if they were taken away."""
+        """The texts of a cell; empty if they were removed."""
         return self._folder.texts_of(cell)
 
     def full(self, cell: Cell) -> Cell | None:
@@ -145,16 +144,16 @@ class Comparisons:
         return Score(cell, name, metric, difference, relative)
 
     def scores(self, cells: Iterable[Cell]) -> list[Score]:
-        """All figures of some cells."""
+        """All figures of the cells."""
         scores = [self.score(cell, name) for cell in cells for name in cell.metrics]
         return [score for score in scores if score is not None]
 
     def _values(self, cell: Cell, name: str) -> list[float] | None:
-        """One value an example, whose mean is the figure (of perplexities its logarithm); `None` without them."""
+        """The examples' values, whose mean is the figure (or the logarithm of a perplexity); `None` without them."""
         values = self.samples(cell).get("values", {}).get(NATS if name == PERPLEXITY else name)
         if not values or not all(isinstance(value, int | float) for value in values):
             return None
-        if PERPLEXITY in name and name != PERPLEXITY:  # a task's: each document's own
+        if PERPLEXITY in name and name != PERPLEXITY:  # a task stores each document's perplexity
             values = [math.log(value) for value in values]
         mean = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
         mean = math.exp(mean) if PERPLEXITY in name else mean
@@ -166,16 +165,16 @@ class Comparisons:
 
 
 def _alike(key: Key) -> Key:
-    """What a cell and the full model's cell that it is compared with have in common.
+    """The part of the key that a cell shares with the full model's cell it is compared with.
 
-    The seed counts too: it draws the examples where a task has examples to draw.
+    It includes the seed, as some tasks draw their examples with it.
     """
     return replace(key, method=FULL, density=1.0, batch="shared", phase=None)
 
 
 def _examples(key: Key) -> Key:
-    """What a task's or text's cells have in common if they were measured on the same examples."""
-    prompt = None if key.kind == "perplexity" else key.prompt  # a text's windows are in its source
+    """The part of the key that cells of a task or text share if they were measured on the same examples."""
+    prompt = None if key.kind == "perplexity" else key.prompt  # the source of a text includes its windows
     return replace(_alike(key), batch_size=1, prompt=prompt, generate=None)
 
 

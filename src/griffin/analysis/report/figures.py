@@ -1,4 +1,4 @@
-"""The report's plots as data for plotly.js. Colours of ground and text are the page's, as they follow the theme."""
+"""The report's plots as data for plotly.js. The page sets the colours of background and text, by its theme."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from griffin.analysis.report.comparisons import PERPLEXITY, Comparisons, Score, 
 
 Plot = dict[str, Any]
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, bright enough for both grounds.
+# Okabe and Ito's colours for colour-blind readers, bright enough for a light and a dark background.
 _COLOURS = {
     "topk": "#1f8fd6",
     "dynamic+topk": "#2fb344",
@@ -31,7 +31,7 @@ PICTURE_SCALE = [[at / (len(_MAGMA) - 1), colour] for at, colour in enumerate(_M
 
 
 def quality(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> Plot:
-    """A task's figure against density, a line for each method, and the full model's as a level."""
+    """A task's figure against density: a line for each method, and a horizontal line for the full model."""
     scores = [score for cell in cells if (score := comparisons.score(cell, metric)) is not None]
     full = [score for score in scores if score.cell.key.method == FULL]
     lines = [
@@ -73,7 +73,7 @@ def perplexity_against_prompt(cells: Sequence[Cell]) -> Plot:
 
 
 def perplexity_against_generated(cells: Sequence[Cell]) -> Plot:
-    """Perplexity of the tokens at a distance from the prompt, a line for each method and density."""
+    """Perplexity against the distance from the prompt, a line for each method and density."""
     lines = []
     for (name, method, dash), line_cells in _by_method_and_density(cells):
         data = line_cells[-1].data
@@ -122,7 +122,7 @@ def speed(cells: Sequence[Cell]) -> Plot:
 
 
 def per_layer(series: dict[str, Sequence[float]], title: str, levels: dict[str, float] | None = None) -> Plot:
-    """Lines over the layers, one for each name, from 0 to 1, with a dotted level of the same colour for some."""
+    """Lines over the layers, from 0 to 1; a name in `levels` also gets a dotted horizontal line of the same colour."""
     lines = []
     for (name, values), colour in zip(series.items(), cycle(_COLOURS.values()), strict=False):
         layers = list(range(len(values)))
@@ -136,7 +136,7 @@ def per_layer(series: dict[str, Sequence[float]], title: str, levels: dict[str, 
 
 
 def heat_map(picture: dict[str, Any]) -> Plot:
-    """A flocking picture: neurons by tokens, a byte a value, 255 for `most` and above."""
+    """A flocking picture, neurons by tokens, with one byte per value."""
     rows, columns = picture["shape"]
     trace = {
         "type": "heatmap",
@@ -189,7 +189,7 @@ def _level(value: float, densities: Sequence[float]) -> Plot:
 
 
 def _line(name: str, x: Any, y: Any, *, colour: str | None, dash: str = "solid", **settings: Any) -> Plot:
-    """A line; without a colour it takes that of the text."""
+    """A line; without a colour it takes the text's colour."""
     ink: Plot = {"dash": dash, "width": 2} | ({} if colour is None else {"color": colour})
     trace: Plot = {
         "type": "scatter",

@@ -1,4 +1,4 @@
-"""The report's tables and texts, as the page's template takes them: everything is a string, nothing is escaped yet."""
+"""The report's tables and texts for the page's template, as strings that are not escaped yet."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from griffin.analysis.cells import FULL, Cell
 from griffin.analysis.report.comparisons import PERPLEXITY, Comparisons, Score, Setting
 from griffin.text_files import read_text
 
-# Metrics that a task is usually reported by, where that is not the first one of the harness.
+# The metric that papers report for a task, if it is not the first one of the harness.
 _USUAL = {"arc_challenge": "acc_norm", "coqa": "f1", "hellaswag": "acc_norm", "piqa": "acc_norm"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure in a table: its value, its difference to the full model's, and whether that is real."""
+    """One figure in a table: its value, its difference to the full model's, and the verdict on the difference."""
 
     value: str
     interval: str = ""
@@ -39,7 +39,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and the columns' headings, each with a line on what it is."""
+    """A table: rows, and the columns' headings, each with a line that explains it."""
 
     columns: dict[str, str]
     rows: list[TableRow]
@@ -47,11 +47,11 @@ class Table:
 
 @dataclass(frozen=True)
 class ComparedAnswer:
-    """An answer beside the full model's: what they share, the first token that differs, and the rest."""
+    """An answer compared with the full model's: the shared text, the first token that differs, and the rest."""
 
     name: str
     tokens: int
-    differs_at: int | None  # number of the first token that differs, from 1; `None`: none does
+    differs_at: int | None  # number of the first token that differs, from 1; `None` if no token differs
     shared: str
     differing: str
     rest: str
@@ -91,14 +91,14 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
 
 
 def main_metric(cells: Sequence[Cell]) -> str:
-    """The metric of a task that the summary shows: the usual one, else the first it has."""
+    """The metric that the summary shows for a task: the usual one, else the first one."""
     names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
     usual = _USUAL.get(cells[0].key.task or "")
     return usual if usual in names else next(iter(names), "")
 
 
 def summary(comparisons: Comparisons) -> Table:
-    """A row for each setting; columns: speed-up, perplexity after the longest prompt, each task's main metric."""
+    """A table with a row for each setting; columns: speed-up, perplexity after the longest prompt, tasks' main metrics."""
     columns: dict[str, str] = {}
     rows: dict[Setting, TableRow] = {}
     cells = comparisons.cells("speed")
@@ -147,7 +147,7 @@ def perplexities(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
 
 
 def speeds(cells: Sequence[Cell]) -> Table:
-    """Tokens a second, bytes a second, and how much of the ceiling was reached."""
+    """Tokens per second, bytes per second, and the ceiling."""
     columns = {
         "generation": "tokens/s",
         "prompt": "tokens/s",
@@ -193,7 +193,7 @@ def answers(comparisons: Comparisons) -> list[tuple[str, list[ComparedAnswer]]]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Index of the first token in which two answers differ, one that only one of them has included; `None`: none."""
+    """Index of the first token in which two answers differ, or at which the shorter one ends; `None` if they are equal."""
     for at, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return at
@@ -201,7 +201,7 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 
 def number(value: float) -> str:
-    """A figure with as many digits as say something."""
+    """Format a figure with about four significant digits."""
     if math.isnan(value):
         return "?"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
@@ -210,7 +210,7 @@ def number(value: float) -> str:
 def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> ComparedAnswer:
     index = first_difference(ours, theirs)
     cut = len(pieces) if index is None else index
-    # The text of a token may come with the next one: characters of several tokens come with their last.
+    # A character of several tokens comes with the last of them, so a token's own text may be empty.
     end = next((place + 1 for place in range(cut, len(pieces)) if pieces[place]), cut)
     name = Setting.of(cell.key).name
     return ComparedAnswer(
@@ -262,7 +262,7 @@ def _entry(score: Score) -> Entry:
 
 
 def _signed(value: float, unit: str) -> str:
-    """A difference: as it is, as a share in %, or, where it is more than the whole, as x times the full figure."""
+    """Format a difference: as it is, as a share in %, or, above 100%, as a multiple of the full model's figure."""
     if math.isnan(value):
         return "?"
     if unit == "x":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _DENSITIES = [1.0, 0.75, 0.5, 0.25]
 _BUSY_LOAD_PER_CORE = 0.5
-_VARIATION = 1.15  # of the read bandwidth, from which on it is told
+_VARIATION = 1.15  # warn if the read bandwidths differ by more than this factor
 
 
 # The paper's latency table (its section 5.3): full model, magnitude and GRIFFIN at 50% and 75% sparsity.
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             files.check_writable(path)
     workload.check_fits(plan)
     load = machine.load_average()
-    _tell_load(load)
+    _print_load(load)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     threads = torch.get_num_threads()
     try:
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         torch.set_num_threads(threads)
     speeds = [bandwidth.bytes_per_s for bandwidth in bandwidths]
-    _tell_variation(speeds)
-    _tell_paths(rows)
+    _warn_of_variation(speeds)
+    _warn_of_paths(rows)
     about |= {
         "read_bandwidth_bytes_per_s": statistics.median(speeds) if speeds else None,
         "read_bandwidth_measured": speeds,  # before and after each round
@@ -146,10 +146,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan_from(args: argparse.Namespace) -> Plan:
-    """What was asked for.
+    """The plan for the arguments.
 
     Raises:
-        ValueError: arguments that are out of range or do not go together.
+        ValueError: arguments are out of range or do not go together.
     """
     if args.model is not None and args.shape is not None:
         raise ValueError(f"--model {args.model} and --shape {args.shape} do not go together; give one of them")
@@ -183,7 +183,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
     return Plan(model, shapes, args.weights, args.batch, configs, lengths, args.repeats, passage())
 
 
-def _tell_load(load: float | None) -> None:
+def _print_load(load: float | None) -> None:
     if load is None:
         return
     cores = os.cpu_count() or 1
@@ -192,7 +192,7 @@ def _tell_load(load: float | None) -> None:
         print("warning: this machine is busy with something else; the figures will be too low", file=sys.stderr)
 
 
-def _tell_variation(speeds: Sequence[float]) -> None:
+def _warn_of_variation(speeds: Sequence[float]) -> None:
     if speeds and max(speeds) > _VARIATION * min(speeds):
         print(
             f"warning: the memory's own speed changed from {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s "
@@ -201,7 +201,7 @@ def _tell_variation(speeds: Sequence[float]) -> None:
         )
 
 
-def _tell_paths(rows: Sequence[SpeedRow]) -> None:
+def _warn_of_paths(rows: Sequence[SpeedRow]) -> None:
     names = {row.model for row in rows if row.backend == "native" and row.native_calls_per_step == 0}
     for name in sorted(names):
         print(

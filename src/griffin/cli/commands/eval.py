@@ -101,7 +101,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
 
 
 def _config(args: argparse.Namespace) -> GriffinConfig:
-    """The config; its seed is `--seed` where that is one number, and the default where it is the harness's four."""
+    """The config for the arguments. A `--seed` of four numbers is for the harness only, so the config keeps its default."""
     seed = args.seed
     single = seed is None or "," not in seed
     if seed is not None and single and not seed.isdecimal():
@@ -111,7 +111,7 @@ def _config(args: argparse.Namespace) -> GriffinConfig:
 
 
 def _dtype(name: str) -> str:
-    """The harness's name of a dtype."""
+    """The harness's name for a dtype."""
     full = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}.get(name, name)
     if full not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype is {name!r}; expected bf16, f16 or f32")

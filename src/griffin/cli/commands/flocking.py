@@ -120,7 +120,7 @@ def _row(
     names: Sequence[str],
     by_turn: Sequence[Mapping[int, Tensor]],
 ) -> dict[str, Any]:
-    """The numbers of one density, most of them by layer; `names` are the compared texts', the original first."""
+    """The numbers of one density, most of them by layer; `names` are those of the compared texts, the original first."""
     import torch
 
     from griffin.analysis.flocking import energy_share, jaccard, turn_overlap
@@ -153,7 +153,7 @@ def _sequences(
 
 
 def _joined(model: PreTrainedModel, texts: Iterable[Tensor], done: Callable[[str], None]) -> dict[int, Tensor]:
-    """Energies of texts run one after another, by layer: (N, D_ff)."""
+    """Energies of texts that are run one after another, by layer, each (N, D_ff)."""
     import torch
 
     from griffin.analysis.flocking import energies
@@ -168,7 +168,7 @@ def _joined(model: PreTrainedModel, texts: Iterable[Tensor], done: Callable[[str
 def _conversation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], done: Callable[[str], None]
 ) -> list[Mapping[int, Tensor]]:
-    """Energies after each turn of a conversation, answers of the full model between them."""
+    """Energies after each turn of a conversation with the full model."""
     from griffin.engine.step import Sampling
     from griffin.generation.chat import Session
 

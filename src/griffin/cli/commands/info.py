@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-model", action="store_true", help="this machine only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
-    parser.set_defaults(model=None)  # so that one that was given can be told from none
+    parser.set_defaults(model=None)  # to distinguish a given model from the default
     by_batch.add_arguments(parser)
 
 
@@ -131,7 +131,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
 
 
 def _dynamic(block: FFBlock, density: float) -> dict[str, Any] | None:
-    """How dynamic neuron selection spends a density's bytes in a block; `None` where it knows no activation."""
+    """How dynamic selection divides a density's bytes in a block; `None` if it does not support the activation."""
     from griffin.method.dynamic import split
 
     try:
@@ -162,7 +162,7 @@ def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
     return folded
 
 
-def _told(split: dict[str, Any]) -> str:
+def _split_text(split: dict[str, Any]) -> str:
     scored, computed = ("gates", "up and down") if split["gated"] else ("ups", "down")
     source = "" if split["gate"] is None else f" from a copy in {split['gate']}"
     experts, chosen = (split[name] / split["width"] for name in ("experts", "chosen"))
@@ -198,7 +198,7 @@ def _print_model(about: dict[str, Any]) -> None:
         (f"ceiling at {row['density']:g}", f"{row['speedup']:.2f}x generation speed at most")
         for row in about["ceilings"]
     ]
-    pairs += [(f"dynamic at {row['density']:g}", _told(row)) for row in about["dynamic"] if row is not None]
+    pairs += [(f"dynamic at {row['density']:g}", _split_text(row)) for row in about["dynamic"] if row is not None]
     profile = about["profile"]
     profile_text = (
         ""

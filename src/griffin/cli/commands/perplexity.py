@@ -154,7 +154,7 @@ def _table(title: str, rows: list[PerplexityRow]) -> Table:
 
     table = Table(
         title=escape(f"{title}, {rows[0].sequences} sequences"),
-        caption=f"full model: perplexity {_told(rows[0].full_perplexity, '.2f')}; in brackets: 95% intervals over the "
+        caption=f"full model: perplexity {_interval_text(rows[0].full_perplexity, '.2f')}; in brackets: 95% intervals over the "
         "sequences, by bootstrap",
     )
     for name in ("density", "selection"):
@@ -165,15 +165,15 @@ def _table(title: str, rows: list[PerplexityRow]) -> Table:
         table.add_row(
             f"{row.density:g}",
             "-" if row.density == 1.0 else row.selection,
-            _told(row.perplexity, ".2f"),
-            _told(row.log_ratio, "+.4f"),
-            _told(row.kl, ".4f"),
-            _told(row.agreement, ".1%"),
+            _interval_text(row.perplexity, ".2f"),
+            _interval_text(row.log_ratio, "+.4f"),
+            _interval_text(row.kl, ".4f"),
+            _interval_text(row.agreement, ".1%"),
         )
     return table
 
 
-def _told(interval: Interval, format: str) -> str:
+def _interval_text(interval: Interval, format: str) -> str:
     if interval.low != interval.low:  # nan: one sequence has no interval
         return f"{interval.value:{format}}"
     return f"{interval.value:{format}} ({interval.low:{format}} to {interval.high:{format}})"

@@ -157,10 +157,10 @@ def _check_window(length: int | None, model: PreTrainedModel) -> None:
 
 
 def _used(model: PreTrainedModel, configs: Sequence[GriffinConfig]) -> dict[str, str]:
-    """Try every method once, so that one that this model cannot run is said before others have run for hours.
+    """Attach every method once, so that a method this model cannot run fails before others run for hours.
 
     Returns:
-        The profile that methods use, as something that has a version.
+        The digest of the profile that methods use, as one of the versions.
     """
     from griffin.analysis.wanda import attach_any
 
@@ -201,7 +201,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
             from griffin.integrations.lm_eval.data import load
 
             for task in tasks:
-                load(task, args.data)  # a file that is missing is said before the model is loaded
+                load(task, args.data)  # a missing file fails before the model is loaded
     return tasks
 
 
@@ -214,14 +214,14 @@ def _jobs(
     tasks: Sequence[str],
     text: str | None,
 ) -> list[Job]:
-    """Everything that was asked for, what is soonest done first."""
+    """All requested jobs, the quickest first."""
     from griffin.analysis import jobs
     from griffin.analysis.cells import TEXTS
     from griffin.analysis.passage import passage as shipped_passage
     from griffin.analysis.perplexity import encode_text
     from griffin.analysis.sweep import settings
 
-    # The other kinds run one sequence at a time, where the kinds of batch are one.
+    # The other kinds run one sequence at a time, where `batch` makes no difference.
     batched = settings(args.methods, args.densities, args.batch if args.batch_size > 1 else BATCHES[:1], seed=args.seed)
     passage = shipped_passage()
     todo: list[Job] = []
