@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def progress_bar(runs: int) -> Iterator[Callable[[str], None]]:
     """Yield a function to call after every run, with a short description; the bar shows the remaining time.
 
-    Without a terminal nothing is shown. The bar is redrawn between runs, not by a thread, so it does not disturb timing.
+    Without a terminal nothing is shown. The bar is redrawn between runs, not by a thread that could distort timings.
     """
     if not sys.stderr.isatty():
         yield lambda what: None

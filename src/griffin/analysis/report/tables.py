@@ -98,7 +98,7 @@ def main_metric(cells: Sequence[Cell]) -> str:
 
 
 def summary(comparisons: Comparisons) -> Table:
-    """A table with a row for each setting; columns: speed-up, perplexity after the longest prompt, tasks' main metrics."""
+    """A row for each setting; columns: speed-up, perplexity after the longest prompt, each task's main metric."""
     columns: dict[str, str] = {}
     rows: dict[Setting, TableRow] = {}
     cells = comparisons.cells("speed")
@@ -193,7 +193,7 @@ def answers(comparisons: Comparisons) -> list[tuple[str, list[ComparedAnswer]]]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Index of the first token in which two answers differ, or at which the shorter one ends; `None` if they are equal."""
+    """Index of the first token in which two answers differ or the shorter one ends; `None` if they are equal."""
     for at, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return at

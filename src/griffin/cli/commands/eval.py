@@ -101,7 +101,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
 
 
 def _config(args: argparse.Namespace) -> GriffinConfig:
-    """The config for the arguments. A `--seed` of four numbers is for the harness only, so the config keeps its default."""
+    """The config for the arguments. Four numbers in `--seed` are the harness's; the config keeps its default then."""
     seed = args.seed
     single = seed is None or "," not in seed
     if seed is not None and single and not seed.isdecimal():

@@ -120,7 +120,7 @@ def _row(
     names: Sequence[str],
     by_turn: Sequence[Mapping[int, Tensor]],
 ) -> dict[str, Any]:
-    """The numbers of one density, most of them by layer; `names` are those of the compared texts, the original first."""
+    """The numbers of one density, most of them by layer; `names` are the compared texts' names, the original first."""
     import torch
 
     from griffin.analysis.flocking import energy_share, jaccard, turn_overlap

@@ -154,8 +154,8 @@ def _table(title: str, rows: list[PerplexityRow]) -> Table:
 
     table = Table(
         title=escape(f"{title}, {rows[0].sequences} sequences"),
-        caption=f"full model: perplexity {_interval_text(rows[0].full_perplexity, '.2f')}; in brackets: 95% intervals over the "
-        "sequences, by bootstrap",
+        caption=f"full model: perplexity {_interval_text(rows[0].full_perplexity, '.2f')}; in brackets: 95% intervals "
+        "over the sequences, by bootstrap",
     )
     for name in ("density", "selection"):
         table.add_column(name)
