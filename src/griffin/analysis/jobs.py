@@ -1,4 +1,4 @@
-"""The jobs of a sweep that need nothing but the model: perplexity, speed, flocking, answers to compare."""
+"""The jobs of a sweep that need only the model: perplexity, speed, flocking, and answers to compare."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from griffin.generation.generate import stream_generate
 from griffin.generation.text import Prompt, context_length
 from griffin.layouts import find_ff_blocks
 
-_POINTS = 32  # of a curve over the tokens generated
+_POINTS = 32  # on a curve over the generated tokens
 _ROUNDS = 3
 _FLOCKING_DENSITIES = (0.25, 0.5, 0.75)
 _FLOCKING_SEQUENCES = 8
@@ -40,16 +40,16 @@ def perplexities(
     sequences: int,
     source: str,
 ) -> list[Job]:
-    """A job for each length of prompt; the shorter continuations are prefixes of the longest.
+    """One job for each prompt length; shorter continuations are prefixes of the longest.
 
     Args:
         text: the text's name.
-        ids: its tokens, without special ones.
+        ids: the text's tokens, without special ones.
         bos: the token that the model expects at the beginning.
-        configs: of `griffin.analysis.sweep.settings`.
+        configs: what `griffin.analysis.sweep.settings` returned.
         prompts, generates: tokens of the prompt and of the continuation.
         sequences: number of sequences cut from the text.
-        source: distinguishes this text from others of the same name.
+        source: distinguishes this text from another of the same name.
 
     Raises:
         ValueError: a length is out of range, the text is too short, or the model's context is.
@@ -57,9 +57,9 @@ def perplexities(
     longest = max(generates)
     benchmark.check_length(model, max(prompts), longest)
     windows = perplexity.windows(ids, bos, prompts, longest, sequences)
-    source = f"{source}, windows of {max(prompts)} + {longest}"  # others would cut other sequences
+    source = f"{source}, windows of {max(prompts)} + {longest}"  # other lengths cut other sequences
 
-    def job(prompt: int, own: Tensor) -> Job:
+    def job(prompt: int, window_ids: Tensor) -> Job:
         keys = [
             key_of(config, "perplexity", task=text, source=source, prompt=prompt, generate=generate, limit=sequences)
             for config in configs
@@ -68,21 +68,21 @@ def perplexities(
 
         def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
             wanted = list(dict.fromkeys(config_of(key) for key in todo))
-            steps = len(own) * len(wanted)
-            found = perplexity.measure(model, own, prompt, wanted, progress=lambda: tick(1 / steps))
-            by_config = dict(zip(wanted, found, strict=True))
+            steps = len(window_ids) * len(wanted)
+            scored = perplexity.measure(model, window_ids, prompt, wanted, progress=lambda: tick(1 / steps))
+            by_config = dict(zip(wanted, scored, strict=True))
             return (_perplexity(by_config[config_of(key)], key) for key in todo)
 
         return Job(tuple(keys), measure)
 
-    return [job(prompt, own) for prompt, own in zip(prompts, windows, strict=True)]
+    return [job(prompt, window_ids) for prompt, window_ids in zip(prompts, windows, strict=True)]
 
 
-def _perplexity(measured: perplexity.Scored, key: Key) -> CellResult:
+def _perplexity(scored: perplexity.Scored, key: Key) -> CellResult:
     assert key.prompt is not None
     assert key.generate is not None
-    row = perplexity.summary(measured, key.prompt, key.generate, key.seed)
-    nll, kl, agreement = (own[:, : key.generate].double() for own in (measured.nll, measured.kl, measured.agreement))
+    row = perplexity.summary(scored, key.prompt, key.generate, key.seed)
+    nll, kl, agreement = (values[:, : key.generate].double() for values in (scored.nll, scored.kl, scored.agreement))
     bins = torch.arange(key.generate).tensor_split(min(_POINTS, key.generate))
     metrics = {"perplexity": Metric.of(row.perplexity, higher_is_better=False)}
     if key.method != FULL:
@@ -92,8 +92,8 @@ def _perplexity(measured: perplexity.Scored, key: Key) -> CellResult:
         metrics=metrics,
         n=row.sequences,
         data={
-            "position": [float(own.double().mean()) + 1 for own in bins],
-            "perplexity": [float(nll[:, own].mean().exp()) for own in bins],
+            "position": [float(positions.double().mean()) + 1 for positions in bins],
+            "perplexity": [float(nll[:, positions].mean().exp()) for positions in bins],
         },
         samples={
             "values": {
@@ -115,18 +115,20 @@ def speeds(
     prompt: int,
     generate: int,
 ) -> Job:
-    """One job: all configs that can save time take turns, verified against the reference backend before they are timed.
+    """One job for all configs that can save time. They are verified against the reference backend, then interleaved.
 
     Args:
-        name, weights: of the model, for the rows.
-        passage: text that the prompt is taken from.
-        configs: of `griffin.analysis.sweep.settings`.
-        prompt, generate: tokens; less where the model's context is too short for them.
+        name, weights: the model's name and weight format, for the rows.
+        passage: the text that the prompt is taken from.
+        configs: what `griffin.analysis.sweep.settings` returned.
+        prompt, generate: numbers of tokens; reduced if the model's context is too short.
     """
     context = context_length(model)
     if context is not None and prompt + generate > context:
         prompt, generate = context - context // 4, context // 4
-    timed = [config for config in configs if config.method.select is not None]  # which reads every weight
+    timed = [
+        config for config in configs if config.method.select is not None
+    ]  # Wanda reads every weight, so it saves no time
     keys = tuple(key_of(config, "speed", prompt=prompt, generate=generate) for config in timed)
 
     def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
@@ -134,13 +136,13 @@ def speeds(
             raise ValueError(f"speed is measured on the CPU, the model is on {model.device}; add --device cpu")
         full = next(key for key in keys if key.method == FULL)
         wanted = list(dict.fromkeys([full, *todo]))
-        own = [config_of(key) for key in wanted]
+        wanted_configs = [config_of(key) for key in wanted]
         encoded = tokenizer(passage, verbose=False)["input_ids"]
         prompts = passage_prompts(encoded, tokenizer.bos_token_id, 1, prompt)
-        steps = len(own) * (1 + _ROUNDS)
-        benchmark.verified(model, prompts, own, lambda: tick(1 / steps))
-        runs, read = benchmark.measure(model, prompts, own, generate, _ROUNDS, lambda: tick(1 / steps))
-        rows = benchmark.rows(name, weights, model, prompts, generate, own, runs, read)
+        steps = len(wanted_configs) * (1 + _ROUNDS)
+        benchmark.verified(model, prompts, wanted_configs, lambda: tick(1 / steps))
+        runs, read = benchmark.measure(model, prompts, wanted_configs, generate, _ROUNDS, lambda: tick(1 / steps))
+        rows = benchmark.rows(name, weights, model, prompts, generate, wanted_configs, runs, read)
         by_key = dict(zip(wanted, rows, strict=True))
         return (_speed(by_key[key]) for key in todo)
 
@@ -162,11 +164,11 @@ def examples(
     generate: int,
     source: str,
 ) -> list[Job]:
-    """A job for each config: answers to the prompts, generated greedily.
+    """One job for each config, which answers the prompts greedily.
 
     Args:
-        prompts: what is asked; as a message where the tokenizer has a chat template.
-        generate: most tokens of an answer.
+        prompts: the prompts; each becomes a user message if the tokenizer has a chat template.
+        generate: maximum number of tokens of an answer.
         source: distinguishes these prompts from others.
     """
 
@@ -186,9 +188,9 @@ def _examples(
     with attach_any(model, config_of(key)) as handle:
         for text in prompts:
             prompt: Prompt = text if tokenizer.chat_template is None else [{"role": "user", "content": text}]
-            own = list(stream_generate(model, tokenizer, prompt, griffin=handle, max_tokens=key.generate))
-            tokens.append([token for piece in own for token in piece.tokens])
-            pieces.append([piece.text for piece in own])
+            answer = list(stream_generate(model, tokenizer, prompt, griffin=handle, max_tokens=key.generate))
+            tokens.append([token for piece in answer for token in piece.tokens])
+            pieces.append([piece.text for piece in answer])
             tick(1 / len(prompts))
     return CellResult(
         metrics={"generated_tokens": Metric(sum(map(len, tokens)) / len(prompts))},
@@ -201,15 +203,17 @@ def _examples(
 def flocking_job(
     model: PreTrainedModel, name: str, ids: Sequence[int], bos: int | None, tokens: int, seed: int, source: str
 ) -> Job:
-    """One cell: pictures of three layers for a text, its tokens permuted, and random tokens; experts of several texts.
+    """One cell: flocking pictures of three layers, and the overlap of the experts of several sequences.
+
+    The pictures show a text, its tokens permuted, and random tokens.
 
     Args:
-        name: of the text.
-        ids: its tokens, without special ones; cut into sequences that do not overlap.
+        name: the text's name.
+        ids: the text's tokens, without special ones; they are cut into sequences that do not overlap.
         bos: the token that the model expects at the beginning.
-        tokens: most tokens of a sequence.
-        seed: of the permutation and of the random tokens.
-        source: distinguishes this text from others of the same name.
+        tokens: maximum number of tokens of a sequence.
+        seed: seed of the permutation and of the random tokens.
+        source: distinguishes this text from another of the same name.
     """
     most = min(tokens, context_length(model) or tokens, len(ids) // _FLOCKING_SEQUENCES)
     key = Key("flocking", FULL, 1.0, task=name, source=source, prompt=most, limit=_FLOCKING_SEQUENCES, seed=seed)
@@ -217,9 +221,9 @@ def flocking_job(
     def measure(todo: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
         if most < 2:
             raise ValueError(f"the text has {len(ids)} tokens; expected at least {2 * _FLOCKING_SEQUENCES}")
-        first = [] if bos is None else [bos]
-        step, size = len(ids) // _FLOCKING_SEQUENCES, most - len(first)
-        texts = torch.tensor([[*first, *ids[at * step : at * step + size]] for at in range(_FLOCKING_SEQUENCES)])
+        beginning = [] if bos is None else [bos]
+        step, size = len(ids) // _FLOCKING_SEQUENCES, most - len(beginning)
+        texts = torch.tensor([[*beginning, *ids[at * step : at * step + size]] for at in range(_FLOCKING_SEQUENCES)])
         energies = flocking.energies(model, texts.split(1))  # type: ignore[no-untyped-call]
         tick(0.8)
         yield _flocking(energies, _pictures(model, texts[:1], seed))
@@ -238,29 +242,29 @@ def _flocking(energies: Mapping[int, Tensor], pictures: list[dict[str, object]])
         series["energy"][f"{density:g}"] = flocking.energy_share(energies, density).mean(dim=1).tolist()
     metrics = {
         f"{what} at {density}": Metric(sum(values) / len(values))
-        for what, own in series.items()
-        for density, values in own.items()
+        for what, by_density in series.items()
+        for density, values in by_density.items()
     }
     chance = {f"{density:g}": density / (2 - density) for density in _FLOCKING_DENSITIES}
     return CellResult(metrics, n, data={**series, "chance": chance}, samples={"pictures": pictures})
 
 
 def _pictures(model: PreTrainedModel, text: Tensor, seed: int) -> list[dict[str, object]]:
-    """Three layers' pictures of a text, of its tokens permuted, and of random tokens. Shapes: text (1, S)."""
+    """Pictures of three layers for a text, its tokens permuted, and random tokens. Shapes: text (1, S)."""
     versions = flocking.compared(text.to(model.device), model.config.get_text_config().vocab_size, seed)
     layers = len(find_ff_blocks(model))
     chosen = sorted({layers // 4, layers // 2, 3 * layers // 4})
-    found = {name: flocking.relative_activations(model, own, chosen) for name, own in versions.items()}
+    activations = {name: flocking.relative_activations(model, ids, chosen) for name, ids in versions.items()}
     pictures: list[dict[str, object]] = []
     for layer in chosen:
-        shown = {name: own[layer][: _PICTURE[0], : _PICTURE[1]] for name, own in found.items()}
+        shown = {name: by_layer[layer][: _PICTURE[0], : _PICTURE[1]] for name, by_layer in activations.items()}
         most = max(float(shown["original"].quantile(_BRIGHTEST)), 1e-12)
-        maps = {name: {"shape": list(own.shape), "bytes": _bytes(own / most)} for name, own in shown.items()}
+        maps = {name: {"shape": list(values.shape), "bytes": _bytes(values / most)} for name, values in shown.items()}
         pictures.append({"layer": layer, "shape": maps["original"]["shape"], "maps": maps})
     return pictures
 
 
 def _bytes(values: Tensor) -> str:
-    """Values from 0 to 1 as a byte each, in base64."""
+    """Encode values from 0 to 1 as one byte each, in base64."""
     rounded = (values.clamp(0, 1) * 255).round().to(torch.uint8)
     return base64.b64encode(bytes(rounded.flatten().tolist())).decode("ascii")

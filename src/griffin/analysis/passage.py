@@ -1,4 +1,4 @@
-"""The passage that the commands use where the user gives no text."""
+"""The text that commands use if the user gives none."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ PASSAGE = Path(__file__).with_name("passage.txt")
 
 
 def passage() -> str:
-    """The passage."""
+    """The passage that the package contains."""
     return read_text(PASSAGE)
