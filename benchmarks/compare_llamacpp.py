@@ -55,7 +55,7 @@ VARIATION = 1.5  # of llama.cpp's rounds, from which on it is told: beside other
 
 @dataclass(frozen=True)
 class Row:
-    """One engine at one density; of `griffin.analysis.benchmark.Row` what llama.cpp has too, and the ratios to it."""
+    """One engine at one density: what of `griffin.analysis.benchmark.SpeedRow` llama.cpp has, and ratios to it."""
 
     model: str
     engine: str

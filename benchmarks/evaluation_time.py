@@ -29,18 +29,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     model, tokenizer = griffin.load(args.model, dtype="f32")
-    known = manager({"data": str(args.data)})
+    task_manager = manager({"data": str(args.data)})
     densities = [float(density) for density in args.densities.split(",")]
     for task in args.tasks.split(","):
         seconds: dict[str, list[float]] = {name: [] for name in ("hf", *map(str, densities))}
         for _ in range(args.rounds):
             start = time.perf_counter()
             hf = HFLM(model, tokenizer=tokenizer)
-            lm_eval.simple_evaluate(hf, tasks=[task], task_manager=known, limit=args.limit, bootstrap_iters=0)
+            lm_eval.simple_evaluate(hf, tasks=[task], task_manager=task_manager, limit=args.limit, bootstrap_iters=0)
             seconds["hf"].append(time.perf_counter() - start)
             for density in densities:
                 start = time.perf_counter()
-                config = GriffinConfig(density=density)
+                config = GriffinConfig(density=density, selection="topk")
                 evaluate(model, tokenizer, config, tasks=[task], data=args.data, limit=args.limit)
                 seconds[str(density)].append(time.perf_counter() - start)
         whole = statistics.median(seconds["hf"])

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="also time torch's dense FF (bf16 and f32 formats)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if reason := library.available():
+    if reason := library.why_not():
         raise SystemExit(reason)
     d, d_ff, densities = args.d_model, args.d_ff, [float(v) for v in args.densities.split(",")]
     buffer = torch.ones(320 * 2**20)

@@ -43,7 +43,7 @@ def main() -> None:
         with torch.no_grad():
             for round_ in range(args.repeats + 1):
                 full, expected = seconds(ids)
-                with griffin.attach(model, density=0.5) as handle:
+                with griffin.attach(model, density=0.5, selection="topk") as handle:
                     attached, found = seconds(ids)
                     with handle.prompt_phase():
                         prompt, _ = seconds(ids)
@@ -58,7 +58,9 @@ def main() -> None:
             f"neuron-major {full / attached:.3f}x; prompt phase with statistic {full / prompt:.3f}x"
         )
     rates = [
-        griffin.generate(model, tokenizer, "Once upon a time there was", max_tokens=40).generation_tokens_per_s
+        griffin.generate(
+            model, tokenizer, "Once upon a time there was", density=1.0, max_tokens=40
+        ).generation_tokens_per_s
         for _ in range(3)
     ]
     print(

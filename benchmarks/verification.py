@@ -39,7 +39,7 @@ def run(model: PreTrainedModel, config: GriffinConfig, prompt: Tensor, like: Run
     logits, tokens = [], []
     with attach(model, config) as handle:
         for number, step in enumerate(islice(generate_step(model, prompt, handle=handle), STEPS + 1)):
-            conversation = handle.gathered.copy()
+            gathered = handle.gathered.copy()
             if like is not None and number == 0:
                 with handle.prompt_phase(statistics=like[2]):
                     pass
@@ -47,7 +47,7 @@ def run(model: PreTrainedModel, config: GriffinConfig, prompt: Tensor, like: Run
                 step.tokens.copy_(like[1][number])
             logits.append(step.logits)
             tokens.append(step.tokens.clone())
-    return torch.stack(logits), tokens, conversation
+    return torch.stack(logits), tokens, gathered
 
 
 def with_change(name: str, change: Callable[..., object], measure: Callable[[], Run]) -> Run:
@@ -79,7 +79,7 @@ def main() -> None:
         for length in (16, 64):
             for density in (0.5, 0.25):
                 found: dict[str, list[float]] = {"native": [], "disturbed": [], "one in ten missing": []}
-                config = GriffinConfig(density=density, backend="reference")
+                config = GriffinConfig(density=density, selection="topk", backend="reference")
                 for row in range(args.prompts):
                     torch.manual_seed(row)
                     prompt = prompts[row : row + 1, :length]

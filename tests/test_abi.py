@@ -10,7 +10,7 @@ import pytest
 
 from griffin.native import abi, library
 
-if (reason := library.available()) is not None:
+if (reason := library.why_not()) is not None:
     pytest.fail(f"these tests need the native library: {reason}", pytrace=False)
 
 HEADERS = Path(__file__).parents[1] / "native" / "include"

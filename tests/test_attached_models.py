@@ -24,7 +24,7 @@ from griffin.layouts import find_ff_blocks
 from griffin.native import library
 from griffin.weights.neuron_major import alone
 
-needs_native = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
+needs_native = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2]])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
 HALF: dict[str, Any] = {"density": 0.5, "selection": "topk"}

@@ -14,7 +14,7 @@ import torch
 
 import griffin
 from griffin.analysis import benchmark, files, machine, shapes, verification, workload
-from griffin.analysis.benchmark import Row, Run, cases, ff_bytes_per_step
+from griffin.analysis.benchmark import Run, SpeedRow, cases, ff_bytes_per_step
 from griffin.analysis.ceiling import bytes_read_per_token, ceiling
 from griffin.analysis.machine import Bandwidth
 from griffin.attachment import attach
@@ -33,7 +33,7 @@ TINY_OPT = shapes.Shape(
     | {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": VOCABULARY}
 )  # fmt: skip
 QUICK = ["--prompt", "8", "--generate", "4", "--repeats", "2"]
-FIGURES = set(Row.__dataclass_fields__)
+FIGURES = set(SpeedRow.__dataclass_fields__)
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_bytes_of_a_step() -> None:
         assert ff_bytes_per_step(handle) == FF_BYTES
 
 
-@pytest.mark.skipif(library.available() is not None, reason="the native library was not built")
+@pytest.mark.skipif(library.why_not() is not None, reason="the native library was not built")
 def test_the_native_backend_counts_the_union_once() -> None:
     model = shapes.build(TINY, torch.float32)
     with attach(model, GriffinConfig(density=0.25, batch="per_sequence", backend="native", selection="topk")) as handle:
@@ -163,7 +163,7 @@ def test_a_backend_that_does_not_run_is_an_error(monkeypatch: pytest.MonkeyPatch
 # -- verification -----------------------------------------------------------------------------------------------------
 
 
-BACKENDS = ["gather", *(["native"] if library.available() is None else [])]
+BACKENDS = ["gather", *(["native"] if library.why_not() is None else [])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,7 +179,7 @@ def test_backends_agree_with_the_reference(backend: str, shape: shapes.Shape, dt
             assert 0 <= verification.verify(model, config, prompts) <= verification.TOLERANCES[dtype]
 
 
-@pytest.mark.skipif(library.available() is not None, reason="the native library is not built")
+@pytest.mark.skipif(library.why_not() is not None, reason="the native library is not built")
 def test_gates_of_a_copy_are_held_to_what_quantised_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shapes.build(TINY, torch.float32)
     prompts = torch.randint(VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
@@ -193,7 +193,7 @@ def test_gates_of_a_copy_are_held_to_what_quantised_weights_are(monkeypatch: pyt
         verification.verify(model, config, prompts)
 
 
-@pytest.mark.skipif(library.available() is not None, reason="the native library is not built")
+@pytest.mark.skipif(library.why_not() is not None, reason="the native library is not built")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_shape_quantised_by_layers_is_the_whole_model(name: str, weights: str) -> None:
@@ -338,7 +338,7 @@ def test_a_batch_and_the_tables_and_the_files(tmp_path: Path, capsys: Any) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "rows.json"]
 
 
-@pytest.mark.skipif(library.available() is not None, reason="the native library was not built")
+@pytest.mark.skipif(library.why_not() is not None, reason="the native library was not built")
 def test_a_density_one_on_another_path_is_told(capsys: Any) -> None:
     assert main(["bench", "--shape", "tiny-opt", "--density", "0.5", "--backend", "native", *QUICK, "--json"]) == 0
     output = capsys.readouterr()
@@ -457,7 +457,7 @@ def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
 
 
 def test_without_the_native_library_torch_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "library", SimpleNamespace(available=lambda: "not built"))
+    monkeypatch.setattr(machine, "library", SimpleNamespace(why_not=lambda: "not built"))
     found = machine.read_bandwidth()
     assert found is not None
     assert found.bytes_per_s > 0

@@ -16,7 +16,7 @@ from transformers import Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3 import Gemma3ForCausalLM
 
 from griffin.analysis import benchmark, ceiling, flocking, shapes
-from griffin.analysis.ceiling import Machine, Part, Step, bytes_read_per_token, independent_union, step_of
+from griffin.analysis.ceiling import Machine, Part, StepCost, bytes_read_per_token, independent_union, step_cost
 from griffin.analysis.workload import PACKED_BYTES
 from griffin.cli import main
 from griffin.layouts import find_ff_blocks
@@ -24,7 +24,7 @@ from griffin.native import library
 from test_bench import D_FF, LAYERS, TINY, TINY_OPT, D
 from test_cli import CONTEXT, ROOT, TEMPLATE, save_tiny
 
-STEP = Step(ff=Part(600, 1200), other=Part(400, 800), cache_bytes=100)
+STEP = StepCost(ff=Part(600, 1200), other=Part(400, 800), cache_bytes=100)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_unions_lie_between_the_bounds_and_reach_them() -> None:
 
 
 def test_a_batch_of_one_without_cache_is_the_old_ceiling() -> None:
-    step = Step(STEP.ff, STEP.other, 0)
+    step = StepCost(STEP.ff, STEP.other, 0)
     for density in (0.25, 0.5, 1.0):
         assert step.speedup(1, independent_union(density, 1)) == pytest.approx(ceiling.ceiling(0.6, density))
         assert step.speedup(64, density) == pytest.approx(ceiling.ceiling(0.6, density))  # the same experts
@@ -99,15 +99,15 @@ def test_time_is_bytes_or_arithmetic() -> None:
 @pytest.mark.parametrize("shape", [TINY, TINY_OPT], ids=["llama", "opt"])
 def test_a_step_on_meta_is_that_of_the_model(shape: shapes.Shape) -> None:
     model = shapes.build(shape, torch.float32)
-    step = step_of(model, 20)
-    assert step == step_of(shapes.on_meta(shape, torch.float32), 20)
+    step = step_cost(model, 20)
+    assert step == step_cost(shapes.on_meta(shape, torch.float32), 20)
     assert step.ff.nbytes + step.other.nbytes == bytes_read_per_token(model)
     assert step.ff.nbytes == sum(block.nbytes for block in find_ff_blocks(model))
     assert (step.ff.weights, step.other.weights) == (step.ff.nbytes // 4, step.other.nbytes // 4)
     assert step.cache_bytes == shapes.cache_bytes(shape, torch.float32, 20)
 
 
-@pytest.mark.skipif(library.available() is not None, reason="the native library is not built")
+@pytest.mark.skipif(library.why_not() is not None, reason="the native library is not built")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_packed_shape_is_nearly_the_packed_model(weights: str, family: str) -> None:
@@ -115,8 +115,8 @@ def test_a_packed_shape_is_nearly_the_packed_model(weights: str, family: str) ->
     if family == "opt":
         settings = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "vocab_size": 1000}
         wide = shapes.Shape("opt", dict(TINY_OPT.settings) | settings)
-    stored = step_of(benchmark.prepare(shapes.build(wide, torch.bfloat16), weights), 20)
-    counted = step_of(shapes.on_meta(wide, torch.bfloat16), 20, PACKED_BYTES[weights])
+    stored = step_cost(benchmark.prepare(shapes.build(wide, torch.bfloat16), weights), 20)
+    counted = step_cost(shapes.on_meta(wide, torch.bfloat16), 20, PACKED_BYTES[weights])
     for own, told in ((stored.ff, counted.ff), (stored.other, counted.other)):
         assert own.weights == told.weights
         assert 0.9 * own.nbytes < told.nbytes <= own.nbytes  # the scales of int8's rows are left out
@@ -131,8 +131,8 @@ def test_a_sliding_window_bounds_the_cache() -> None:
     )  # fmt: skip
     model: PreTrainedModel = Gemma3ForCausalLM(config)
     token = 2 * 8 * 4
-    assert step_of(model, 10).cache_bytes == 3 * 10 * token
-    assert step_of(model, 40).cache_bytes == (16 + 16 + 40) * token
+    assert step_cost(model, 10).cache_bytes == 3 * 10 * token
+    assert step_cost(model, 40).cache_bytes == (16 + 16 + 40) * token
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_json_of_a_shape(capsys: Any, tmp_path: Path) -> None:
     assert found["cache_bytes"] == 2 * LAYERS * D * 9 * 2
     rows = {(row["density"], row["batch"]): row for row in found["rows"]}
     assert list(rows) == [(0.5, 2), (0.5, 4), (0.25, 2), (0.25, 4)]
-    step = Step(Part(**found["ff"]), Part(**found["other"]), found["cache_bytes"])
+    step = StepCost(Part(**found["ff"]), Part(**found["other"]), found["cache_bytes"])
     row = rows[0.5, 2]
     for name, share in (("same", 0.5), ("measured", 0.6), ("chance", 0.75)):
         assert row[name]["ff_read"] == share

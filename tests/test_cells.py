@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import tiny_llama
 from griffin.analysis import folder as folders
-from griffin.analysis.cells import Key, Measured, Metric, Model, cell_id
+from griffin.analysis.cells import CellResult, Key, Metric, Model, cell_id
 from griffin.analysis.fingerprint import fingerprint
 from griffin.analysis.folder import Folder, read, writing
 from griffin.errors import GriffinError
@@ -21,12 +21,12 @@ from griffin.errors import GriffinError
 MODEL = Model("tiny", "0123456789abcdef", "float32", "float32")
 VERSIONS = {"griffin": "0.1.0", "torch": "2.13.0", "profile": "01234567", "python": "3.11.7"}
 KEYS = [Key("task", "topk", density, task="boolq", phase="continuation") for density in (0.75, 0.5, 0.25)]
-FOUND = Measured(
+FOUND = CellResult(
     {"acc": Metric(0.5, 0.25, 0.75), "odd": Metric(math.inf)}, 4, samples={"values": {"acc": [0, 1, 1, 0]}}
 )
 
 
-def keep(folder: Folder, key: Key, measured: Measured = FOUND) -> None:
+def keep(folder: Folder, key: Key, measured: CellResult = FOUND) -> None:
     folder.append(key, MODEL, measured, 1.5, VERSIONS, {"cpu": "some"})
 
 
@@ -41,7 +41,7 @@ def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
     lines = filled(tmp_path / "made" / "on the way")
     folder = read(tmp_path / "made" / "on the way")
     assert [cell.key for cell in folder.cells.values()] == KEYS
-    assert not folder.complaints
+    assert not folder.warnings
     cell = folder.cells[cell_id(KEYS[1], MODEL)]
     assert cell.metrics["acc"] == Metric(0.5, 0.25, 0.75)
     assert math.isnan(cell.metrics["odd"].value)  # JSON has no infinity
@@ -55,8 +55,8 @@ def test_a_half_written_last_line_is_not_believed_and_the_next_one_is_whole(tmp_
     (tmp_path / "cells.jsonl").write_bytes(b"".join(lines[:2]) + lines[2].rstrip(b"\n")[:left])
     with writing(tmp_path, MODEL, VERSIONS) as folder:
         assert [cell.key for cell in folder.cells.values()] == KEYS[:2]
-        assert len(folder.complaints) == 1
-        assert "line 3 (cut off in the middle)" in folder.complaints[0]
+        assert len(folder.warnings) == 1
+        assert "line 3 (cut off in the middle)" in folder.warnings[0]
         keep(folder, KEYS[2])
     again = read(tmp_path)
     assert [cell.key for cell in again.cells.values()] == KEYS
@@ -89,8 +89,8 @@ def test_a_line_that_is_no_cell_is_left_out_and_said(tmp_path: Path, damage: obj
     (tmp_path / "cells.jsonl").write_bytes(changed + b"\n" + b"".join(lines[1:]))
     folder = read(tmp_path)
     assert [cell.key for cell in folder.cells.values()] == KEYS[1:]
-    assert len(folder.complaints) == 1
-    assert "line 1" in folder.complaints[0]
+    assert len(folder.warnings) == 1
+    assert "line 1" in folder.warnings[0]
 
 
 def test_a_cell_without_its_samples_is_not_believed(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_cell_without_its_samples_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "samples" / f"{cell_id(KEYS[1], MODEL)}.json").write_text('{"values": ')
     folder = read(tmp_path)
     assert [cell.key for cell in folder.cells.values()] == KEYS[2:]
-    assert len(folder.complaints) == 2
+    assert len(folder.warnings) == 2
 
 
 def test_a_folder_of_another_model_or_version_is_refused_and_stays(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from griffin.engine.batch import Batch, Running
 from griffin.engine.step import generate_step
 from griffin.native import library
 
-needs_native = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
+needs_native = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
 LENGTHS = (7, 1, 12, 5, 9)
 CONFIGS = (
     GriffinConfig(density=0.5, selection="topk"),

@@ -22,7 +22,7 @@ from griffin.native import kernel, library, operands
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2], [7, 7, 12, 90, 4, 33, 18, 2, 61, 50, 11]])
 LATER = torch.tensor([[8, 30, 77], [19, 5, 64]])
-native = pytest.mark.skipif(library.available() is not None, reason="the native library was not built")
+native = pytest.mark.skipif(library.why_not() is not None, reason="the native library was not built")
 # Where inputs meet weights in integers (a sketch, int8, int4) they are rounded to 8 bits, in groups of 32, so that now
 # and then a neuron at the edge changes places with the next one. Floats differ by the order of their sums.
 ROUNDED, FLOAT, BF16 = 0.08, 1e-5, 0.02
@@ -75,7 +75,7 @@ def test_the_reference_is_the_naive_computation(
     density: float, sketched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not sketched:
-        monkeypatch.setattr(library, "available", lambda: "not built")
+        monkeypatch.setattr(library, "why_not", lambda: "not built")
     model = tiny_llama()
     mlp = model.model.layers[0].mlp
     with griffin.attach(model, selection="dynamic+topk", density=density, backend="reference") as handle:

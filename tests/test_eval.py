@@ -292,7 +292,7 @@ def test_long_continuations_run_in_parts(
 def test_the_native_backend_scores_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
     from griffin.native import library
 
-    if (reason := library.available()) is not None:
+    if (reason := library.why_not()) is not None:
         pytest.skip(reason)
     model = bytes_model(torch.float32)
     both = [
@@ -500,7 +500,7 @@ def test_special_tokens_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> Non
     ends = tokenizer(special + after)["input_ids"]
     with attach(model, GriffinConfig(density=0.999, selection="topk")) as handle:
         for stop, count in ((special, 1), (special + after, 2)):
-            batch = generating.Batch(ids, None, 30, (stop,), Sampling(max_tokens=30))
+            batch = generating.PromptBatch(ids, None, 30, (stop,), Sampling(max_tokens=30))
             row = generating.answer(model, tokenizer, batch, handle)[0].tolist()
             assert row[row.index(ends[0]) :] == ends[:count]
 

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import griffin
 from families import FAMILIES, LAYERS, REFUSED, VOCABULARY, Family, Refused, build, random_model
+from griffin import families as rows
 
 DENSITY = 0.25
 PROMPT_TOKENS = 7
@@ -131,6 +132,20 @@ def test_ff_blocks_are_found(family: Family) -> None:
         assert block.width == family.width
         assert block.gated is family.gated
         assert [weight.shape for weight in block.input_weights()] == [(family.width, 32)] * (1 + family.gated)
+
+
+@pytest.mark.parametrize("row", rows.FAMILIES, ids=lambda row: row.model_type)
+def test_every_row_is_tested_with_its_layout(row: rows.Family) -> None:
+    tested = [family for family in FAMILIES if row.model_type in (family.model_type, family.name)]
+    assert tested, f"{row.model_type} needs a row in tests/families.py"
+    for family in tested:
+        assert {block.layout for block in griffin.find_ff_blocks(build(family))} == {row.layout}
+        assert family.gated is row.layout.gated
+
+
+def test_rows_are_unique() -> None:
+    assert len(rows.BY_TYPE) == len(rows.FAMILIES)
+    assert len({row.title for row in rows.FAMILIES}) == len(rows.FAMILIES)
 
 
 @every_family

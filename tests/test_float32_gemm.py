@@ -23,7 +23,7 @@ from test_attach import GREEDY, PROMPT, snapshot
 
 NARROW = [torch.bfloat16, torch.float16]
 LONG = torch.arange(3, 3 + 2 * 24).view(2, 24)
-native = pytest.mark.skipif(library.available() is not None, reason=f"{library.available()}")
+native = pytest.mark.skipif(library.why_not() is not None, reason=f"{library.why_not()}")
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_few_rows_are_read_by_the_library(monkeypatch: pytest.MonkeyPatch, dtype
         x = torch.randn(3, 96).to(dtype)
         assert_rounded_once(column(x), column, x)  # in float32: no row of this weight is contiguous
         assert library.calls() == before
-        monkeypatch.setattr(library, "available", lambda: "not built")
+        monkeypatch.setattr(library, "why_not", lambda: "not built")
         assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
 
 

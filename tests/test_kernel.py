@@ -12,9 +12,9 @@ from torch import Tensor
 
 from griffin.native import abi, kernel, library, operands
 
-pytestmark = pytest.mark.skipif(library.available() is not None, reason=str(library.available()))
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
 
-ISAS = library.isas() if library.available() is None else []
+ISAS = library.isas() if library.why_not() is None else []
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # float32 sums of up to some thousand products; the expected values are float64 over the same rounded weights and inputs
 SUMMATION = 3e-5

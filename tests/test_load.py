@@ -220,7 +220,7 @@ def write_parts(folder: Path, parts: int) -> list[Path]:
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_gguf_in_parts(tmp_path: Path, weights: str | None) -> None:
-    if weights is not None and (reason := library.available()):
+    if weights is not None and (reason := library.why_not()):
         pytest.skip(reason)
     first, second, third = write_parts(tmp_path, 3)
     assert second.name == "tiny-00002-of-00003.gguf"
@@ -625,7 +625,7 @@ def test_smollm2_equals_its_gguf(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert str(tmp_path) not in (cache_folder() / DEFAULT_MODEL / "config.json").read_text()
-    if library.available() is None:
+    if library.why_not() is None:
         _in_weights(source, monkeypatch, tmp_path)
 
 
@@ -649,7 +649,7 @@ def _in_weights(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_packed_models_are_made_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    if reason := library.available():
+    if reason := library.why_not():
         pytest.skip(reason)
     monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
     expected, _ = load(tiny, weights=weights)  # in memory

@@ -31,9 +31,10 @@ from conftest import tiny_llama
 from griffin import generate_step
 from griffin.engine.cache import BufferedCache
 from griffin.engine.decoders import Decoders, EagerStep, new_cache
+from griffin.families import FAMILIES
 from griffin.native import library
 
-if (reason := library.available()) is not None:
+if (reason := library.why_not()) is not None:
     pytest.fail(f"these tests need the native library: {reason}", pytrace=False)
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2]])
@@ -82,6 +83,11 @@ STEPPED = {
     "gemma2": Gemma2Config(**TINY, **SLIDING, query_pre_attn_scalar=16, attn_logit_softcapping=2.0),
     "gemma3": Gemma3TextConfig(**TINY, **SLIDING, query_pre_attn_scalar=16),
 }
+
+
+def test_every_family_with_a_native_step_is_tested() -> None:
+    native = {family.model_type for family in FAMILIES if family.norm_offset is not None}
+    assert native == {config.model_type for config in STEPPED.values()}
 
 
 def build(config: Any) -> PreTrainedModel:
@@ -333,6 +339,7 @@ def test_where_it_cannot_go_the_models_own_forward_runs_and_it_is_said(caplog: p
     assert "17 sequences, and the native step runs at most 16" in caplog.text
 
 
+@torch.no_grad()
 def test_the_cache_follows_transformers_own_operations() -> None:
     model = build(STEPPED["llama"])
     cache, other = new_cache(model), None

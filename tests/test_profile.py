@@ -134,7 +134,7 @@ def test_auto_has_a_tier_only_where_it_saves_time(
             return handle.config.selection, handle.backend.name
 
     assert found(model, "gather") == ("topk", "gather")
-    if library.available() is None:
+    if library.why_not() is None:
         assert found(model) == ("dynamic+topk", "native")
     own.save(tmp_path / "cache" / "profiles" / "mine.safetensors")
     assert found(model, "gather") == ("prior+topk", "gather")

@@ -20,7 +20,7 @@ from griffin.weights.neuron_major import is_neuron_major
 from griffin.weights.projection import rows
 from griffin.weights.quantised import QuantisedLinear
 
-pytestmark = pytest.mark.skipif(library.available() is not None, reason=f"{library.available()}")
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"{library.why_not()}")
 FORMATS = ("int8", "int4")
 _SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99, "pad_token_id": 0, "eos_token_id": None}
 _COMMON = _SIZES | {"hidden_size": 64, "num_key_value_heads": 2, "intermediate_size": 160, "initializer_range": 0.1}

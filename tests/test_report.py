@@ -13,7 +13,7 @@ import pytest
 
 from griffin.analysis import machine
 from griffin.analysis.bootstrap import geometric_interval, paired_interval
-from griffin.analysis.cells import FULL, Key, Measured, Metric, Model
+from griffin.analysis.cells import FULL, CellResult, Key, Metric, Model
 from griffin.analysis.folder import read, writing
 from griffin.analysis.report import report, tables
 from griffin.analysis.report.comparisons import Comparisons
@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             key = Key("task", method, density, task="boolq", source="files", phase=phase, limit=10)
             metrics = {"acc": Metric(sum(values) / 10, 0.1, 0.9)}
             texts = {"samples": [{"response": "TASKTEXT"}]}
-            found = Measured(metrics, 10, 1, samples={"values": {"acc": values}}, texts=texts)
+            found = CellResult(metrics, 10, 1, samples={"values": {"acc": values}}, texts=texts)
             opened.append(key, own, found, 1.0, machine.versions(), {})
     return folder
 
@@ -85,7 +85,7 @@ def test_the_difference_of_two_perplexities_of_documents(tmp_path: Path) -> None
             found = geometric_interval(own, weights=words)
             metrics = {"word_perplexity": Metric(found.value, found.low, found.high, higher_is_better=False)}
             samples = {"values": {"word_perplexity": own}, "weights": {"word_perplexity": words}}
-            opened.append(key, model, Measured(metrics, 3, 0, samples=samples), 1.0, machine.versions(), {})
+            opened.append(key, model, CellResult(metrics, 3, 0, samples=samples), 1.0, machine.versions(), {})
     comparisons = Comparisons(read(tmp_path))
     score = comparisons.score(comparisons.cells("task")[1], "word_perplexity")
     assert score is not None
@@ -105,7 +105,7 @@ def test_figures_of_other_examples_stand_apart(tmp_path: Path) -> None:
             values = [float(limit == 50 or number % 3 > 0) for number in range(limit)]
             samples = {"values": {"acc": values}, "doc_ids": list(range(limit))}
             metrics = {"acc": Metric(sum(values) / limit, 0.0, 1.0)}
-            opened.append(key, model, Measured(metrics, limit, 0, samples=samples), 1.0, machine.versions(), {})
+            opened.append(key, model, CellResult(metrics, limit, 0, samples=samples), 1.0, machine.versions(), {})
     comparisons = Comparisons(read(tmp_path))
     assert {name: [cell.key.density for cell in own] for name, own in comparisons.sets("task").items()} == {
         "boolq (50 examples)": [1.0, 0.75],
@@ -136,7 +136,7 @@ def test_rows_of_the_summary(tmp_path: Path) -> None:
               for own in (full, half) for window in (16, 64)),
         ):  # fmt: skip
             names = ("acc", "acc_norm") if key.kind == "task" else ("perplexity",)
-            found = Measured({name: Metric(0.5) for name in names}, 20, 0)
+            found = CellResult({name: Metric(0.5) for name in names}, 20, 0)
             opened.append(key, model, found, 1.0, machine.versions(), {})
     table = tables.summary(Comparisons(read(tmp_path)))
     texts = ["text (windows of 16 + 8)", "text (windows of 64 + 8)"]
@@ -156,7 +156,7 @@ def test_other_examples_are_not_paired(tmp_path: Path) -> None:
         for density, ids in ((1.0, range(20)), (0.5, range(1, 21))):
             key = Key("task", FULL if density == 1.0 else "topk", density, task="boolq", source="files")
             samples = {"values": {"acc": [density, 0.0] * 10}, "doc_ids": list(ids)}
-            found = Measured({"acc": Metric(density / 2, 0.0, 1.0)}, 20, 0, samples=samples)
+            found = CellResult({"acc": Metric(density / 2, 0.0, 1.0)}, 20, 0, samples=samples)
             opened.append(key, model, found, 1.0, machine.versions(), {})
     comparisons = Comparisons(read(tmp_path))
     score = comparisons.score(comparisons.cells("task")[1], "acc")

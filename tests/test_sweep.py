@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from griffin.analysis import jobs
-from griffin.analysis.cells import FULL, Key, Measured, Metric, Model
+from griffin.analysis.cells import FULL, CellResult, Key, Metric, Model
 from griffin.analysis.folder import read, writing
-from griffin.analysis.sweep import Job, Watcher, carry_out, config_of, key_of, settings
+from griffin.analysis.sweep import Job, SweepObserver, carry_out, config_of, key_of, settings
 from griffin.cli import main
 from griffin.config import GriffinConfig
 from test_cli import CONTEXT, TEMPLATE, save_tiny
@@ -123,19 +123,19 @@ def test_a_method_that_the_model_cannot_run_is_said_first(
 def test_what_a_failing_job_has_found_is_kept(tmp_path: Path) -> None:
     keys = tuple(key_of(own, "task", task="boolq") for own in settings(["topk"], [1.0, 0.5, 0.25]))
 
-    def measure(todo: Sequence[Key], tick: object) -> Iterator[Measured]:
-        yield Measured({"acc": Metric(0.5)}, 1)
-        yield Measured({"acc": Metric(0.25)}, 1)
+    def measure(todo: Sequence[Key], tick: object) -> Iterator[CellResult]:
+        yield CellResult({"acc": Metric(0.5)}, 1)
+        yield CellResult({"acc": Metric(0.25)}, 1)
         raise RuntimeError("no more")
 
-    class Told(Watcher):
+    class Observed(SweepObserver):
         def failed(self, keys: Sequence[Key], error: Exception) -> None:
             failed.extend(keys)
 
     failed: list[Key] = []
     model = Model("tiny", "0", "float32", "float32")
     with writing(tmp_path, model, {}) as folder:
-        assert carry_out(folder, model, [(Job(keys, measure), keys)], {}, {}, Told()) == 1
+        assert carry_out(folder, model, [(Job(keys, measure), keys)], {}, {}, Observed()) == 1
     assert failed == [keys[2]]
     assert [(cell.key, cell.metrics["acc"].value) for cell in read(tmp_path).cells.values()] == [
         (keys[0], 0.5),

@@ -20,9 +20,6 @@ ELSEWHERE = {
     "analysis/machine.py": "the kernel's files",
     "native/library.py": "the kernel's files",
     "analysis/report/page.py": "the package's own files",
-    "cli/commands/bench.py": "the package's own passage",
-    "cli/commands/demo.py": "the package's own passage",
-    "cli/commands/sweep.py": "the package's own passage",
     "cli/commands/chat.py": "a line typed on a terminal, whose mark it takes off",
     "integrations/lm_eval/generating.py": "utf-8-sig, as half of a line must not fail",
 }

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from griffin.attachment import Griffin, Phase, Plan, Selection, Statistics, attach
     from griffin.engine.decoders import new_cache
     from griffin.engine.step import Sampling, Step, generate_step
+    from griffin.families import LAYOUTS, Layout
     from griffin.generation.generate import Result, generate, stream_generate
-    from griffin.layouts import LAYOUTS, FFBlock, Layout, find_ff_blocks
+    from griffin.layouts import FFBlock, find_ff_blocks
     from griffin.models.load import load
 
 _HOMES = {
@@ -27,7 +28,8 @@ _HOMES = {
     "griffin.generation.generate": ("Result", "generate", "stream_generate"),
     "griffin.models.load": ("load",),
     "griffin.engine.step": ("Sampling", "Step", "generate_step"),
-    "griffin.layouts": ("LAYOUTS", "FFBlock", "Layout", "find_ff_blocks"),
+    "griffin.families": ("LAYOUTS", "Layout"),
+    "griffin.layouts": ("FFBlock", "find_ff_blocks"),
 }
 
 __all__ = [

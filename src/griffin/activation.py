@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,18 @@ def activation_of(module: nn.Module) -> str | None:
 
     Names in configs are not unique ("gelu" means three functions), so the block's own callable is asked.
     """
-    named = {**vars(module), **dict(module.named_children())}
-    for name, function in named.items():
-        if not callable(function) or not any(part in name.lower() for part in ("act", "gelu")):
-            continue
+    for _, function in callables_of(module):
         if (activation := name_of(function)) is not None:
             return activation
     return None
+
+
+def callables_of(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """What may be the activation of an FF block: callables that have such a name, and the name."""
+    named = {**vars(module), **dict(module.named_children())}
+    for name, function in named.items():
+        if callable(function) and any(part in name.lower() for part in ("act", "gelu")):
+            yield name, function
 
 
 def name_of(function: Callable[[Tensor], object]) -> str | None:

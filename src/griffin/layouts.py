@@ -1,4 +1,4 @@
-"""Where a model's FF blocks are. A family is a row of data, not a class.
+"""Where a model's FF blocks are, by the layouts of `griffin.families`.
 
 A `Layout` names the projections of one FF block: those that read the block's input and the one that writes its output.
 That is all that GRIFFIN has to know: the input projections are computed for the experts only, whatever the model puts
@@ -15,43 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from griffin.activation import activation_of
+from griffin.families import LAYOUTS, Layout
 from griffin.weights.projection import bias_of, device_of, is_plain, nbytes_of, rows, shape_of
 from griffin.weights.quantised import QuantisedLinear
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One row: the names of the projections of an FF block.
-
-    Args:
-        inputs: attribute names of the projections that read the block's input; two when gated.
-        output: attribute name of the projection that writes the block's output.
-        fused: the only input projection holds the gate's rows and then the up projection's rows (Phi-3).
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    fused: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.inputs or (self.fused and len(self.inputs) != 1):
-            raise ValueError(f"{self} needs one input projection or more, and exactly one if it is fused")
-
-    def __str__(self) -> str:
-        return f"{' + '.join(self.inputs)}{' (gate and up fused)' if self.fused else ''} -> {self.output}"
-
-
-# Tried in this order: a block that has gate_proj must not be taken for an ungated one.
-LAYOUTS: tuple[Layout, ...] = (
-    Layout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, OLMo, Cohere, StableLM, Granite, ...
-    Layout(("gate_up_proj",), "down_proj", fused=True),  # Phi-3, GLM
-    Layout(("up_proj",), "down_proj"),  # Nemotron, Arcee, MPT
-    Layout(("c_fc",), "c_proj"),  # GPT-2 and GPT-BigCode (Conv1D or Linear), Starcoder 2, GPT-Neo
-    Layout(("fc_in",), "fc_out"),  # GPT-J, CodeGen
-    Layout(("fc1",), "fc2"),  # OPT (in the decoder layer itself), Phi
-    Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon, Persimmon
-)
-
 
 # Families that a row would fit, but whose neurons are not independent of each other: model_type and why.
 _TOP_NEURONS = "its gate is cut at a threshold over all neurons of a token (activation_sparsity_pattern)"
@@ -83,7 +49,7 @@ class FFBlock:
     @property
     def gated(self) -> bool:
         """Whether the block has a gate."""
-        return self.layout.fused or len(self.inputs) > 1
+        return self.layout.gated
 
     @property
     def device(self) -> torch.device:
@@ -265,7 +231,7 @@ def _checked(index: int, path: str, layer: nn.Module, module: nn.Module, layout:
 
 
 def _others(layer: nn.Module, module: nn.Module, layout: Layout) -> Iterator[tuple[str, nn.Module]]:
-    """Children of the FF block beside its projections. A block that is the decoder layer itself (OPT) has none.
+    """Submodules of the FF block other than its projections. A block that is the decoder layer itself (OPT) has none.
 
     Only scalars are allowed in them (the xIELU activation learns two): a norm between the projections would tie the
     neurons to each other.

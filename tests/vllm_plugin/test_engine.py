@@ -43,7 +43,7 @@ class Library:
         settings = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
         if density is None:
             return self.model.generate(ids, **settings)[0, len(prompt) :].tolist(), {}
-        with griffin.attach(self.model, density=density, backend="reference") as handle:
+        with griffin.attach(self.model, density=density, backend="reference", selection="topk") as handle:
             found = self.model.generate(ids, **settings)[0, len(prompt) :].tolist()
             return found, {layer: own.tolist() for layer, own in handle.experts.items()}
 
@@ -151,7 +151,7 @@ def of_halves(library: Library, prompt: list[int]) -> list[dict[int, list[int]]]
     """Experts of the library's statistic, selected within either half of the neurons."""
     from griffin.method.selection import topk
 
-    with griffin.attach(library.model, density=0.5) as handle, handle.prompt_phase(), torch.no_grad():
+    with griffin.attach(library.model, density=0.5, selection="topk") as handle, handle.prompt_phase(), torch.no_grad():
         library.model(torch.tensor([prompt]))
     halves: list[dict[int, list[int]]] = [{}, {}]
     for layer, own in handle.statistic.items():
@@ -179,7 +179,7 @@ def test_opt(library: Library, tmp_path: Path) -> None:
     library.tokenizer.save_pretrained(folder)
     prompts, expected = [[5, 9, 11, 200, 4000, 77, 8], [31, 45, 66, 1000]], []
     for prompt in prompts:
-        with griffin.attach(model, density=0.5, backend="reference"):
+        with griffin.attach(model, density=0.5, backend="reference", selection="topk"):
             settings = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
             expected.append(model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist())
     found = run(

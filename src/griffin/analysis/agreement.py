@@ -15,23 +15,23 @@ from griffin.attachment import Griffin
 def teacher_forced_logits(
     model: PreTrainedModel, prompt_ids: Tensor, continuation_ids: Tensor, handle: Griffin | None = None
 ) -> Tensor:
-    """Logits for every continuation token, the text given: the generation phase of a known text in one pass.
+    """Logits for every token of a given continuation, computed by one generation-phase pass (teacher forcing).
 
-    The prompt is the prompt phase. Its last position predicts the first continuation token; the others are predicted in
-    the generation phase, each from the text before it.
+    The prompt runs in the prompt phase, and its last position predicts the first continuation token. The generation
+    phase predicts the others, each from the text before it.
 
     Shapes:
         prompt_ids: (B, P). continuation_ids: (B, G). Returns (B, G, V), float32.
     """
     with nullcontext() if handle is None else handle.prompt_phase():
-        cache, first = run_prompt(model, prompt_ids)
+        cache, first_logits = run_prompt(model, prompt_ids)
     with nullcontext() if handle is None else handle.generation_phase():
-        return run_continuation(model, continuation_ids, cache, first).float()
+        return run_continuation(model, continuation_ids, cache, first_logits).float()
 
 
 @torch.no_grad()
 def run_prompt(model: PreTrainedModel, prompt_ids: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Run a prompt in the phase that was said; returns its key/value cache and the logits of its last position.
+    """Run a prompt in the phase the caller has entered; returns the key/value cache and the last position's logits.
 
     Shapes:
         prompt_ids: (B, P). The logits are (B, 1, V), in the model's dtype.
@@ -42,20 +42,22 @@ def run_prompt(model: PreTrainedModel, prompt_ids: Tensor) -> tuple[DynamicCache
 
 
 @torch.no_grad()
-def run_continuation(model: PreTrainedModel, continuation_ids: Tensor, cache: DynamicCache, first: Tensor) -> Tensor:
-    """Run a known continuation of what `run_prompt` returned, in the phase that was said; the cache is extended.
+def run_continuation(
+    model: PreTrainedModel, continuation_ids: Tensor, cache: DynamicCache, first_logits: Tensor
+) -> Tensor:
+    """Run a given continuation after `run_prompt`, in the phase the caller has entered; this extends the cache.
 
     Shapes:
-        continuation_ids: (B, G). first: (B, 1, V). Returns the logits of its tokens, (B, G, V), in the model's dtype.
+        continuation_ids: (B, G). first_logits: (B, 1, V). Returns (B, G, V), in the model's dtype.
     """
     if continuation_ids.shape[1] == 1:
-        return first
+        return first_logits
     rest = model(continuation_ids[:, :-1], past_key_values=cache, use_cache=True).logits
-    return torch.cat([first, rest], dim=1)
+    return torch.cat([first_logits, rest], dim=1)
 
 
 def top1_agreement(logits: Tensor, others: Tensor) -> float:
-    """Share of positions at which both predict the same token.
+    """Share of positions at which both models predict the same token.
 
     Shapes:
         logits, others: (..., V), of the same shape.

@@ -1,7 +1,7 @@
 """Speed of the generation phase at several densities, beside the ceiling and the machine's read bandwidth.
 
-Densities take turns, so that what else the machine does falls on all of them; medians over the rounds; a speed-up is
-the median of each round's ratio. Every backend is verified against the reference before anything is timed.
+Densities are interleaved, so background load hits all of them. Figures are medians over rounds; a speed-up is the
+median of the per-round ratios. Every backend is verified against the reference before anything is timed.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from griffin.native import library
 from griffin.weights.neuron_major import make_neuron_major
 from griffin.weights.quantised import FLOATS, QUANTISED
 
-# Formats of weights, and the dtype in which a model is built before it is converted: what stays of it is that dtype.
+# By weight format: the dtype in which a model is built before conversion. Weights that are not converted keep it.
 WEIGHTS = {**FLOATS, **dict.fromkeys(QUANTISED, torch.bfloat16)}
 _WARM_UP_TOKENS = 32
 _WARM_UP_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was measured for one density, selection and length.
+class SpeedRow:
+    """The measurements of one density, selection and length. Speeds, times and shares are medians over the rounds.
 
     Args:
         model: name of the model or shape.
         weights: format of the weights.
         density: share of the FF neurons kept.
-        selection: how they were selected.
+        selection: the method that selected them.
         batch: number of sequences.
-        backend: what computed the experts.
-        prompt_tokens, generated_tokens: of each sequence; the first generated token comes from the prompt phase.
-        prompt_tokens_per_s: of all sequences, statistic included, selection not; median over the rounds.
-        generation_tokens_per_s: of all sequences, without the first token; median over the rounds.
-        selection_ms: selecting and preparing the experts; median over the rounds.
-        speedup: over density 1.0 on the same backend: median of the ratios of each round.
-        ceiling: the speed-up at most, `1 / (1 - f (1 - density))`. Of a batch with experts for each sequence the union
-            is read, so memory allows less; but arithmetic, which then counts too, shrinks by this very factor.
+        backend: the backend that computed the experts.
+        prompt_tokens, generated_tokens: tokens of each sequence; the first generated token comes from the prompt phase.
+        prompt_tokens_per_s: prompt speed of all sequences together, with the statistic and without the selection.
+        generation_tokens_per_s: generation speed of all sequences together, without the first token.
+        selection_ms: time to select and prepare the experts.
+        speedup: speed relative to density 1.0 on the same backend; the median of the per-round ratios.
+        ceiling: upper bound of the speed-up, `1 / (1 - f (1 - density))`. A batch with experts for each sequence reads
+            their union, so its memory bound is lower; its arithmetic still shrinks by exactly this factor.
         share_of_ceiling: the speed-up as a share of the ceiling.
-        bytes_per_s: bytes of weights read in a step (the key/value cache is not counted), times steps per second.
-        share_of_read_bandwidth: that as a share of the read bandwidth measured before and after the same round, the
-            median over the rounds; `None` if it is unknown.
-        peak_rss_bytes: most memory in use, weights included; `None` where the system does not tell.
-        native_calls_per_step: calls of the native library in a generation step: the proof of which path ran.
+        bytes_per_s: bytes of weights read in a step times steps per second. The key/value cache is not counted.
+        share_of_read_bandwidth: `bytes_per_s` as a share of the read bandwidth measured before and after the same
+            round; `None` if the bandwidth is unknown.
+        peak_rss_bytes: peak memory in use, weights included; `None` where the system does not report it.
+        native_calls_per_step: calls of the native library in a generation step; they show which path ran.
     """
 
     model: str
@@ -86,7 +86,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt and its generation, as measured."""
+    """The measurements of one prompt and its generation."""
 
     backend: str
     prompt_tokens_per_s: float
@@ -98,7 +98,7 @@ class Run:
 
 
 def prepare(model: PreTrainedModel, weights: str) -> PreTrainedModel:
-    """The model with its weights in a format of `WEIGHTS`.
+    """Convert a model's weights to a format of `WEIGHTS`; returns the model.
 
     Raises:
         ValueError: there is no such format.
@@ -120,26 +120,26 @@ def dtype_of(weights: str) -> torch.dtype:
 
 
 def cases(densities: Sequence[float], selections: Sequence[str], batch: int, backend: str) -> list[GriffinConfig]:
-    """What is measured in a round, in this order: density 1.0 once, then every other density with every selection.
+    """The configs of a round in order: density 1.0 once, then every other density with every selection.
 
     Raises:
-        ValueError: a density, a selection or the backend is none.
+        ValueError: a density, a selection or the backend is not valid.
     """
     kind = "shared" if batch == 1 else "per_sequence"
     for density in densities:
         GriffinConfig(density=density)
-    for own in selections:
-        GriffinConfig(selection=own)
+    for selection in selections:
+        GriffinConfig(selection=selection)
     wanted = [(1.0, "topk" if "topk" in selections else selections[0])]
-    wanted += [(density, own) for own in selections for density in densities if density != 1.0]
+    wanted += [(density, selection) for selection in selections for density in densities if density != 1.0]
     return [
-        GriffinConfig(density=density, selection=own, batch=kind, backend=backend)
-        for density, own in dict.fromkeys(wanted)
+        GriffinConfig(density=density, selection=selection, batch=kind, backend=backend)
+        for density, selection in dict.fromkeys(wanted)
     ]
 
 
 def check_length(model: PreTrainedModel, prompt_tokens: int, generated_tokens: int) -> None:
-    """Raise `ValueError` if prompt and answer are longer than the model's context."""
+    """Raise `ValueError` if prompt and answer together exceed the model's context."""
     limit = context_length(model)
     if limit is not None and prompt_tokens + generated_tokens > limit:
         raise ValueError(
@@ -159,13 +159,14 @@ def measure(
     """Time every config in every round, after a short warm-up, and the read bandwidth before and after every round.
 
     Returns:
-        The runs by config, and the bandwidths, one more than rounds; none if there is no memory for the buffer.
+        The runs by config, and the bandwidths, one more than there are rounds. Without memory for the buffer the
+        bandwidths are empty.
 
     Args:
         model: the model, in eval mode.
         prompts: one prompt for each sequence.
-        configs: of `cases`.
-        generated_tokens: tokens to generate, at least 2, as the first is not timed.
+        configs: what `cases` returned.
+        generated_tokens: tokens to generate; at least 2, as the first one is not timed.
         repeats: number of rounds.
         done: called after every run.
 
@@ -173,7 +174,7 @@ def measure(
         prompts: (B, S).
 
     Raises:
-        GriffinError: a backend that was to compute the experts did not run.
+        GriffinError: the chosen backend did not run.
     """
     runs: list[list[Run]] = [[] for _ in configs]
     bandwidths: list[Bandwidth | None] = []
@@ -182,12 +183,12 @@ def measure(
             _timed(model, prompts[:, :_WARM_UP_TOKENS], config, _WARM_UP_STEPS)
         bandwidths.append(machine.read_bandwidth())
         for _ in range(repeats):
-            for own, config in zip(runs, configs, strict=True):
-                own.append(_timed(model, prompts, config, generated_tokens))
+            for config_runs, config in zip(runs, configs, strict=True):
+                config_runs.append(_timed(model, prompts, config, generated_tokens))
                 done()
             bandwidths.append(machine.read_bandwidth())
-    known = [own for own in bandwidths if own is not None]
-    return runs, known if len(known) == len(bandwidths) else []
+    measured = [bandwidth for bandwidth in bandwidths if bandwidth is not None]
+    return runs, measured if len(measured) == len(bandwidths) else []
 
 
 def verified(
@@ -213,54 +214,56 @@ def rows(
     configs: Sequence[GriffinConfig],
     runs: Sequence[Sequence[Run]],
     bandwidths: Sequence[Bandwidth],
-) -> list[Row]:
-    """The figures of every config, from what `measure` returned. The first config is density 1.0, the yardstick."""
+) -> list[SpeedRow]:
+    """The figures of every config, from what `measure` returned. The first config is the baseline, density 1.0."""
     read = bytes_read_per_token(model)
     ff = sum(block.nbytes for block in find_ff_blocks(model))
     batch, prompt_tokens = prompts.shape
-    found = []
-    for config, own in zip(configs, runs, strict=True):
-        speedup = statistics.median(run.steps_per_s / full.steps_per_s for run, full in zip(own, runs[0], strict=True))
-        steps_per_s = statistics.median(run.steps_per_s for run in own)
-        ff_read = statistics.median(run.ff_bytes for run in own)
+    figures = []
+    for config, config_runs in zip(configs, runs, strict=True):
+        speedup = statistics.median(
+            run.steps_per_s / full.steps_per_s for run, full in zip(config_runs, runs[0], strict=True)
+        )
+        steps_per_s = statistics.median(run.steps_per_s for run in config_runs)
+        ff_read = statistics.median(run.ff_bytes for run in config_runs)
         most = ceiling(ff / read, config.density)
         step_bytes = read - ff + ff_read
-        # The memory's own speed changes while a virtual machine has neighbours, so each round has its own.
+        # On a shared host the memory bandwidth changes with time, so each round uses the values measured around it.
         shares = [
             step_bytes * run.steps_per_s / statistics.fmean((before.bytes_per_s, after.bytes_per_s))
-            for run, (before, after) in zip(own, pairwise(bandwidths), strict=False)
+            for run, (before, after) in zip(config_runs, pairwise(bandwidths), strict=False)
         ]
-        peaks = [run.peak_rss_bytes for run in own if run.peak_rss_bytes is not None]
-        found.append(
-            Row(
+        peaks = [run.peak_rss_bytes for run in config_runs if run.peak_rss_bytes is not None]
+        figures.append(
+            SpeedRow(
                 model=name,
                 weights=weights,
                 density=config.density,
                 selection=config.selection,
                 batch=batch,
-                backend=own[0].backend,
+                backend=config_runs[0].backend,
                 prompt_tokens=prompt_tokens,
                 generated_tokens=generated_tokens,
-                prompt_tokens_per_s=statistics.median(run.prompt_tokens_per_s for run in own),
+                prompt_tokens_per_s=statistics.median(run.prompt_tokens_per_s for run in config_runs),
                 generation_tokens_per_s=batch * steps_per_s,
-                selection_ms=1e3 * statistics.median(run.selection_s for run in own),
+                selection_ms=1e3 * statistics.median(run.selection_s for run in config_runs),
                 speedup=speedup,
                 ceiling=most,
                 share_of_ceiling=speedup / most,
                 bytes_per_s=step_bytes * steps_per_s,
                 share_of_read_bandwidth=statistics.median(shares) if shares else None,
                 peak_rss_bytes=max(peaks, default=None),
-                native_calls_per_step=own[0].native_calls_per_step,
+                native_calls_per_step=config_runs[0].native_calls_per_step,
             )
         )
-    return found
+    return figures
 
 
 def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, generated_tokens: int) -> Run:
     with attach(model, config) as handle:
         steps = generate_step(model, prompts, handle=handle)
         machine.reset_peak_rss()
-        first = next(steps)
+        prompt_step = next(steps)
         sparse, (native, counted) = handle.sparse_calls, _native_counts()
         seconds = [step.seconds for step in islice(steps, generated_tokens - 1)]
         native, counted = (now - before for now, before in zip(_native_counts(), (native, counted), strict=True))
@@ -268,9 +271,9 @@ def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, gener
             raise GriffinError(f"backend {handle.backend.name} was to compute the experts, but it did not run")
         return Run(
             backend=handle.backend.name,
-            prompt_tokens_per_s=prompts.numel() / first.seconds,
+            prompt_tokens_per_s=prompts.numel() / prompt_step.seconds,
             steps_per_s=len(seconds) / sum(seconds),
-            selection_s=first.selection_s,
+            selection_s=prompt_step.selection_s,
             ff_bytes=counted / len(seconds) if counted else ff_bytes_per_step(handle),
             peak_rss_bytes=machine.peak_rss_bytes(),
             native_calls_per_step=native / len(seconds),
@@ -278,27 +281,27 @@ def _timed(model: PreTrainedModel, prompts: Tensor, config: GriffinConfig, gener
 
 
 def ff_bytes_per_step(handle: Griffin) -> int:
-    """Bytes of FF weights that one generation step of the batch reads where the native library, which counts, does not.
+    """Bytes of FF weights that one generation step of the batch reads, for steps that the native library did not count.
 
-    Every sequence's experts are read on their own.
+    Every sequence's experts are read separately.
     """
     whole = sum(block.nbytes for block in find_ff_blocks(handle.model) if block.layer not in handle.pruned)
-    sets = max((len(own) for own in handle.experts.values() if isinstance(own, list)), default=1)
+    sets = max((len(experts) for experts in handle.experts.values() if isinstance(experts, list)), default=1)
     return whole + sets * (handle.ff_bytes_per_token - whole)
 
 
 def _native_counts() -> tuple[int, int]:
-    """Calls of the native library, and bytes of FF weights that it has read."""
-    return (library.calls(), library.ff_bytes()) if library.available() is None else (0, 0)
+    """Number of calls of the native library, and bytes of FF weights it has read."""
+    return (library.calls(), library.ff_bytes()) if library.why_not() is None else (0, 0)
 
 
 @contextmanager
 def laid_out_once(model: PreTrainedModel, *backends: str) -> Iterator[None]:
-    """Store the weights as the native backend wants them for as long as the block runs, not in every run anew."""
+    """Keep the weights in the native backend's layout inside the block, so that no run has to convert them again."""
     blocks = find_ff_blocks(model)
     with ExitStack() as undo:
         if any(resolve(backend, blocks).name == "native" for backend in backends):
             for block in blocks:
-                if not block.quantised:  # records are neuron-major as they are
+                if not block.quantised:  # quantised records are neuron-major already
                     make_neuron_major(block.output, block.path, undo)
         yield

@@ -23,8 +23,8 @@ class Interval:
     """A value and its confidence interval.
 
     Args:
-        value: of the examples themselves.
-        low, high: ends of the interval; nan where one example tells nothing about the spread.
+        value: the mean over the examples themselves.
+        low, high: ends of the interval; nan for a single example, which has no spread.
     """
 
     value: float
@@ -32,7 +32,7 @@ class Interval:
     high: float
 
     def exp(self) -> Interval:
-        """The same of the exponentials, where this is one of logarithms; infinite where they are too large."""
+        """Convert an interval of logarithms to one of their exponentials; an overflow becomes infinite."""
         logarithms = torch.tensor([self.value, self.low, self.high], dtype=torch.float64)
         return Interval(*logarithms.exp().tolist())
 
@@ -50,9 +50,9 @@ def mean_interval(
 
     Args:
         values: one number an example.
-        weights: what each example counts, such as its number of tokens: `sum(w v) / sum(w)`. `None`: all alike.
-        groups: which examples belong together, such as questions on one paper: groups are then drawn, not examples, as
-            those of a group tell less than as many others would. `None`: each is for itself.
+        weights: weight of each example, such as its number of tokens: `sum(w v) / sum(w)`. `None`: equal weights.
+        groups: group number of each example, such as the paper a question is about. Whole groups are then drawn, as
+            the examples of a group are not independent. `None`: every example is independent.
         resamples: number of resamples.
         level: share of the resampled means inside the interval.
         seed: the same seed draws the same resamples.
@@ -61,18 +61,18 @@ def mean_interval(
         values, weights, groups: (N,).
 
     Raises:
-        ValueError: no example, a value that is not finite, weights or groups that do not fit, or a level outside 0..1.
+        ValueError: no example, a value that is not finite, weights or groups that do not fit, or `level` outside 0..1.
     """
     rows, weight = _checked(values, weights, resamples, level)
     return _interval(*_grouped(rows, weight, groups), resamples, level, seed)
 
 
 def geometric_interval(values: Values, **settings: Any) -> Interval:
-    """Geometric mean of the examples' values, with its interval: of perplexities the perplexity of all their tokens.
+    """Geometric mean of the examples' values, with its interval. For perplexities it is the perplexity of all tokens.
 
     Args:
         values: one number an example, above 0.
-        settings: those of `mean_interval`.
+        settings: keyword arguments of `mean_interval`.
 
     Shapes:
         values: (N,).
@@ -95,8 +95,8 @@ def paired_interval(
 ) -> Interval:
     """Difference of two means over the same examples, `mean(values) - mean(others)`, with its interval.
 
-    Both values of an example are drawn together. What makes an example hard for both then cancels, so that the interval
-    is as narrow as the data allow. An interval without 0 says that the difference is real.
+    Both values of an example are drawn together, so an example's difficulty cancels and the interval is as narrow as
+    the data allow. If the interval does not contain 0, the difference is significant.
 
     Args:
         values, others: one number an example, in the same order.
@@ -116,7 +116,7 @@ def paired_interval(
 
 
 def _grouped(rows: Tensor, weight: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """The means of groups and what they count, so that the mean of all stays what it is."""
+    """Means and weights of the groups; the overall mean is unchanged."""
     if groups is None:
         return rows, weight
     if len(groups) != rows.shape[0]:
@@ -139,7 +139,7 @@ def _interval(rows: Tensor, weight: Tensor, resamples: int, level: float, seed: 
         drawn = torch.randint(n, (count, n), generator=generator)
         means.append((weight * rows)[drawn].sum(dim=1) / weight[drawn].sum(dim=1))
     ends = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0], dtype=torch.float64)
-    # A resample may hold examples of weight zero only, which have no mean.
+    # A resample of examples with weight zero only has no mean.
     low, high = torch.cat(means).nanquantile(ends).tolist()
     return Interval(value, low, high)
 

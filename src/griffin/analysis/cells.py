@@ -1,4 +1,4 @@
-"""Cells of a sweep: what one measures, what was found, and the line of JSON that holds it."""
+"""Cells of a sweep: their keys, their results, and their lines of JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from griffin.analysis.bootstrap import Interval
 
 FULL = "full"
-SAMPLES, TEXTS = "samples", "texts"  # folders
+SAMPLES, TEXTS = "samples", "texts"  # subfolders of a results folder
 KINDS = ("task", "perplexity", "speed", "flocking", "examples")
 
 
@@ -24,15 +24,15 @@ class Key:
         kind: one of `KINDS`.
         method: name of a selection, or `full`: the full model.
         density: share of the FF neurons kept; 1.0 for `full`.
-        batch: whose experts a batch has, as in `GriffinConfig`; `shared` for batches of one.
-        batch_size: sequences run at once.
-        phase: which tokens a task scores with experts (`continuation`, `last_token`); `None` where it does not matter.
+        batch: `batch` of the `GriffinConfig`; `shared` for batches of one.
+        batch_size: number of sequences run at once.
+        phase: the tokens that a task scores with experts (`continuation`, `last_token`); `None` for other kinds.
         task: name of the task or of the text.
-        source: where the task's data come from (`hub`, or `files` and a hash of the rows), or a hash of the text.
-        prompt: tokens of the prompt; of a task the most that a context may have, `None` for the model's window.
+        source: origin of the task's data (`hub`, or `files` and a hash of the rows), or a hash of the text.
+        prompt: tokens of the prompt; for a task, the limit of a context, `None` for the model's window.
         generate: tokens generated, or scored as if generated.
-        limit: most examples; `None`: all.
-        seed: of the random selections and of the bootstrap.
+        limit: maximum number of examples; `None`: all.
+        seed: seed of the random selections and of the bootstrap.
     """
 
     kind: str
@@ -72,17 +72,17 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What measuring a cell found.
+class CellResult:
+    """The result of measuring a cell.
 
     Args:
         metrics: figures by name.
         n: number of examples or sequences.
         truncated: how many of them did not fit the model's context.
-        data: the kind's own series, small.
-        samples: values of every example by metric under `values` (what each counts under `weights`, what belongs
-            together under `groups`, which examples they are under `doc_ids`), pictures; kept in a file of their own.
-        texts: what was asked and answered; kept in another.
+        data: small series that only this kind of cell has.
+        samples: the examples' values by metric under `values`, with `weights`, `groups` and `doc_ids`; pictures. A
+            separate file holds them.
+        texts: prompts and answers; another separate file holds them.
     """
 
     metrics: Mapping[str, Metric]
@@ -95,7 +95,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Model:
-    """Which model a folder holds results of: `name` is how it was asked for, `fingerprint` what it is."""
+    """The model of a folder's results: `name` is the name the user gave, `fingerprint` identifies its weights."""
 
     name: str
     fingerprint: str
@@ -127,25 +127,25 @@ def cell_id(key: Key, model: Model) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def cell_from(found: Any) -> Cell:
+def cell_from(record: Any) -> Cell:
     """The cell in a line's JSON.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is none.
+        ValueError, TypeError, KeyError, AttributeError: the record is not a cell.
     """
-    if not isinstance(found, dict) or set(found) != {own.name for own in fields(Cell)}:
+    if not isinstance(record, dict) or set(record) != {column.name for column in fields(Cell)}:
         raise ValueError("its fields are not those of a cell")
-    key = Key(**found["key"])
-    model = Model(**found["model"])
-    if found["id"] != cell_id(key, model):
+    key = Key(**record["key"])
+    model = Model(**record["model"])
+    if record["id"] != cell_id(key, model):
         raise ValueError("its id does not belong to its key")
-    metrics = {name: Metric(**_with_nan(own)) for name, own in found["metrics"].items()}
-    if key.kind not in KINDS or not isinstance(found["data"], dict):
+    metrics = {name: Metric(**_with_nan(metric)) for name, metric in record["metrics"].items()}
+    if key.kind not in KINDS or not isinstance(record["data"], dict):
         raise ValueError(f"its kind is {key.kind!r}")
-    expected = None if found["samples"] is None else f"{SAMPLES}/{found['id']}.json"
-    if found["samples"] != expected:
-        raise ValueError(f"its samples are in {found['samples']!r}, expected {expected!r}")
-    return Cell(**{**found, "key": key, "model": model, "metrics": metrics})
+    expected = None if record["samples"] is None else f"{SAMPLES}/{record['id']}.json"
+    if record["samples"] != expected:
+        raise ValueError(f"its samples are in {record['samples']!r}, expected {expected!r}")
+    return Cell(**{**record, "key": key, "model": model, "metrics": metrics})
 
 
 def _with_nan(metric: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,11 +158,11 @@ def json_text(value: Any) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no nan and no infinity: null stands for them."""
+    """Replace nan and infinity by `None`, as JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(own) for key, own in value.items()}
+        return {str(key): _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(own) for own in value]
+        return [_without_nan(item) for item in value]
     return value

@@ -1,4 +1,4 @@
-"""Files of results: checked before a long run, and written whole or not at all."""
+"""Result files: checked before a long run, and written atomically."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def check_writable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: it is the old one or the whole new one, never a part.
+    """Write a file atomically: a reader sees either the old file or the whole new one.
 
     Raises:
-        GriffinError: it cannot be written.
+        GriffinError: the file cannot be written.
     """
     partial = _partial(path)
     try:
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
         partial.replace(path.resolve())
     except OSError as error:
         raise GriffinError(f"cannot write to {path}: {error.strerror or error}") from error
@@ -74,5 +74,5 @@ def _partial(path: Path) -> Path:
 
 
 def _remove(partial: Path) -> None:
-    with suppress(OSError):  # its folder cannot be written: then it was never there
+    with suppress(OSError):  # if its folder is not writable, the file was never created
         partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Whether two models are the same one: a short hash of what makes their outputs."""
+"""A short hash of a model's config and weights, to recognise the same model again."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from transformers import PreTrainedModel
 
 _VALUES_OF_A_TENSOR = 64
-_ABOUT_THE_FILES = ("_name_or_path", "transformers_version")  # of a config: where and by what it was saved
+_ABOUT_THE_FILES = ("_name_or_path", "transformers_version")  # config fields about the saved files, not the model
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits of the SHA-256 of a model's config and weights: the same model, wherever it was loaded from.
+    """16 hex digits of the SHA-256 of a model's config and weights, independent of where the model was loaded from.
 
-    Of every tensor its name, dtype and shape count, and 64 values at even distances: enough to tell a fine-tuned model
-    from its base, in milliseconds. The order of a tensor in memory does not count.
+    The hash covers the name, dtype and shape of every tensor and 64 evenly spaced values. This distinguishes a
+    fine-tuned model from its base within milliseconds. The memory layout of a tensor does not matter.
     """
     settings = {key: value for key, value in model.config.to_diff_dict().items() if key not in _ABOUT_THE_FILES}
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             at = torch.linspace(0, tensor.numel() - 1, _VALUES_OF_A_TENSOR, dtype=torch.float64).long()
             places = tuple(place.to(tensor.device) for place in torch.unravel_index(at, tensor.shape))
             values = tensor[places] if places else tensor.reshape(1)
-            found.update(bytes(values.cpu().contiguous().view(torch.uint8).tolist()))
-    return found.hexdigest()[:16]
+            digest.update(bytes(values.cpu().contiguous().view(torch.uint8).tolist()))
+    return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Look at flocking itself: tokens of one sequence agree on the FF neurons that matter, sequences do not.
+"""Measure flocking: the tokens of one sequence agree on the FF neurons that matter, different sequences do not.
 
-Everything starts from |Zbar|, the relative activations of every token, or from the energies `A = s**2` of whole
-sequences (see `griffin.method.statistic`), and is returned as tensors, by layer.
+The inputs are |Zbar|, the relative activations of every token, or the energies `A = s**2` of whole sequences (see
+`griffin.method.statistic`). The results are tensors by layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from griffin.method.statistic import EPS
 
 @torch.no_grad()
 def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-    """Relative activation magnitudes |Zbar| of a text, by layer: what the paper's flocking figures show.
+    """Relative activation magnitudes |Zbar| of a text, by layer, as in the paper's flocking figures.
 
     Every row is one token's FF activations, scaled to unit L2 norm, in absolute value.
 
@@ -34,7 +34,7 @@ def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iter
         ValueError: a layer that the model does not have, or a model whose FF blocks are not found.
     """
     blocks = find_ff_blocks(model)
-    found: dict[int, Tensor] = {}
+    activations: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for layer in layers:
             if not 0 <= layer < len(blocks):
@@ -42,38 +42,38 @@ def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iter
 
             def keep(module: torch.nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
                 z = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                found[layer] = (z / z.norm(dim=1, keepdim=True).clamp_min(EPS)).abs().cpu()
+                activations[layer] = (z / z.norm(dim=1, keepdim=True).clamp_min(EPS)).abs().cpu()
 
             stack.callback(blocks[layer].output.register_forward_pre_hook(keep).remove)
         model(input_ids, use_cache=False)
-    return found
+    return activations
 
 
 def compared(input_ids: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Tensor]:
-    """A text, the same tokens in another order, and random tokens: flocking needs no order, but it needs a text.
+    """A text, its tokens permuted, and random tokens. Flocking depends on the tokens of the text, not on their order.
 
-    The first token stays where it is in all three, as many models treat the first one as special.
+    All three keep the first token, as many models treat it as special.
 
     Args:
         input_ids: the text.
-        vocabulary: number of tokens to draw the random ones from.
-        seed: of the order and of the random tokens.
+        vocabulary: number of tokens to draw random ones from.
+        seed: seed of the permutation and of the random tokens.
 
     Shapes:
         input_ids: (1, S). Returns `original`, `permuted` and `random`, each (1, S).
     """
     generator = torch.Generator().manual_seed(seed)
     ids = input_ids.cpu()
-    first, rest = ids[:, :1], ids[:, 1:]
+    start, rest = ids[:, :1], ids[:, 1:]
     permuted = rest[:, torch.randperm(rest.shape[1], generator=generator)]
     drawn = torch.randint(vocabulary, rest.shape, generator=generator)
-    found = {"original": ids, "permuted": torch.cat([first, permuted], 1), "random": torch.cat([first, drawn], 1)}
-    return {name: own.to(input_ids.device) for name, own in found.items()}
+    texts = {"original": ids, "permuted": torch.cat([start, permuted], 1), "random": torch.cat([start, drawn], 1)}
+    return {name: tokens.to(input_ids.device) for name, tokens in texts.items()}
 
 
 @torch.no_grad()
 def energies(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Energies of the flocking statistic of each sequence by itself, by layer.
+    """Energies of the flocking statistic of every single sequence, by layer.
 
     Shapes:
         sequences: each (1, S). Returns for each layer (N, D_ff), float32, on the CPU.
@@ -81,56 +81,55 @@ def energies(model: PreTrainedModel, sequences: Iterable[Tensor]) -> dict[int, T
     Raises:
         ValueError: there is no sequence, or GRIFFIN cannot prune the model.
     """
-    found: dict[int, list[Tensor]] = {}
+    by_layer: dict[int, list[Tensor]] = {}
     for ids in sequences:
         with attach(model, GATHER_ONLY) as handle, handle.gather() as statistics:
             model(ids.to(model.device), use_cache=False)
-        for layer, own in statistics.energies.items():
-            found.setdefault(layer, []).append(own[0].cpu())
-    if not found:
+        for layer, energy in statistics.energies.items():
+            by_layer.setdefault(layer, []).append(energy[0].cpu())
+    if not by_layer:
         raise ValueError("there is no sequence to run")
-    return {layer: torch.stack(own) for layer, own in found.items()}
+    return {layer: torch.stack(energy) for layer, energy in by_layer.items()}
 
 
 def energy_share(energies: Mapping[int, Tensor], density: float) -> Tensor:
-    """Share of a sequence's energy that its experts, the k neurons of most energy, hold: without flocking, the density.
+    """Share of a sequence's energy in its experts, the k neurons of most energy. Without flocking it is the density.
 
     Shapes:
         energies: by layer, each (N, D_ff). Returns (layers, N).
     """
     shares = []
-    for own in energies.values():
-        k = GriffinConfig(density=density).experts_of(own.shape[1])
-        shares.append(own.topk(k, dim=1).values.sum(dim=1) / own.sum(dim=1).clamp_min(EPS))
+    for layer_energies in energies.values():
+        k = GriffinConfig(density=density).experts_of(layer_energies.shape[1])
+        shares.append(layer_energies.topk(k, dim=1).values.sum(dim=1) / layer_energies.sum(dim=1).clamp_min(EPS))
     return torch.stack(shares)
 
 
 def jaccard(energies: Mapping[int, Tensor], density: float) -> Tensor:
     """Jaccard overlap `|A & B| / |A | B|` of the experts of every two sequences, by layer.
 
-    Two sets drawn without looking have about `density / (2 - density)` in common.
+    Two random sets have an overlap of about `density / (2 - density)`.
 
     Shapes:
         energies: by layer, each (N, D_ff). Returns (layers, N, N), float32.
     """
-    found = []
-    for own in energies.values():
-        experts = kept(own, density)
+    overlaps = []
+    for layer_energies in energies.values():
+        experts = kept(layer_energies, density)
         common = experts @ experts.T
         sizes = experts.sum(dim=1)
-        found.append(common / (sizes[:, None] + sizes[None, :] - common))
-    return torch.stack(found)
+        overlaps.append(common / (sizes[:, None] + sizes[None, :] - common))
+    return torch.stack(overlaps)
 
 
 def union_share(energies: Mapping[int, Tensor], density: float, batch: int) -> Tensor:
-    """Share of the neurons that `batch` sequences together have as experts, by layer: the mean over all such batches.
+    """Share of the neurons in the union of `batch` sequences' experts, by layer: the exact mean over all batches.
 
     A neuron that c of the N sequences select is missing from `C(N - c, B)` of the `C(N, B)` batches of B different
-    sequences, so nothing is drawn. Were the sequences independent, it would be `1 - (1 - density)**B`; were they alike,
-    the density.
+    sequences. For independent sequences the share is `1 - (1 - density)**B`; for identical ones it is the density.
 
     Args:
-        energies: of `energies`.
+        energies: what `energies` returned.
         density: share of the neurons kept.
         batch: B, from 1 to N.
 
@@ -138,10 +137,10 @@ def union_share(energies: Mapping[int, Tensor], density: float, batch: int) -> T
         energies: by layer, each (N, D_ff). Returns (layers,), float64.
     """
     shares = []
-    for own in energies.values():
-        n = own.shape[0]
+    for layer_energies in energies.values():
+        n = layer_energies.shape[0]
         missing = torch.tensor([comb(n - c, batch) / comb(n, batch) for c in range(n + 1)], dtype=torch.float64)
-        selected = kept(own, density).sum(dim=0).long()
+        selected = kept(layer_energies, density).sum(dim=0).long()
         shares.append(1 - missing[selected.cpu()].mean())
     return torch.stack(shares)
 
@@ -150,17 +149,21 @@ def turn_overlap(before: Mapping[int, Tensor], after: Mapping[int, Tensor], dens
     """Jaccard overlap of a conversation's experts after one turn with those after a later one, by layer.
 
     Args:
-        before, after: what `handle.gathered.energies` held after the turns, of the first sequence.
+        before, after: `handle.gathered.energies` after the two turns; only the first sequence counts.
         density: share of the neurons kept.
 
     Shapes:
         before, after: by layer, each (B, D_ff). Returns (layers,).
     """
-    both = {layer: torch.stack([own[0], after[layer][0]]) for layer, own in before.items()}
+    both = {layer: torch.stack([layer_energies[0], after[layer][0]]) for layer, layer_energies in before.items()}
     return jaccard(both, density)[:, 0, 1].cpu()
 
 
 def kept(energies: Tensor, density: float) -> Tensor:
-    """1.0 where a neuron is an expert, else 0.0; shapes as `energies`, (N, D_ff)."""
+    """1.0 where a neuron is an expert, else 0.0.
+
+    Shapes:
+        energies: (N, D_ff). Returns the same shape.
+    """
     k = GriffinConfig(density=density).experts_of(energies.shape[1])
     return torch.zeros_like(energies).scatter_(1, selection.topk(energies, k), 1.0)

@@ -1,9 +1,8 @@
 """The results folder of a sweep: `cells.jsonl`, one cell a line, and the files of their samples and texts.
 
-Texts have a folder of their own, so that a copy without them, for texts that may not be passed on, is one without that
-folder; it can still be reported on and added to. A line is written whole and flushed to the disk, after the file of its
-samples, so that a run that is killed at any moment leaves only whole cells behind, and at most one broken last line,
-which is not believed. Nothing is ever overwritten.
+Texts are in a separate subfolder, so a copy can leave out texts that may not be redistributed; such a copy can still be
+reported on and added to. A line is written after the file of its samples, and flushed to the disk. A run that is killed
+therefore leaves complete cells and at most one broken last line, which the reader skips. Nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from griffin.analysis.cells import SAMPLES, TEXTS, Cell, Key, Measured, Model, cell_from, cell_id, json_text
+from griffin.analysis.cells import SAMPLES, TEXTS, Cell, CellResult, Key, Model, cell_from, cell_id, json_text
 from griffin.analysis.files import write_text
 from griffin.errors import GriffinError
 from griffin.text_files import read_text
@@ -32,28 +31,28 @@ class Folder:
     """A results folder.
 
     Args:
-        path: where it is.
-        cells: its finished cells by id, in the order in which they were finished.
-        complaints: what was found in it that is not believed, one clear line each.
+        path: the folder's path.
+        cells: the finished cells by id, in the order in which they finished.
+        warnings: one line for each corrupt entry that was skipped.
     """
 
     path: Path
     cells: dict[str, Cell] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def append(
         self,
         key: Key,
         model: Model,
-        measured: Measured,
+        measured: CellResult,
         seconds: float,
         versions: Mapping[str, str],
         machine: Mapping[str, Any],
     ) -> Cell:
-        """Keep a finished cell: the file of its samples first, then its line.
+        """Write a finished cell: first the file of its samples, then its line.
 
         Raises:
-            GriffinError: it cannot be written; the folder is then as it was.
+            GriffinError: the cell cannot be written; the folder then holds the same cells as before.
         """
         name = cell_id(key, model)
         samples = None
@@ -91,7 +90,7 @@ class Folder:
         return {} if cell.samples is None else _object(self.path / cell.samples)
 
     def texts_of(self, cell: Cell) -> dict[str, Any]:
-        """The texts of a cell; empty if it has none, or they were taken away.
+        """The texts of a cell; empty if it has none, or they were removed.
 
         Raises:
             GriffinError: their file cannot be read.
@@ -104,11 +103,11 @@ class Folder:
 
 
 def read(path: Path) -> Folder:
-    """Read a results folder. Lines that are not whole cells are left out and complained of.
+    """Read a results folder. Each line that is not a complete cell is skipped and adds a warning.
 
     Raises:
         ValueError: there is no such folder, or it holds no `cells.jsonl`.
-        GriffinError: it cannot be read.
+        GriffinError: the folder cannot be read.
     """
     if not (path / LINES).is_file():
         what = "is not a folder" if path.exists() and not path.is_dir() else f"has no {LINES}"
@@ -119,16 +118,17 @@ def read(path: Path) -> Folder:
 
 @contextmanager
 def writing(path: Path, model: Model, versions: Mapping[str, str]) -> Iterator[Folder]:
-    """A results folder to add cells of a model to, made if it is not there, and locked as long as the block runs.
+    """Open a results folder to add a model's cells to it; create it if needed, and lock it inside the block.
 
     Args:
-        path: where it is.
-        model: whose cells will be added.
-        versions: of what computes them.
+        path: the folder's path.
+        model: the model of the new cells.
+        versions: versions of the software that computes them.
 
     Raises:
-        ValueError: it holds results of another model or of other versions (Python's aside); nothing is written then.
-        GriffinError: it cannot be written, or another sweep is writing to it.
+        ValueError: the folder holds results of another model or other versions (Python's is ignored). Nothing is
+            written then.
+        GriffinError: the folder cannot be written, or another sweep is writing to it.
     """
     _make(path)
     lock = FileLock(path / ".lock")
@@ -151,7 +151,7 @@ def writing(path: Path, model: Model, versions: Mapping[str, str]) -> Iterator[F
 
 def _check(path: Path, cell: Cell, model: Model, versions: Mapping[str, str]) -> None:
     if cell.model.fingerprint != model.fingerprint:
-        ours, theirs = (f"{own.name} ({own.weights}, {own.fingerprint})" for own in (model, cell.model))
+        ours, theirs = (f"{one.name} ({one.weights}, {one.fingerprint})" for one in (model, cell.model))
         raise ValueError(f"{path} holds results of {theirs}, not of {ours}; choose another folder with -o")
     for name in (versions.keys() & cell.versions.keys()) - {"python"}:
         ours, theirs = versions[name], cell.versions[name]
@@ -177,7 +177,7 @@ def _read(path: Path) -> Folder:
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             half = " (cut off in the middle)" if number == len(lines) else ""
             reason = " ".join(str(error).split()) or type(error).__name__
-            folder.complaints.append(f"{path / LINES}, line {number}{half}: not a whole cell, left out: {reason}")
+            folder.warnings.append(f"{path / LINES}, line {number}{half}: not a whole cell, left out: {reason}")
             continue
         folder.cells[cell.id] = cell
     return folder
@@ -185,14 +185,14 @@ def _read(path: Path) -> Folder:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise GriffinError(f"{path} cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Add a line to a file, whole and flushed to the disk, or not at all; a broken last line is closed first."""
+    """Append a line to a file atomically and flush it to the disk; terminate a broken last line first."""
     try:
         with path.open("a+b") as file:
             size = file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""The machine that a measurement ran on: versions, processor, memory, load, read bandwidth."""
+"""The machine of a measurement: versions, processor, memory, load, read bandwidth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from griffin.native import library, memory
 from griffin.version import __version__
 
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "asimd", "sve")
-_BUFFER_BYTES = 2**30  # far more than any cache holds
+_BUFFER_BYTES = 2**30  # larger than any cache
 _LEAST_BUFFER_BYTES = 2**26
 _PASSES = 5
 _MEMINFO = Path("/proc/meminfo")
@@ -27,7 +27,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Versions of the software that computes."""
     return {
         "griffin": __version__,
         "torch": torch.__version__,
@@ -47,12 +47,12 @@ def machine() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_features": [flag for flag in _FEATURES if flag in flags],
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native_library": library.available() or f"{library.isa()}, threads: {library.threading()}",
+        "native_library": library.why_not() or f"{library.isa()}, threads: {library.threading()}",
     }
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run in the last minute, on average; `None` where the system does not tell."""
+    """The load average of the last minute; `None` where the system does not report it."""
     try:
         return os.getloadavg()[0]
     except (OSError, AttributeError):
@@ -60,18 +60,17 @@ def load_average() -> float | None:
 
 
 def available_bytes(device: torch.device | None = None) -> int | None:
-    """Bytes of memory to be had without swapping, also in a container; `None` where the system does not tell.
+    """Bytes of memory available without swapping, also in a container; `None` where the system does not report them.
 
     Args:
-        device: whose memory; `None` is the CPU.
+        device: the device with the memory; `None` is the CPU.
     """
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device is not None and device.type != "cpu":
         return None
-    limits = [_meminfo_bytes(), _cgroup_bytes()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    limits = [limit for limit in (_meminfo_bytes(), _cgroup_bytes()) if limit is not None]
+    return min(limits, default=None)
 
 
 def _meminfo_bytes() -> int | None:
@@ -79,8 +78,8 @@ def _meminfo_bytes() -> int | None:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(values[0]) * 1024 if values else None
 
 
 def _cgroup_bytes() -> int | None:
@@ -90,35 +89,35 @@ def _cgroup_bytes() -> int | None:
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return None
-    files = int(stat.get("inactive_file", 0))  # page cache that gives way
+    files = int(stat.get("inactive_file", 0))  # page cache that can be reclaimed
     return None if limit == "max" else max(0, int(limit) - used + files)
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What reading memory reaches, bytes per second, and how it was measured."""
+    """Memory read bandwidth in bytes per second, and how it was measured."""
 
     bytes_per_s: float
     how: str
 
 
 def read_bandwidth() -> Bandwidth | None:
-    """Read a gigabyte with all threads, several times: the median; `None` if there is no memory for the buffer."""
+    """Median bandwidth of reading a gigabyte with all threads; `None` if there is no memory for the buffer."""
     free = available_bytes()
     size = _BUFFER_BYTES if free is None else min(_BUFFER_BYTES, free // 4)
     if size < _LEAST_BUFFER_BYTES:
         return None
     buffer = torch.empty(size // 4)
-    if library.available() is None:
+    if library.why_not() is None:
         how = f"native library, {_size(buffer)}"
-        memory.advise_huge(buffer)  # with small pages the same machine reads a tenth less: no yardstick
+        memory.advise_huge(buffer)  # with small pages the same machine reads a tenth less
         buffer.fill_(1.0)
-        found = [memory.read_bandwidth(buffer) for _ in range(_PASSES)]
+        speeds = [memory.read_bandwidth(buffer) for _ in range(_PASSES)]
     else:
         how = f"torch sum, {_size(buffer)}, as the native library is missing"
         buffer.fill_(1.0)
-        found = [_summed(buffer) for _ in range(_PASSES)]
-    return Bandwidth(statistics.median(found), how)
+        speeds = [_summed(buffer) for _ in range(_PASSES)]
+    return Bandwidth(statistics.median(speeds), how)
 
 
 def _summed(buffer: torch.Tensor) -> float:
@@ -132,7 +131,7 @@ def _size(buffer: torch.Tensor) -> str:
 
 
 def reset_peak_rss() -> bool:
-    """Let the peak of the memory in use start anew; returns whether the system can (Linux only)."""
+    """Reset the peak of the memory in use; returns whether the system supports it (only Linux does)."""
     try:
         _CLEAR.write_text("5", encoding="ascii")
     except OSError:
@@ -141,7 +140,7 @@ def reset_peak_rss() -> bool:
 
 
 def peak_rss_bytes() -> int | None:
-    """Most memory that the process had in use since `reset_peak_rss`, or ever where that is not possible."""
+    """Peak memory of the process since `reset_peak_rss`, or since its start where a reset is not possible."""
     try:
         lines = _STATUS.read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -156,11 +155,11 @@ def peak_rss_bytes() -> int | None:
 
 
 def _cpu() -> tuple[str, frozenset[str]]:
-    """Name and feature flags of the CPU, as far as the system tells."""
+    """Name and feature flags of the CPU, as far as the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine(), frozenset()
-    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = known.get("flags") or known.get("Features") or ""
-    return known.get("model name") or platform.processor() or platform.machine(), frozenset(flags.split())
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name") or platform.processor() or platform.machine(), frozenset(flags.split())

@@ -1,4 +1,4 @@
-"""Pictures. The only module that imports matplotlib."""
+"""Pictures of measurements. No other module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from griffin.analysis.perplexity import Row
+    from griffin.analysis.perplexity import PerplexityRow
 
 
 def flocking_heat_map(activations: Tensor, title: str, path: Path) -> None:
@@ -36,9 +36,9 @@ def flocking_heat_maps(activations: Mapping[str, Tensor], title: str, path: Path
     """Draw several heat maps as `flocking_heat_map` does, one above the other, on the scale of the first.
 
     Args:
-        activations: by title.
-        title: of the whole picture.
-        path: the file.
+        activations: activations by the title of their heat map.
+        title: title of the whole picture.
+        path: the file to write.
 
     Shapes:
         activations: each (S, D_ff), not negative.
@@ -46,14 +46,14 @@ def flocking_heat_maps(activations: Mapping[str, Tensor], title: str, path: Path
     Raises:
         GriffinError: matplotlib is not installed, or the file cannot be written.
     """
-    first = next(iter(activations.values()))
-    most = max(float(first.quantile(0.99)) if first.numel() < 2**24 else float(first.max()), 1e-12)
+    reference = next(iter(activations.values()))
+    most = max(float(reference.quantile(0.99)) if reference.numel() < 2**24 else float(reference.max()), 1e-12)
     figure = _figure(10, 1.2 + 3.0 * len(activations))
     figure.suptitle(title)
     panels = figure.subplots(len(activations), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (name, own) in zip(panels, activations.items(), strict=True):
+    for axes, (name, values) in zip(panels, activations.items(), strict=True):
         image = axes.imshow(
-            own.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=most, rasterized=True
+            values.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=most, rasterized=True
         )
         axes.set(title=name, ylabel="token")
     panels[-1].set_xlabel("FF neuron")
@@ -65,10 +65,10 @@ def lines_against_layer(lines: Mapping[str, Tensor], label: str, title: str, pat
     """Draw values of every layer, such as overlaps or shares of energy, as lines, and save them as PNG.
 
     Args:
-        lines: by name.
-        label: what the values are.
-        title: of the picture.
-        path: the file.
+        lines: values by the name of their line.
+        label: label of the values' axis.
+        title: title of the picture.
+        path: the file to write.
 
     Shapes:
         lines: each (layers,), from 0 to 1.
@@ -109,14 +109,14 @@ def overlap_matrix(overlap: Tensor, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def perplexity_against_length(rows: Sequence[Row], title: str, path: Path) -> None:
+def perplexity_against_length(rows: Sequence[PerplexityRow], title: str, path: Path) -> None:
     """Draw perplexity against the lengths of prompt and continuation, with its intervals, and save it as PNG.
 
-    One panel for each of the two that has several values, the other at its longest. The axis of perplexity is
-    logarithmic, as some selections are far worse than others.
+    Each of the two lengths that has several values gets a panel, with the other length at its maximum. The perplexity
+    axis is logarithmic, as some selections are far worse than others.
 
     Args:
-        rows: of any densities, selections and lengths.
+        rows: rows of any densities, selections and lengths.
 
     Raises:
         GriffinError: matplotlib is not installed, or the file cannot be written.
@@ -130,13 +130,13 @@ def perplexity_against_length(rows: Sequence[Row], title: str, path: Path) -> No
         panels.append(("generated_tokens", "tokens generated", by_generated))
     figure = _figure(5.5 * len(panels) + 1.5, 4.4)
     figure.suptitle(title)
-    for axes, (length, label, own) in zip(
+    for axes, (length, label, panel_rows) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
-        _perplexity_lines(axes, own, length)
+        _perplexity_lines(axes, panel_rows, length)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        ticks = sorted({getattr(row, length) for row in own})
+        ticks = sorted({getattr(row, length) for row in panel_rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         other = f"{longest[1]} generated" if length == "prompt_tokens" else f"prompts of {longest[0]}"
@@ -146,17 +146,17 @@ def perplexity_against_length(rows: Sequence[Row], title: str, path: Path) -> No
     _save(figure, path)
 
 
-def _perplexity_lines(axes: Axes, rows: Sequence[Row], length: str) -> None:
+def _perplexity_lines(axes: Axes, rows: Sequence[PerplexityRow], length: str) -> None:
     lines = {(row.density, row.selection): row for row in rows if row.density < 1.0}
     full = sorted({getattr(row, length): row.full_perplexity for row in rows}.items())
     curves = [("full model", [at for at, _ in full], [interval for _, interval in full])]
     for density, selection in lines:
-        own = sorted(
+        line_rows = sorted(
             (row for row in rows if (row.density, row.selection) == (density, selection)),
             key=lambda row: int(getattr(row, length)),
         )
         name = f"{selection}, density {density:g}"
-        curves.append((name, [getattr(row, length) for row in own], [row.perplexity for row in own]))
+        curves.append((name, [getattr(row, length) for row in line_rows], [row.perplexity for row in line_rows]))
     for number, (name, lengths, intervals) in enumerate(curves):
         color = "black" if number == 0 else f"C{number - 1}"
         axes.plot(lengths, [one.value for one in intervals], marker="o", color=color, label=name)
@@ -166,7 +166,7 @@ def _perplexity_lines(axes: Axes, rows: Sequence[Row], length: str) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure of so many inches, drawn into memory: no window, no global state."""
+    """A figure of this size in inches that uses no window and no global state of matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

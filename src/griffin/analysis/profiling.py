@@ -1,4 +1,4 @@
-"""Making a model's profile: from a text, or from what the model itself writes."""
+"""Make a model's profile from a given text, or from text that the model generates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from griffin.layouts import find_ff_blocks
 from griffin.method.profile import Profile, format_of, sample
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TOKENS = 512  # of a sequence
-_PROMPT = 256  # of it, where losses are measured; the rest is scored
+TOKENS = 512  # tokens of a sequence
+_PROMPT = 256  # prompt tokens of a sequence that measures losses; the others are scored
 _BATCH = 16
-_HELD_OUT = 4  # every fourth sequence measures the losses and is no part of the prior
+_HELD_OUT = 4  # every fourth sequence measures the losses and does not contribute to the prior
 
 
 @torch.no_grad()
@@ -33,9 +33,9 @@ def written(
     seed: int,
     done: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """What the model writes when it is given nothing but the beginning of a sequence, at temperature 1.
+    """Text that the model generates at temperature 1 from a beginning-of-sequence token alone.
 
-    `done` is called `steps_of(sequences)` times.
+    Calls `done` `steps_of(sequences)` times.
 
     Shapes:
         Returns (sequences, 512), int64.
@@ -43,30 +43,30 @@ def written(
     Raises:
         ValueError: the tokenizer has no token that a sequence can begin with.
     """
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
         raise ValueError("the tokenizer has no token to begin with, so the model cannot write a text; give --text FILE")
-    found = []
+    texts = []
     for at in range(0, sequences, _BATCH):
         rows = min(_BATCH, sequences - at)
-        beginning = torch.full((rows, 1), first, device=model.device)
+        beginning = torch.full((rows, 1), start, device=model.device)
         with attach(model, GriffinConfig(density=1.0, selection="topk", batch="per_sequence")) as handle:
             sampling = Sampling(temperature=1.0, seed=seed + at)
             tokens = []
             for step in islice(generate_step(model, beginning, handle=handle, sampling=sampling), TOKENS - 1):
                 tokens.append(step.tokens)
                 done()
-        found.append(torch.cat([beginning, torch.stack(tokens, dim=1)], dim=1))
-    return torch.cat(found).cpu()
+        texts.append(torch.cat([beginning, torch.stack(tokens, dim=1)], dim=1))
+    return torch.cat(texts).cpu()
 
 
 def steps_of(sequences: int) -> int:
-    """Steps that `written` takes."""
+    """Number of steps that `written` takes."""
     return math.ceil(sequences / _BATCH) * (TOKENS - 1)
 
 
 def split(sequences: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequences for the prior, and those that the losses are measured on. Shapes: each (n, 512)."""
+    """Split into sequences for the prior and sequences for the losses. Shapes: each (n, 512)."""
     held_out = torch.arange(len(sequences)) % _HELD_OUT == _HELD_OUT - 1
     return sequences[~held_out], sequences[held_out]
 
@@ -75,13 +75,13 @@ def split(sequences: Tensor) -> tuple[Tensor, Tensor]:
 def prior(
     model: PreTrainedModel, sequences: Tensor, about: dict[str, str], done: Callable[[], None] = lambda: None
 ) -> Profile:
-    """Means over all tokens of some sequences, without losses.
+    """A profile without losses: means over all tokens of the sequences.
 
     Shapes:
         sequences: (N, S), int64.
 
     Raises:
-        ValueError: the model is none that GRIFFIN prunes, or its activations are not finite.
+        ValueError: GRIFFIN cannot prune the model, or its activations are not finite.
     """
     energies: dict[int, Tensor] = {}
     ups: dict[int, Tensor] = {}
@@ -95,8 +95,8 @@ def prior(
             done()
     tokens = sequences.numel()
     return Profile(
-        {layer: own / tokens for layer, own in energies.items()},
-        {layer: own / tokens for layer, own in ups.items()},
+        {layer: totals / tokens for layer, totals in energies.items()},
+        {layer: totals / tokens for layer, totals in ups.items()},
         sample(model),
         about | {"tokens": str(tokens)},
     )
@@ -105,20 +105,20 @@ def prior(
 def with_losses(
     profile: Profile, model: PreTrainedModel, sequences: Tensor, path: str, done: Callable[[], None] = lambda: None
 ) -> Profile:
-    """The profile with what its densities cost in the format that the model's FF weights are stored in.
+    """The profile with the loss of each density, for the current storage format of the model's FF weights.
 
     Args:
-        profile: the profile, which lies at `path`.
-        model: its model.
-        sequences: text that is no part of the prior.
-        path: the file.
+        profile: the profile; its file is `path`.
+        model: the profile's model.
+        sequences: text that did not contribute to the prior.
+        path: the profile's file.
         done: called after every sequence with every density.
 
     Shapes:
         sequences: (N, 512), int64.
     """
     configs = [GriffinConfig(density=density, selection=BEST, profile=path) for density in DENSITIES]
-    measured = perplexity.measure(model, sequences, _PROMPT, configs, progress=done)
-    losses = {own.config.density: float(own.kl.double().mean()) for own in measured}
+    scored_configs = perplexity.measure(model, sequences, _PROMPT, configs, progress=done)
+    losses = {scored.config.density: float(scored.kl.double().mean()) for scored in scored_configs}
     weights = format_of(find_ff_blocks(model)[0])
     return replace(profile, losses={**profile.losses, weights: losses})

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights: what speed depends on, without the download."""
+"""Models of real shapes with random weights. They run as fast as the trained models and need no download."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from transformers.initialization import no_init_weights
 
 @dataclass(frozen=True)
 class Shape:
-    """One row: a family of transformers and the settings of its config.
+    """The shape of a model: a family of transformers and the settings of its config.
 
     Args:
         model_type: the family's name in transformers.
-        settings: arguments of the family's config that say the shape. Its token ids are not among them.
+        settings: arguments of the family's config that define the shape; token ids are not among them.
     """
 
     model_type: str
     settings: Mapping[str, Any]
 
     def config(self, layers: int | None = None) -> PreTrainedConfig:
-        """The config; with `layers` of a model of so many layers."""
-        own = dict(self.settings) | ({} if layers is None else {"num_hidden_layers": layers})
-        return AutoConfig.for_model(self.model_type, **own, **_NO_TOKENS)
+        """The config; `layers` overrides the number of layers."""
+        settings = dict(self.settings) | ({} if layers is None else {"num_hidden_layers": layers})
+        return AutoConfig.for_model(self.model_type, **settings, **_NO_TOKENS)
 
 
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -45,7 +45,7 @@ def _llama(d: int, d_ff: int, layers: int, heads: int, kv_heads: int, context: i
     }
 
 
-# As in the config.json that each was published with.
+# The settings are those of the published config.json files.
 SHAPES: dict[str, Shape] = {
     "llama2-7b": Shape("llama", _llama(4096, 11008, 32, 32, 32, 4096, 32000)),
     "llama2-13b": Shape("llama", _llama(5120, 13824, 40, 40, 40, 4096, 32000)),
@@ -74,10 +74,10 @@ SHAPES: dict[str, Shape] = {
 
 
 def shape_of(name: str) -> Shape:
-    """The shape of that name.
+    """The shape with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such shape.
     """
     if name not in SHAPES:
         raise ValueError(f"shape is {name!r}; expected one of {', '.join(SHAPES)}")
@@ -85,23 +85,23 @@ def shape_of(name: str) -> Shape:
 
 
 def on_meta(shape: Shape, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """The model without its weights: sizes alone, on the device meta."""
+    """The model on the device meta, with sizes but without weights."""
     with torch.device("meta"):
         return _from_config(shape.config(layers), dtype)
 
 
 def weight_bytes(shape: Shape, dtype: torch.dtype, layers: int | None = None) -> int:
-    """Bytes of the model's weights, without building it; a tied head is counted once."""
+    """Bytes of the model's weights, computed without building it; a tied head counts once."""
     model = on_meta(shape, dtype, layers)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def packed_bytes(shape: Shape, bytes_per_weight: float) -> int:
-    """Bytes of the model with its Linears quantised, and most of what is beside them while it is made by layers."""
+    """Peak bytes of building the model layer by layer with quantised Linears."""
     dtype = torch.bfloat16
     model = on_meta(shape, dtype)
     packed = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    tied = bool(model.config.tie_word_embeddings)  # the packed head is a matrix of its own, beside the embeddings
+    tied = bool(model.config.tie_word_embeddings)  # the packed head is stored beside the embeddings
     plain = sum(parameter.nbytes for parameter in model.parameters()) - packed * dtype.itemsize
     if tied:
         head: Any = model.get_output_embeddings  # untyped in Transformers
@@ -110,7 +110,7 @@ def packed_bytes(shape: Shape, bytes_per_weight: float) -> int:
 
 
 def cache_bytes(shape: Shape, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes of the key/value cache of so many tokens, all sequences together."""
+    """Bytes of the key/value cache for `tokens` tokens, all sequences together."""
     config: Any = shape.config()
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -119,16 +119,16 @@ def cache_bytes(shape: Shape, dtype: torch.dtype, tokens: int) -> int:
 
 @torch.no_grad()
 def build(shape: Shape, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
-    """A model of this shape with random weights, in eval mode; with `layers` only so many of its layers.
+    """A model of this shape with random weights, in eval mode; `layers` overrides the number of layers.
 
-    Random weights give the same speed as trained ones: what is read does not depend on the values.
+    Random weights give the same speed as trained ones, as the bytes read do not depend on the values.
     """
-    with no_init_weights():  # it would draw every weight in its own slow way
+    with no_init_weights():  # transformers' own initialization is slow
         model = _from_config(shape.config(layers), dtype)
     generator = torch.Generator().manual_seed(0)
-    # Drawing billions of numbers takes a minute, so a few million are drawn and laid out again and again. Their odd
-    # number makes every row of a weight start somewhere else among them.
-    # At this spread an FF block's output is as large as what it is added to, at any width: a wrong one shows.
+    # Drawing billions of numbers takes a minute, so a few million are drawn and repeated. Their odd number makes every
+    # row of a weight start at a different one.
+    # At this spread an FF block's output is as large as the residual stream, at any width, so a wrong output shows.
     spread = model.config.hidden_size**-0.5
     drawn = torch.empty(_DRAWN, dtype=dtype).normal_(0.0, spread, generator=generator)
     at = 0
@@ -149,7 +149,7 @@ _DRAWN = 2**22 + 7919
 
 
 def _fill(flat: Tensor, drawn: Tensor, at: int) -> int:
-    """Fill a tensor with the drawn numbers from number `at` on; returns where the next one goes on."""
+    """Fill a tensor with the drawn numbers, starting at index `at`; returns the next index."""
     done, size = 0, flat.shape[0]
     while done < size:
         count = min(size - done, drawn.shape[0] - at)

@@ -1,4 +1,4 @@
-"""Is what will be timed also right? A backend beside the reference, on the same experts."""
+"""Verify a backend against the reference, with the same experts, before anything is timed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from griffin.layouts import find_ff_blocks
 STEPS = 4
 _PROMPT_TOKENS = 64  # with only 16, the output at density 0.25 is so flat that rounding alone can change it
 
-# Difference of the logits as a share of their spread, over all steps. For comparison: one expert in ten missing gives
-# 0.25 and more (SmolLM2 at 0.5 and 0.25, all formats), so each of these finds it.
+# Difference of the logits as a share of their spread, over all steps. For comparison: without one expert in ten it is
+# 0.25 and more (SmolLM2 at 0.5 and 0.25, all formats), so each of these tolerances detects that.
 TOLERANCES = {
-    torch.float64: 1e-9,  # another order of summation, alone
+    torch.float64: 1e-9,  # only the order of summation differs
     torch.float32: 1e-3,  # the same: errors of 2^-24 over sums of some thousand terms, layer after layer
     torch.float16: 2e-2,  # the reference rounds z and every output to 11 bits, a fused kernel sums in float32
-    torch.bfloat16: 6e-2,  # the same with 8 bits, in every layer: 0.02 was found over 30
+    torch.bfloat16: 6e-2,  # the same with 8 bits, in every layer: measured 0.02 over 30 layers
 }
-# Integer kernels round their inputs to 8 bits as well: 0.033 was found over 30 layers. So do dynamic selection's gates
-# if they are of a quantised copy, where a rounded gate also moves neurons across the edge of the choice: 0.006 to 0.009
-# was found at density 0.75 and 0.018 to 0.071 at 0.5 (SmolLM2, float32), with kernels that equal rounded inputs to
-# 3e-7.
+# Integer kernels also round their inputs to 8 bits: measured 0.033 over 30 layers. Dynamic selection with a quantised
+# copy of the gates does the same, and a rounded gate can also change which neurons are chosen: measured 0.006 to 0.009
+# at density 0.75 and 0.018 to 0.071 at 0.5 (SmolLM2, float32), with kernels that match rounded inputs to 3e-7.
 QUANTISED_TOLERANCE = 8e-2
 
 
@@ -38,11 +37,11 @@ def verify(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor) -> fl
 
     Args:
         model: the model, or one of the same width with fewer layers.
-        config: density, selection, batch and the backend that is to be timed.
-        prompts: their first tokens are run as the prompts.
+        config: density, selection, batch and the backend to be timed.
+        prompts: prompts; only their first tokens are run.
 
     Returns:
-        The difference found: see `difference`.
+        The difference of the logits; see `difference`.
 
     Shapes:
         prompts: (B, S).
@@ -52,31 +51,31 @@ def verify(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor) -> fl
     """
     prompts = prompts[:, :_PROMPT_TOKENS]
     expected = _run(model, replace(config, backend="reference"), prompts)
-    found = _run(model, config, prompts, expected)
-    ours, right = torch.stack(found.logits), torch.stack(expected.logits)
+    actual = _run(model, config, prompts, expected)
+    ours, right = torch.stack(actual.logits), torch.stack(expected.logits)
     if not bool(torch.isfinite(ours).all() & torch.isfinite(right).all()):
-        raise GriffinError(f"backend {found.backend}: the logits hold inf or nan; nothing was timed")
+        raise GriffinError(f"backend {actual.backend}: the logits hold inf or nan; nothing was timed")
     worst = difference(ours, right)
     tolerance = TOLERANCES[model.dtype]
-    if found.sketched or any(block.quantised for block in find_ff_blocks(model)):
+    if actual.sketched or any(block.quantised for block in find_ff_blocks(model)):
         tolerance = max(tolerance, QUANTISED_TOLERANCE)
     if worst > tolerance:
         raise GriffinError(
-            f"backend {found.backend} is wrong at density {config.density:g}: its logits differ from the reference's "
+            f"backend {actual.backend} is wrong at density {config.density:g}: its logits differ from the reference's "
             f"by {worst:.1%} of their spread, allowed are {tolerance:.1%} for these weights; nothing was timed"
         )
     return worst
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the differences, as a share of the expected logits' spread around their mean.
 
-    A constant added to all logits of a token changes no probability, so it counts on neither side.
+    A constant added to all logits of a token changes no probability, so the mean is subtracted from both sides.
 
     Shapes:
-        found, expected: (..., V).
+        actual, expected: (..., V).
     """
-    ours, right = (logits - logits.mean(dim=-1, keepdim=True) for logits in (found, expected))
+    ours, right = (logits - logits.mean(dim=-1, keepdim=True) for logits in (actual, expected))
     return float((ours - right).norm() / right.norm().clamp_min(1e-30))
 
 
@@ -86,15 +85,15 @@ class _Run:
     logits: list[Tensor]
     tokens: list[Tensor]
     statistics: Statistics
-    sketched: bool  # gates came from a quantised copy, by the kernels of quantised weights
+    sketched: bool  # quantised kernels computed the gates from a quantised copy
 
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, config: GriffinConfig, prompts: Tensor, like: _Run | None = None) -> _Run:
-    """A prompt and a few greedy steps; with `like`, that run's tokens, and experts from its statistics.
+    """Run a prompt and a few greedy steps; with `like`, use the tokens and the statistics of that run.
 
-    A backend may store weights in another order, so that its prompt phase rounds differently and selects other experts
-    at the edge: so both runs select from the same statistics.
+    Both runs select from the same statistics, as a backend that stores weights in another order rounds differently in
+    the prompt phase and may select other experts.
     """
     with attach(model, config) as handle:
         cache = new_cache(model)

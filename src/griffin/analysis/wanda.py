@@ -1,8 +1,8 @@
-"""The paper's unstructured baseline, adaptive Wanda: single weights instead of neurons. It saves no time.
+"""The paper's unstructured baseline, adaptive Wanda. It prunes single weights instead of neurons and saves no time.
 
-Of every output row of every FF projection the floor(density * in) weights of largest `|W_ij| * ||X_:,j||_2` are kept,
-where X are the prompt's inputs of the projection (Sun et al., arXiv 2306.11695; made adaptive to the prompt as in Dong
-et al., arXiv 2404.01365, section 5).
+Every output row of every FF projection keeps the floor(density * in) weights of largest `|W_ij| * ||X_:,j||_2`, where X
+are the prompt's inputs of the projection (Sun et al., arXiv 2306.11695). Dong et al., arXiv 2404.01365, section 5, make
+it adaptive to the prompt.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from griffin.attachment import GATHER_ONLY, Griffin, attach
 from griffin.attachment.patching import patch
 from griffin.attachment.plan import Plan
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, Layout
+from griffin.families import Layout
+from griffin.layouts import FFBlock
 from griffin.method import selection, statistic
 from griffin.method.statistics import Statistics
 from griffin.weights.projection import rows
 
-_ROWS_AT_A_TIME = 1024  # of a weight: their scores in float32 and indices in int64 are six times a 16-bit weight
+_ROWS_AT_A_TIME = (
+    1024  # rows of a weight; their float32 scores and int64 indices take six times the bytes of a 16-bit weight
+)
 
 
 def attach_any(model: nn.Module, config: GriffinConfig) -> Griffin:
-    """`griffin.attach`, or `wanda` for a config with that selection: what evaluations call.
+    """Attach with `wanda` if the config selects by it, otherwise with `griffin.attach`.
 
     Raises:
-        ValueError: as those do.
+        ValueError: as those functions.
     """
     return wanda(model, config) if config.method.name == "wanda" else attach(model, config)
 
 
 def wanda(model: nn.Module, config: GriffinConfig, layout: Layout | None = None) -> Wanda:
-    """Attach adaptive Wanda to a model; a context manager, as what `griffin.attach` returns.
+    """Attach adaptive Wanda to a model; returns a context manager, like `griffin.attach`.
 
         with wanda(model, GriffinConfig(density=0.5, selection="wanda")) as handle:
             with handle.prompt_phase():
@@ -63,7 +66,9 @@ class Wanda(Griffin):
             raise ValueError(
                 f"{self.blocks[0].path} has quantised weights, which selection wanda cannot mask; load it in bf16"
             )
-        self._masked: dict[int, list[Tensor]] = {}  # by layer: of the input projections, then of the output projection
+        self._masked: dict[
+            int, list[Tensor]
+        ] = {}  # by layer: weights of the input projections, then of the output projection
         self._calls = 0
 
     @property
@@ -73,7 +78,7 @@ class Wanda(Griffin):
 
     @property
     def experts(self) -> Mapping[int, Tensor | list[Tensor]]:
-        """None: single weights of all neurons are kept."""
+        """Always empty, as single weights of all neurons are kept."""
         return {}
 
     @property
@@ -83,7 +88,7 @@ class Wanda(Griffin):
 
     @property
     def ff_bytes_per_token(self) -> int:
-        """Bytes of FF weights that a token reads: all."""
+        """Bytes of FF weights that a token reads, which are all of them."""
         return sum(block.nbytes for block in self.blocks)
 
     def _plan(self, config: GriffinConfig) -> Plan:
@@ -92,10 +97,10 @@ class Wanda(Griffin):
         return Plan.of(self.blocks, whole)
 
     def select(self, statistics: Statistics) -> None:
-        """Mask the weights. A batch shares its masks: its norms are summed as the paper sums its statistic.
+        """Mask the weights. The sequences of a batch share the masks; norms are summed as the paper sums its statistic.
 
         Raises:
-            ValueError: no prompt token came, masks are wanted for several sequences, or an input is not finite.
+            ValueError: no prompt token came, `batch` asks for masks of each sequence, or an input is not finite.
         """
         for block in self._chosen:
             if block.layer not in statistics.inputs:
@@ -125,7 +130,7 @@ class Wanda(Griffin):
     def prompt_phase(
         self, *, attention_mask: Tensor | None = None, statistics: Statistics | None = None
     ) -> Iterator[None]:
-        """See `Griffin.prompt_phase`; the masks of the prompt before are freed."""
+        """See `Griffin.prompt_phase`; this frees the masks of the previous prompt."""
         self._masked = {}
         self._forget()
         with self.gather(statistics, attention_mask=attention_mask, needs={"inputs"}) as gathered:
@@ -159,7 +164,7 @@ class Wanda(Griffin):
 
 
 def mask(weight: Tensor, norms: Tensor, k: int) -> Tensor:
-    """A copy of a projection's weight, of every output row only the k weights of largest `|W_ij| * ||X_:,j||_2`.
+    """A copy of a projection's weight that keeps the k weights of largest `|W_ij| * ||X_:,j||_2` in every output row.
 
     Shapes:
         weight: (out, in). norms: (in,), float32. Returns (out, in), in the weight's dtype.

@@ -1,4 +1,4 @@
-"""A benchmark from its plan to its rows: the models, their prompts, and the order in which things are done."""
+"""Carry out a benchmark plan: load or build the models, make the prompts, verify, measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from griffin.analysis import benchmark, machine, shapes
-from griffin.analysis.benchmark import Row
+from griffin.analysis.benchmark import SpeedRow
 from griffin.analysis.machine import Bandwidth
 from griffin.analysis.shapes import Shape
 from griffin.config import GriffinConfig
@@ -22,25 +22,25 @@ from griffin.layouts import decoder_layers
 from griffin.models.load import load
 from griffin.weights.quantised import FLOATS
 
-PACKED_BYTES = {"int8": 1.0, "int4": 0.5625}  # of a weight, its share of a scale included
-_VERIFIED_LAYERS = 2  # of a shape: as wide as the whole model, and verified in seconds
+PACKED_BYTES = {"int8": 1.0, "int4": 0.5625}  # bytes per weight, including its share of the scale
+_VERIFIED_LAYERS = 2  # layers of a shape that are verified, at full width, in seconds
 _SHIFT = 29  # tokens by which the prompts of a batch begin later in the passage
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """A plan of what to measure.
 
     Args:
-        model: a model to load; unused where there are shapes.
+        model: a model to load; unused if there are shapes.
         shapes: names of shapes.
-        weights: format of the weights; `None`: as the model is stored, bf16 for a shape.
+        weights: format of the weights; `None`: the model's stored format, bf16 for a shape.
         batch: number of prompts run at once.
-        configs: of `benchmark.cases`.
-        lengths: prompt tokens and generated tokens, measured one after another.
+        configs: what `benchmark.cases` returned.
+        lengths: pairs of prompt tokens and generated tokens, measured one after another.
         repeats: rounds over the configs.
-        passage: text that the prompts of a loaded model are taken from, repeated as often as it takes. A shape gets
-            random tokens, as its experts mean nothing.
+        passage: the text that a loaded model's prompts are taken from, repeated as often as needed. A shape gets random
+            tokens, as its weights are random too.
     """
 
     model: str
@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def runs(self) -> int:
-        """How often `done` is called: once a verified config, once a timed run."""
+        """Number of calls of `done`: one for each verified config and each timed run."""
         return len(self.names) * len(self.configs) * (1 + len(self.lengths) * self.repeats)
 
 
 def check_fits(plan: Plan) -> None:
-    """Raise `GriffinError` if a shape of the plan does not fit the memory that is free."""
+    """Raise `GriffinError` if a shape of the plan does not fit the free memory."""
     free = machine.available_bytes()
     weights = plan.weights or "bf16"
     dtype = benchmark.dtype_of(weights)
@@ -74,30 +74,30 @@ def check_fits(plan: Plan) -> None:
     for name in plan.shapes:
         shape = shapes.shape_of(name)
         if weights in PACKED_BYTES:
-            own = shapes.packed_bytes(shape, PACKED_BYTES[weights])
+            size = shapes.packed_bytes(shape, PACKED_BYTES[weights])
         else:
-            own = shapes.weight_bytes(shape, dtype)
+            size = shapes.weight_bytes(shape, dtype)
         cache = shapes.cache_bytes(shape, dtype, tokens)
-        if own + cache > free:
+        if size + cache > free:
             raise GriffinError(
-                f"{name} in {weights} needs {(own + cache) / 1e9:.1f} GB of memory ({own / 1e9:.1f} GB of weights, "
+                f"{name} in {weights} needs {(size + cache) / 1e9:.1f} GB of memory ({size / 1e9:.1f} GB of weights, "
                 f"{cache / 1e9:.1f} GB of key/value cache), {free / 1e9:.1f} GB are free; choose a smaller shape, "
                 "weights of fewer bits or a shorter length"
             )
 
 
-def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tuple[list[Row], list[Bandwidth]]:
+def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tuple[list[SpeedRow], list[Bandwidth]]:
     """Verify and measure; returns the rows, and the read bandwidths measured around each round.
 
     Args:
-        plan: what to measure.
-        done: called after every run, with a few words on it.
+        plan: the plan.
+        done: called after every run, with a short description.
 
     Raises:
-        ValueError: no such model, or lengths that its context does not hold.
+        ValueError: there is no such model, or its context is too short for the lengths.
         GriffinError: a backend is wrong, or a model cannot be loaded.
     """
-    rows: list[Row] = []
+    rows: list[SpeedRow] = []
     bandwidths: list[Bandwidth] = []
     longest = max(prompt for prompt, _ in plan.lengths)
     for name in plan.names:
@@ -108,9 +108,9 @@ def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tu
         weights = plan.weights or format_of(model)
         timed = partial(done, f"{name} timed")
         for length, generated in plan.lengths:
-            own = prompts[:, :length]
-            runs, read = benchmark.measure(model, own, plan.configs, generated, plan.repeats, timed)
-            rows += benchmark.rows(name, weights, model, own, generated, plan.configs, runs, read)
+            inputs = prompts[:, :length]
+            runs, read = benchmark.measure(model, inputs, plan.configs, generated, plan.repeats, timed)
+            rows += benchmark.rows(name, weights, model, inputs, generated, plan.configs, runs, read)
             bandwidths += read
         del model
         gc.collect()
@@ -118,7 +118,7 @@ def carry_out(plan: Plan, done: Callable[[str], None] = lambda what: None) -> tu
 
 
 def _verified_shape(plan: Plan, name: str, longest: int, done: Callable[[str], None]) -> tuple[PreTrainedModel, Tensor]:
-    """A shape, verified on a model of its width with few layers before the whole one is built."""
+    """Verify a shape with few layers of full width, then build the whole model; returns it and the prompts."""
     shape, weights = shapes.shape_of(name), plan.weights or "bf16"
     dtype = benchmark.dtype_of(weights)
     small = benchmark.prepare(shapes.build(shape, dtype, _VERIFIED_LAYERS), weights)
@@ -132,7 +132,7 @@ def _verified_shape(plan: Plan, name: str, longest: int, done: Callable[[str], N
 
 
 def built(shape: Shape, weights: str) -> PreTrainedModel:
-    """The whole model in a format of weights; quantised a layer at a time, so that there is never more in memory."""
+    """Build the whole model in a format of weights. It is quantised layer by layer to limit the memory needed."""
     dtype = benchmark.dtype_of(weights)
     if weights in FLOATS:
         return benchmark.prepare(shapes.build(shape, dtype), weights)
@@ -142,7 +142,7 @@ def built(shape: Shape, weights: str) -> PreTrainedModel:
         layer: Any = decoder_layers(benchmark.prepare(shapes.build(shape, dtype, 1), weights))[1][0]
         layer.self_attn.layer_idx = number
         layers.append(layer)
-        gc.collect()  # models hold themselves in cycles
+        gc.collect()  # models contain reference cycles
     whole.config.num_hidden_layers = config.num_hidden_layers
     if getattr(config, "layer_types", None) is not None:
         whole.config.layer_types = config.layer_types
@@ -150,7 +150,7 @@ def built(shape: Shape, weights: str) -> PreTrainedModel:
 
 
 def _verified_model(plan: Plan, longest: int, done: Callable[[str], None]) -> tuple[PreTrainedModel, Tensor]:
-    """A loaded model, verified whole."""
+    """Load a model and verify it; returns it and the prompts."""
     dtype = None if plan.weights is None else benchmark.dtype_of(plan.weights)
     model, tokenizer = load(plan.model, dtype=dtype, device="cpu")
     if plan.weights is not None:
@@ -163,17 +163,17 @@ def _verified_model(plan: Plan, longest: int, done: Callable[[str], None]) -> tu
 
 
 def passage_prompts(ids: list[int], bos: int | None, batch: int, length: int) -> Tensor:
-    """Different prompts of one passage: each begins a little later in it, and goes on from its start at its end.
+    """Different prompts from one passage. Each begins a little later in it, and wraps around at its end.
 
     Shapes:
         ids: the passage's tokens. Returns (batch, length), int64.
     """
-    first = ids[:1] if ids and ids[0] == bos else []
-    text = torch.tensor(ids[len(first) :])
-    within = torch.arange(length - len(first))
+    prefix = ids[:1] if ids and ids[0] == bos else []
+    text = torch.tensor(ids[len(prefix) :])
+    within = torch.arange(length - len(prefix))
     return torch.stack(
         [
-            torch.cat([torch.tensor(first, dtype=torch.int64), text[(within + _SHIFT * n) % len(text)]])
+            torch.cat([torch.tensor(prefix, dtype=torch.int64), text[(within + _SHIFT * n) % len(text)]])
             for n in range(batch)
         ]
     )
@@ -185,6 +185,6 @@ def _check_lengths(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def format_of(model: PreTrainedModel) -> str:
-    """The format of a model's weights as it is stored."""
+    """The format in which a model's weights are stored."""
     names = {dtype: name for name, dtype in FLOATS.items()}
     return names.get(model.dtype, str(model.dtype).removeprefix("torch."))

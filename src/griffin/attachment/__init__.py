@@ -11,7 +11,7 @@ from griffin.attachment.handle import Griffin, Phase, refuse_training
 from griffin.attachment.plan import Plan
 from griffin.attachment.selection import Selection
 from griffin.config import GriffinConfig
-from griffin.layouts import Layout
+from griffin.families import Layout
 from griffin.method.statistics import Statistics
 
 __all__ = ["GATHER_ONLY", "Griffin", "Phase", "Plan", "Selection", "Statistics", "attach", "config_from"]
@@ -36,7 +36,7 @@ def attach(
     Args:
         model: the model, in eval mode.
         config: what to keep; `None` means the defaults.
-        layout: where the FF blocks are, for a family that `griffin.LAYOUTS` does not know.
+        layout: where the FF blocks are, for a family that no row of `griffin.LAYOUTS` fits.
         **settings: fields of `GriffinConfig`, by keyword, over those of `config`.
 
     Returns:

@@ -19,9 +19,11 @@ from griffin.attachment.collector import Collector
 from griffin.attachment.patching import guard, is_attached, patch
 from griffin.attachment.plan import Plan, plan_for
 from griffin.attachment.selection import Selection, by_layer
+from griffin.attachment.turn import Turn
 from griffin.backends.native import NativeFF
 from griffin.config import GriffinConfig
-from griffin.layouts import FFBlock, Layout, find_ff_blocks
+from griffin.families import Layout
+from griffin.layouts import FFBlock, find_ff_blocks
 from griffin.method import scores
 from griffin.method.dynamic import Split
 from griffin.method.statistics import Statistics
@@ -75,8 +77,7 @@ class Griffin:
         self._sparse: dict[int, backends.SparseFF] = {}
         self._active: dict[int, backends.SparseFF] = {}  # layers that the backend's selections do not leave whole
         self._phase = Phase.FULL
-        self._turn = threading.Lock()  # held during a phase
-        self._turn_of: int | None = None  # the thread that holds it
+        self.turn = Turn()  # taken during a phase
         self._selected_by: int | None = None  # the thread whose selections are used
         self._weights: list[Fingerprint] = []  # that static experts were selected by
         self._attached = False
@@ -206,7 +207,7 @@ class Griffin:
         Raises:
             ValueError: there is none, or dynamic neuron selections of the sequences differ in their splits.
         """
-        with self.exclusive():
+        with self.turn.taken():
             self._hand_over(tuple(selections))
             self._selections = tuple(selections)
             self._selected_by = threading.get_ident()
@@ -362,9 +363,9 @@ class Griffin:
 
     @contextmanager
     def _in_phase(self, phase: Phase) -> Iterator[None]:
-        if self._turn_of == threading.get_ident() and self._phase is not Phase.FULL:
+        if self.turn.mine and self._phase is not Phase.FULL:
             raise ValueError(f"already in the {self._phase.value} phase; phases do not nest")
-        with self.exclusive():
+        with self.turn.taken():
             if not self._attached:
                 raise ValueError("this handle is detached; call griffin.attach again")
             refuse_training(self.model)
@@ -374,20 +375,6 @@ class Griffin:
             finally:
                 self._phase = Phase.FULL
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Wait until no other thread uses the handle."""
-        thread = threading.get_ident()
-        if self._turn_of == thread:
-            yield
-            return
-        with self._turn:
-            self._turn_of = thread
-            try:
-                yield
-            finally:
-                self._turn_of = None
-
     def refuse_phase(self, why: str) -> None:
         """Raise `ValueError` inside of a phase."""
         refuse_training(self.model)
@@ -396,7 +383,7 @@ class Griffin:
 
     def _forget(self) -> None:
         """A new prompt begins: a failure in it leaves no experts of the prompt before."""
-        with self.exclusive():
+        with self.turn.taken():
             self._selections = ()
 
     def _refresh(self) -> None:

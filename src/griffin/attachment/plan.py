@@ -42,8 +42,11 @@ class Plan:
         """The plan of a config that names its method and density.
 
         Raises:
-            ValueError: the config names a layer that the model does not have, or its method keeps no neurons.
+            ValueError: the config names a layer that the model does not have, leaves its method or density open, or its
+                method keeps no neurons.
         """
+        if config.selection == AUTO or config.loss is not None:
+            raise ValueError("the config leaves method or density open (auto, loss); resolve it for a model: plan_for")
         if config.method.select is None:
             raise ValueError(
                 f"selection {config.method} keeps single weights, not neurons, and saves no time; it is a baseline of "

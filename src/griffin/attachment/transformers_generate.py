@@ -71,7 +71,7 @@ def attach_generate(handle: Griffin, stack: ExitStack) -> None:
         return outputs
 
     def generated(*args: Any, **kwargs: Any) -> Any:
-        with handle.exclusive():
+        with handle.turn.taken():
             handle.refuse_phase("generate says its phases itself")
             if kwargs.get("custom_generate") is not None:
                 raise ValueError(
@@ -116,7 +116,7 @@ def _generating(model: nn.Module) -> Any:
 
         raise ValueError(
             f"transformers {transformers.__version__} has no {' and no '.join(missing)} in its generate, where GRIFFIN "
-            "learns the phase; install transformers from 5.16 on, below 6"
+            "learns the phase; install transformers from 5.21 on, below 6"
         )
     return inside
 

@@ -168,7 +168,7 @@ class NativeFF:
 
 def why_not(block: FFBlock) -> str | None:
     """Why the native library cannot compute a block; `None` if it can."""
-    if (reason := library.available()) is not None:
+    if (reason := library.why_not()) is not None:
         return reason
     weights = [] if block.quantised else [rows(projection)[0] for projection in (*block.inputs, block.output)]
     for weight in weights:

@@ -1,7 +1,7 @@
-"""The command line. One module a command; each has `add_arguments(parser)` and `run(args)`.
+"""The command line. Each command is a module with `add_arguments(parser)` and `run(args)`.
 
-Text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 something outside failed (`GriffinError`), 2 wrong
-usage (`ValueError`), 130 interrupted, 141 the reader of stdout went away. `GRIFFIN_DEBUG=1` shows tracebacks.
+Text goes to stdout, everything else to stderr. Exit codes: 0 success, 1 an external failure (`GriffinError`), 2 wrong
+usage (`ValueError`), 130 interrupted, 141 stdout was closed by its reader. `GRIFFIN_DEBUG=1` shows tracebacks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 is no reason to fail
+            stream.reconfigure(errors="replace")  # do not fail on a terminal that is not UTF-8
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv))
         if sys.stdout is not None:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if failure is None or os.environ.get("GRIFFIN_DEBUG", "0") not in ("", "0"):
             raise
         print(f"griffin: error: {' '.join(str(error).split())}", file=sys.stderr)
-        _drop_stdout()  # what could not be written now cannot be written at exit either
+        _drop_stdout()  # otherwise the flush at exit would fail again
         return failure
 
 
@@ -63,7 +63,7 @@ def _run(argv: list[str]) -> int:
     takes_others = False
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, prog=f"griffin {name}", usage=f"griffin {name} [options]")
-        if name in argv:  # only the module of the command that was asked for is imported
+        if name in argv:  # import only the module of the requested command
             module = importlib.import_module(f"griffin.cli.commands.{name}")
             command.description = module.__doc__
             module.add_arguments(command)
@@ -81,7 +81,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _code(error: BaseException) -> int | None:
-    """Exit code of an error that is not a defect of this program; `None` for one that is."""
+    """The exit code of an expected error; `None` for a defect of this program."""
     if isinstance(error, GriffinError | OSError | MemoryError):
         return 1
     if isinstance(error, ValueError):

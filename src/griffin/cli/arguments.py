@@ -1,7 +1,7 @@
-"""Arguments that several commands share, and what is made of them.
+"""Arguments that several commands share, and the objects made from them.
 
-The flags of `GriffinConfig` come from its fields. Those of `Sampling` are listed here, as its module imports torch; a
-test holds the two together.
+The flags of `GriffinConfig` come from its fields. The flags of `Sampling` are listed here, as its module imports torch;
+a test checks that the list is complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def parse_densities(text: str) -> list[float]:
-    """Densities such as `0.5` or `0.75,0.5`; whether they are in range is `GriffinConfig`'s business."""
+    """Densities such as `0.5` or `0.75,0.5`; `GriffinConfig` checks their range."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -47,7 +47,7 @@ def parse_densities(text: str) -> list[float]:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Numbers of tokens such as `128` or `64,256`; without repetitions, ascending."""
+    """Numbers of tokens such as `128` or `64,256`; returns them unique and sorted."""
     if not all(re.fullmatch(r"\s*\d+\s*", part) for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers of tokens such as 128 or 64,256")
     lengths = sorted({int(part) for part in text.split(",")})
@@ -56,7 +56,7 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
-# By field: what reads the value, the metavar, the help.
+# By field: the parser of the value, the metavar, the help.
 _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "density": (
         float,
@@ -92,7 +92,7 @@ _SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare which model to load and how."""
+    """Declare the arguments of `load_model`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
@@ -124,7 +124,7 @@ def add_json_argument(group: argparse._ArgumentGroup, holding: str, instead_of: 
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str] = (), **defaults: str) -> None:
-    """Declare one flag for each field of `GriffinConfig`, but for those `without`; `defaults` in place of its own."""
+    """Declare one flag for each field of `GriffinConfig` except `without`; `defaults` override the fields' defaults."""
     group = parser.add_argument_group("GRIFFIN")
     for field in fields(GriffinConfig):
         if field.name in without:
@@ -139,7 +139,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare one flag for each field of `Sampling` but the seed, which `add_config_arguments` declares."""
+    """Declare one flag for each field of `Sampling` except the seed, which `add_config_arguments` declares."""
     group = parser.add_argument_group("sampling")
     for name, (read, metavar, text) in _SAMPLING.items():
         action = "append" if name == "stop" else "store"
@@ -147,7 +147,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> GriffinConfig:
-    """The `GriffinConfig` that was asked for.
+    """The `GriffinConfig` for the arguments.
 
     Raises:
         ValueError: a value is out of range.
@@ -157,7 +157,7 @@ def config_from(args: argparse.Namespace) -> GriffinConfig:
 
 
 def sampling_from(args: argparse.Namespace) -> Sampling:
-    """The `Sampling` that was asked for. Imports torch.
+    """The `Sampling` for the arguments. Imports torch.
 
     Raises:
         ValueError: a value is out of range.
@@ -169,14 +169,14 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model that was asked for.
+    """Load the model for the arguments.
 
     Raises:
-        ValueError: no such model, dtype or device.
-        GriffinError: no network, a damaged file, a full disk.
+        ValueError: there is no such model, dtype or device.
+        GriffinError: the network is down, a file is damaged, or the disk is full.
     """
     from griffin.models.load import load
 
-    # On the command line an error is one line, and transformers' advice is for programs.
+    # A command-line error is one line; the warnings of transformers address programmers.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return load(args.model, dtype=args.dtype, device=args.device, weights=args.weights, revision=args.revision)

@@ -1,4 +1,4 @@
-"""`griffin info --ceiling`: how large a batch still gains."""
+"""`griffin info --ceiling`: the upper bound of the speed-up for each batch size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from griffin.cli.tables import print_pairs, print_table
 from griffin.text_files import read_text
 
 if TYPE_CHECKING:
-    from griffin.analysis.ceiling import Machine, Step
+    from griffin.analysis.ceiling import Machine, StepCost
 
 _BATCHES = [1, 2, 4, 8, 16, 32, 64]
 _CONTEXT = 512
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_without(args: argparse.Namespace) -> None:
-    """Raise `ValueError` if an argument was given that goes with --ceiling only."""
+    """Raise `ValueError` if an argument was given that requires --ceiling."""
     if given := [name for name in _ASKS if getattr(args, name) is not None]:
         raise ValueError(f"--{given[0].replace('_', '-')} goes with --ceiling; add it, or leave this out")
 
@@ -118,7 +118,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
 
 
 def _measured(path: Path | None, densities: Sequence[float]) -> tuple[dict[tuple[float, int], float], str | None]:
-    """Unions by density and batch, and the model that they were measured on."""
+    """Unions by density and batch, and the model they were measured on."""
     if path is None:
         return {}, None
     reader = csv.DictReader(read_text(path).splitlines())
@@ -131,17 +131,17 @@ def _measured(path: Path | None, densities: Sequence[float]) -> tuple[dict[tuple
     except (TypeError, ValueError):
         raise ValueError(f"{path} has a density, batch or union that is no number; expected {expected}") from None
     if not any(density in densities for density, _ in union):
-        known = ", ".join(f"{density:g}" for density in dict.fromkeys(density for density, _ in union))
+        measured = ", ".join(f"{density:g}" for density in dict.fromkeys(density for density, _ in union))
         asked = ", ".join(f"{density:g}" for density in densities)
-        raise ValueError(f"{path} was measured at density {known or 'none'}, not {asked}; ask for one of those")
+        raise ValueError(f"{path} was measured at density {measured or 'none'}, not {asked}; ask for one of those")
     if any(not density <= share + 0.01 or not share <= 1 for (density, _), share in union.items()):
         raise ValueError(f"{path} has a union outside of its density to 1; expected {expected}")
     return union, rows[0]["model"]
 
 
-def _step(args: argparse.Namespace, context: int) -> tuple[str, str, Step]:
-    """Name, format of the weights, and what a step reads."""
-    from griffin.analysis.ceiling import step_of
+def _step(args: argparse.Namespace, context: int) -> tuple[str, str, StepCost]:
+    """The model's name, the format of its weights, and the cost of a step."""
+    from griffin.analysis.ceiling import step_cost
     from griffin.analysis.shapes import on_meta
     from griffin.analysis.workload import PACKED_BYTES, format_of
     from griffin.generation.text import context_length
@@ -161,11 +161,11 @@ def _step(args: argparse.Namespace, context: int) -> tuple[str, str, Step]:
     limit = context_length(model)
     if limit is not None and context > limit:
         raise ValueError(f"--context is {context}, but the context of {name} is {limit} tokens; ask for fewer")
-    return name, weights, step_of(model, context, bytes_per_weight)
+    return name, weights, step_cost(model, context, bytes_per_weight)
 
 
 def _row(
-    step: Step, machine: Machine | None, density: float, batch: int, union: Mapping[tuple[float, int], float]
+    step: StepCost, machine: Machine | None, density: float, batch: int, union: Mapping[tuple[float, int], float]
 ) -> dict[str, Any]:
     from griffin.analysis.ceiling import independent_union
 
@@ -184,12 +184,12 @@ def _row(
         if share is None:
             row[name] = None
             continue
-        own: dict[str, Any] = {"ff_read": share, "speedup": step.speedup(batch, share)}
-        own["flops_per_ff_byte"] = step.flops_per_ff_byte(batch, density, share)
+        entry: dict[str, Any] = {"ff_read": share, "speedup": step.speedup(batch, share)}
+        entry["flops_per_ff_byte"] = step.flops_per_ff_byte(batch, density, share)
         if machine is not None:
-            own["speedup_in_time"] = step.speedup_in_time(machine, batch, density, share)
-            own["ff_bound_by"] = step.ff_bound_by(machine, batch, density, share)
-        row[name] = own
+            entry["speedup_in_time"] = step.speedup_in_time(machine, batch, density, share)
+            entry["ff_bound_by"] = step.ff_bound_by(machine, batch, density, share)
+        row[name] = entry
     return row
 
 
@@ -210,10 +210,10 @@ def _print(about: Mapping[str, Any]) -> None:
     else:
         table.add_column("FF bound by\nfull, GRIFFIN")
     for row in about["rows"]:
-        found = [row[name] for name in names]
+        entries = [row[name] for name in names]
         cells = [f"{row['density']:g}", str(row["batch"])]
-        cells += ["-" if own is None else f"{own['ff_read']:.1%}" for own in found]
-        cells += ["-" if own is None else f"{own[key]:.2f}x" for own in found]
+        cells += ["-" if entry is None else f"{entry['ff_read']:.1%}" for entry in entries]
+        cells += ["-" if entry is None else f"{entry[key]:.2f}x" for entry in entries]
         if about["machine"] is None:
             cells.append(f"{row['flops_per_ff_byte']:.1f}")
         else:
@@ -236,9 +236,11 @@ def _pairs(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs.append(("chance", "sequences are independent: they share experts by chance alone"))
     if about["machine"] is None:
         pairs.append(("by bytes", "the ceiling of the speed-up where memory is what binds"))
-        told = "a machine that does fewer is bound by arithmetic, which shrinks by the density: see --tflops"
-        return [*pairs, ("flop/byte", told)]
+        explained = "a machine that does fewer is bound by arithmetic, which shrinks by the density: see --tflops"
+        return [*pairs, ("flop/byte", explained)]
     flops, speed = about["machine"]["flops_per_s"], about["machine"]["bytes_per_s"]
-    told = f"the ceiling at {speed / 1e9:g} GB/s and {flops / 1e12:g} Tflop/s, as given: {flops / speed:.3g} flop/byte"
+    explained = (
+        f"the ceiling at {speed / 1e9:g} GB/s and {flops / 1e12:g} Tflop/s, as given: {flops / speed:.3g} flop/byte"
+    )
     judged = "measured, where there is one, else chance" if about["union"] else "experts by chance"
-    return [*pairs, ("in time", told), ("FF bound by", f"the full model, then GRIFFIN with {judged}")]
+    return [*pairs, ("in time", explained), ("FF bound by", f"the full model, then GRIFFIN with {judged}")]

@@ -1,4 +1,4 @@
-"""argparse with one-line errors and help pages that do not depend on the version of Python."""
+"""An argparse parser with one-line errors and the same help pages on every version of Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Writes `-m, --model MODEL` as Python 3.13 does, on every Python, and leaves the lines of descriptions alone."""
+    """Writes `-m, --model MODEL` as Python 3.13 does, on every Python, and keeps the line breaks of descriptions."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings | {"max_help_position": 28})

@@ -1,4 +1,4 @@
-"""A bar on stderr for commands of many runs."""
+"""A progress bar on stderr for commands with many runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(runs: int) -> Iterator[Callable[[str], None]]:
-    """Yield what is to be called after every run, with a few words on it; shows the time that remains.
+    """Yield a function to call after every run, with a short description; the bar shows the remaining time.
 
-    Only on a terminal. It is drawn between runs, never by a thread of its own during one.
+    Without a terminal nothing is shown. The bar is redrawn between runs, not by a thread that could distort timings.
     """
     if not sys.stderr.isatty():
         yield lambda what: None

@@ -1,4 +1,4 @@
-"""What a sweep tells while it runs: a line for every finished cell, and on a terminal a bar with the time left."""
+"""Report a sweep's progress: a line for every finished cell, and on a terminal a bar with the remaining time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from griffin.analysis.cells import Cell, Key
-from griffin.analysis.sweep import Watcher
+from griffin.analysis.sweep import SweepObserver
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
 @contextmanager
-def watcher(cells: int) -> Iterator[Watcher]:
-    """What to tell of a sweep with so many cells to measure."""
+def observer(cells: int) -> Iterator[SweepObserver]:
+    """Yield the observer that reports the progress of a sweep with `cells` cells to measure."""
     if not sys.stderr.isatty():
         yield _Lines(cells)
         return
@@ -39,7 +39,7 @@ def watcher(cells: int) -> Iterator[Watcher]:
         TextColumn("remaining"),
         TimeRemainingColumn(),
     )
-    year_s = 366 * 24 * 3600.0  # cells take minutes, so the speed is estimated from the whole run
+    year_s = 366 * 24 * 3600.0  # a cell takes minutes, so the whole run estimates the speed
     bar = Progress(
         *columns, console=Console(file=sys.stderr), transient=True, refresh_per_second=1, speed_estimate_period=year_s
     )
@@ -47,8 +47,8 @@ def watcher(cells: int) -> Iterator[Watcher]:
         yield _Bar(cells, bar)
 
 
-class _Lines(Watcher):
-    """One line a cell, with the time that remains if the others take as long on average."""
+class _Lines(SweepObserver):
+    """Prints a line for each cell, with the remaining time estimated from the average cell."""
 
     def __init__(self, cells: int) -> None:
         self._cells, self._done, self._start = cells, 0, time.monotonic()
@@ -57,19 +57,19 @@ class _Lines(Watcher):
         self._done += 1
         left = (self._cells - self._done) * (time.monotonic() - self._start) / self._done
         remaining = f", about {_duration(left)} left" if self._done < self._cells else ""
-        self.tell(f"[{self._done}/{self._cells}] {described(cell)}{remaining}")
+        self.print_line(f"[{self._done}/{self._cells}] {described(cell)}{remaining}")
 
     def failed(self, keys: Sequence[Key], error: Exception) -> None:
         self._done += len(keys)
         for key in keys:
-            self.tell(f"griffin: error: {key}: {' '.join(str(error).split()) or type(error).__name__}")
+            self.print_line(f"griffin: error: {key}: {' '.join(str(error).split()) or type(error).__name__}")
 
-    def tell(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
 class _Bar(_Lines):
-    """The lines above a bar."""
+    """Prints the lines above a progress bar."""
 
     def __init__(self, cells: int, bar: Progress) -> None:
         super().__init__(cells)
@@ -79,7 +79,7 @@ class _Bar(_Lines):
         self._bar.update(self._task, description=str(keys[0]), completed=self._done)
         if any(key.kind == "speed" for key in keys):
             self._bar.refresh()
-            self._bar.stop()  # its thread would take its share of what is timed
+            self._bar.stop()  # its thread would distort the timing
 
     def ticked(self, cells: float) -> None:
         self._bar.update(self._task, advance=cells)
@@ -92,7 +92,7 @@ class _Bar(_Lines):
         self._go_on()
         super().failed(keys, error)
 
-    def tell(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _go_on(self) -> None:
@@ -101,7 +101,7 @@ class _Bar(_Lines):
 
 
 def described(cell: Cell) -> str:
-    """A cell in a line: what it is, its first figures, how long it took."""
+    """Describe a cell in one line: its key, its first figures and its duration."""
     figures = ", ".join(f"{name} {metric.value:.4g}" for name, metric in list(cell.metrics.items())[:3])
     cut = f"; {cell.truncated} of {cell.n} were cut to fit the model's context" if cell.truncated else ""
     return f"{cell.key}: {figures} ({_duration(cell.seconds)}){cut}"

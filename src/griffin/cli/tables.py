@@ -1,4 +1,4 @@
-"""Tables on stdout."""
+"""Print tables on stdout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def print_table(table: object) -> None:
-    """Print a table of rich, 120 columns wide where stdout is no terminal."""
+    """Print a rich table; it is 120 columns wide if stdout is not a terminal."""
     from rich.console import Console
 
     console = Console(highlight=False)

@@ -137,7 +137,7 @@ class EagerStep:
         """See `Decoder`."""
         if self._handle is None:
             return self._run(tokens)
-        with self._handle.exclusive():
+        with self._handle.turn.taken():
             self._handle.use(self._selections)  # another stream with this handle may have used its own since
             with self._handle.generation_phase():
                 return self._run(tokens)

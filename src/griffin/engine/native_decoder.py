@@ -12,21 +12,10 @@ from torch import Tensor, nn
 from griffin.attachment.selection import Selection, by_layer
 from griffin.backends.native import NativeFF, Set
 from griffin.engine.cache import BufferedCache
+from griffin.families import BY_TYPE
 from griffin.native import abi, kernel, library, operands
 from griffin.weights.quantised import QuantisedLinear
 
-# The families of the common shape, and what their RMSNorm adds to its weight.
-_FAMILIES = {
-    "llama": 0.0,
-    "mistral": 0.0,
-    "qwen2": 0.0,
-    "qwen3": 0.0,
-    "smollm3": 0.0,
-    "granite": 0.0,
-    "gemma": 1.0,
-    "gemma2": 1.0,
-    "gemma3_text": 1.0,
-}
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # others change with the length
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -34,9 +23,10 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 def why_not_native(model: Any) -> str | None:
     """Why the native step cannot run a model, as far as its config tells; `None` if it may."""
     config = model.config.get_text_config()
-    if (reason := library.available()) is not None:
+    if (reason := library.why_not()) is not None:
         return reason
-    if config.model_type not in _FAMILIES:
+    family = BY_TYPE.get(config.model_type)
+    if family is None or family.norm_offset is None:
         return f"the native step does not know the family {config.model_type}"
     if model.dtype not in _TYPES or model.device.type != "cpu":
         return f"the native step needs float32 or bfloat16 on the CPU, the model is {model.dtype} on {model.device}"
@@ -140,7 +130,7 @@ class NativeDecoder:
         self._model, self._config = model, config
         self._ff = dict(ff)
         self._blocks = [each.ff_block for each in ff.values()]
-        self._offset = _FAMILIES[config.model_type]
+        self._family = BY_TYPE[config.model_type]
         decoder = model.get_decoder()
         self._rotary_module = decoder.rotary_emb
         self._positions = 0
@@ -231,7 +221,7 @@ class NativeDecoder:
             setattr(struct, name, self._matrix(getattr(attention, f"{name}_proj")))
         struct.ff = ff.struct
         window = getattr(attention, "sliding_window", None)
-        if self._config.model_type == "mistral":
+        if self._family.window_in_config:
             window = self._config.sliding_window
         struct.window = window or 0
         kind = getattr(attention, "layer_type", None)
@@ -266,7 +256,7 @@ class NativeDecoder:
         self._tables, self._positions = tables, positions
 
     def _norm(self, module: Any) -> abi.NormStruct:
-        weight = self._keep((module.weight.detach().float() + self._offset).contiguous())
+        weight = self._keep((module.weight.detach().float() + self._family.norm_offset).contiguous())
         eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
         if eps is None:
             raise UnsupportedError(f"the native step cannot read the epsilon of {type(module).__name__}")

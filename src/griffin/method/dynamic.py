@@ -123,7 +123,7 @@ def split(block: FFBlock, density: float) -> Split:
         raise ValueError(
             f"{block.path} has an activation that dynamic neuron selection does not know; leave dynamic+ out"
         )
-    noise = _NOISE if library.available() is None else {None: 0.0}
+    noise = _NOISE if library.why_not() is None else {None: 0.0}
     sizes = shape_of(block.output)[0], block.width, block.nbytes
     return _split(*sizes, block.gated, density, tuple(noise.items()))
 

@@ -51,7 +51,7 @@ def _replace(model: nn.Module, weights: str, *, fill: bool) -> None:
         for block in blocks:
             make_neuron_major(block.output, block.path, kept)
         return
-    if (reason := library.available()) is not None:
+    if (reason := library.why_not()) is not None:
         raise ValueError(f"weights={weights!r} needs the native library: {reason}")
     others = _projections(model, blocks)
     for block in blocks:

@@ -172,7 +172,7 @@ def _for_weights(
         if dtype is not None and dtype != FLOATS[weights]:
             raise ValueError(f"weights={weights!r} and dtype={dtype} say different things; leave one of them out")
         return FLOATS[weights], "cpu"
-    if (reason := library.available()) is not None:
+    if (reason := library.why_not()) is not None:
         raise ValueError(f"weights={weights!r} needs the native library: {reason}")
     return dtype, "cpu"
 

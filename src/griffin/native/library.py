@@ -86,14 +86,14 @@ def _load() -> ctypes.CDLL | str:
 
 
 def loaded() -> ctypes.CDLL:
-    """The library, ready for use. Raises ValueError with what `available` says if there is none."""
+    """The library, ready for use. Raises ValueError with what `why_not` says if there is none."""
     library = _load()
     if isinstance(library, str):
         raise ValueError(library)
     return library
 
 
-def available() -> str | None:
+def why_not() -> str | None:
     """None if the library can be used, else the reason why not, with what to do."""
     library = _load()
     return library if isinstance(library, str) else None

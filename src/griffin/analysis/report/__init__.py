@@ -1,4 +1,4 @@
-"""One HTML page with what a sweep has measured: works offline, light and dark, on a telephone."""
+"""One HTML page with the results of a sweep. It works offline, on small screens, and in light and dark mode."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
     """The page of a results folder.
 
     Args:
-        folder: what `griffin.analysis.folder.read` found.
+        folder: the folder that `griffin.analysis.folder.read` returned.
         without_text: leave out prompts and answers.
 
     Raises:
-        ValueError: the folder has no finished cell, cells of several models, or a file in `equal_bytes/` that is none.
+        ValueError: the folder has no finished cell, cells of several models, or a malformed file in `equal_bytes/`.
         GriffinError: jinja2 or plotly is not installed, or a file of samples cannot be read.
     """
     if not folder.cells:
@@ -44,7 +44,7 @@ def report(folder: Folder, *, without_text: bool = False) -> str:
         model=cells[0].model,
         version=__version__,
         about=_about(cells),
-        complaints=folder.complaints,
+        warnings=folder.warnings,
         summary=tables.summary(comparisons),
         tasks=[_task(comparisons, name, cells, plot) for name, cells in comparisons.sets("task").items()],
         texts=_texts(comparisons, plot),
@@ -69,24 +69,24 @@ def _task(comparisons: Comparisons, name: str, cells: Sequence[Cell], plot: Any)
 
 
 def _texts(comparisons: Comparisons, plot: Any) -> list[dict[str, Any]]:
-    found = []
-    for text, own in comparisons.sets("perplexity").items():
-        longest_prompt = max(cell.key.prompt or 0 for cell in own)
-        longest = max(cell.key.generate or 0 for cell in own)
-        against_prompt = [cell for cell in own if cell.key.generate == longest]
+    texts = []
+    for text, cells in comparisons.sets("perplexity").items():
+        longest_prompt = max(cell.key.prompt or 0 for cell in cells)
+        longest = max(cell.key.generate or 0 for cell in cells)
+        against_prompt = [cell for cell in cells if cell.key.generate == longest]
         against_generated = [cell for cell in against_prompt if cell.key.prompt == longest_prompt]
-        found.append(
+        texts.append(
             {
                 "name": text,
-                "n": max(cell.n for cell in own),
+                "n": max(cell.n for cell in cells),
                 "prompt": longest_prompt,
                 "generate": longest,
                 "against_prompt": plot(figures.perplexity_against_prompt(against_prompt), 400),
                 "against_generated": plot(figures.perplexity_against_generated(against_generated), 400),
-                "table": tables.perplexities(comparisons, own),
+                "table": tables.perplexities(comparisons, cells),
             }
         )
-    return found
+    return texts
 
 
 def _speed(comparisons: Comparisons, plot: Any) -> dict[str, Any] | None:
@@ -113,7 +113,7 @@ def _flocking(comparisons: Comparisons, cell: Cell, plot: Any) -> dict[str, Any]
             {
                 "layer": int(picture["layer"]),
                 "neurons": int(picture["shape"][1]),
-                "maps": [(name, plot(figures.heat_map(own), 260)) for name, own in picture["maps"].items()],
+                "maps": [(name, plot(figures.heat_map(image), 260)) for name, image in picture["maps"].items()],
             }
             for picture in pictures
         ],
@@ -136,11 +136,14 @@ def _flocking(comparisons: Comparisons, cell: Cell, plot: Any) -> dict[str, Any]
 
 
 def _about(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """What the figures were measured with, each said once for all cells, or with how many cells it holds of."""
+    """What the figures were measured with: one value for all cells, or each value with its number of cells."""
     return [
         ("measured", _span(cell.date[:10] for cell in cells)),
         ("cells", f"{len(cells)}, {sum(cell.seconds for cell in cells) / 60:.1f} minutes in all"),
-        ("versions", _counted(", ".join(f"{name} {own}" for name, own in cell.versions.items()) for cell in cells)),
+        (
+            "versions",
+            _counted(", ".join(f"{name} {version}" for name, version in cell.versions.items()) for cell in cells),
+        ),
         ("processor", _counted(_machine(cell) for cell in cells)),
         ("seed", _counted(str(cell.key.seed) for cell in cells)),
     ]
@@ -161,5 +164,5 @@ def _counted(values: Iterable[str]) -> str:
 
 
 def _span(dates: Iterable[str]) -> str:
-    found = sorted(dates)
-    return " to ".join(dict.fromkeys((found[0], found[-1])))
+    ordered = sorted(dates)
+    return " to ".join(dict.fromkeys((ordered[0], ordered[-1])))

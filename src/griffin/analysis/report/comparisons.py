@@ -1,4 +1,4 @@
-"""What GRIFFIN costs: every figure of a sweep beside the full model's, with the interval of their difference."""
+"""Compare every figure of a sweep with the full model's, with the interval of the difference."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from griffin.analysis.cells import FULL, Cell, Key, Metric
 from griffin.analysis.folder import Folder
 from griffin.config import BEST
 
-NATS = "nll"  # values of an example whose mean's exponential is the perplexity
+NATS = "nll"  # the examples' values whose mean is the logarithm of the perplexity
 PERPLEXITY = "perplexity"
-_FEWEST = 10  # examples from which on an interval is believed
-# The order in tables and legends.
+_FEWEST = 10  # an interval over fewer examples is not trusted
+# The methods in the order of tables and legends.
 _METHODS = (FULL, BEST, "dynamic+topk", "prior+topk", "topk", "topk_sample", "sample", "magnitude", "wanda", "random")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the tables: how the model was run.
+    """How the model was run; each setting is a row of the tables.
 
-    Experts of each sequence are those it would have alone, so a batch is told only where it shares them.
+    With experts for each sequence the batch size does not matter, so it is kept only for batches that share experts.
     """
 
     method: str
@@ -34,13 +34,13 @@ class Setting:
     @classmethod
     def of(cls, key: Key) -> Setting:
         """The setting of a cell."""
-        phase = None if key.phase == "continuation" else key.phase  # the default, and the only one of other kinds
+        phase = None if key.phase == "continuation" else key.phase  # the default; other kinds of cells have no phase
         batch_size = key.batch_size if key.batch == "shared" and key.method != FULL else 1
         return cls(key.method, key.density, batch_size, phase)
 
     @property
     def name(self) -> str:
-        """A few words: the method and what is out of the ordinary."""
+        """The method, and every setting that is not the default, in a few words."""
         words = ["full model" if self.method == FULL else self.method]
         words += [f"shared by a batch of {self.batch_size}"] if self.batch_size > 1 else []
         words += [self.phase.replace("_", " ")] if self.phase else []
@@ -48,9 +48,9 @@ class Setting:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Where it comes in a table: by method, the denser first."""
-        known = _METHODS.index(self.method) if self.method in _METHODS else len(_METHODS)
-        return known, self.method, self.batch_size, self.phase or "", -self.density
+        """The sort key in a table: by method, then by decreasing density."""
+        rank = _METHODS.index(self.method) if self.method in _METHODS else len(_METHODS)
+        return rank, self.method, self.batch_size, self.phase or "", -self.density
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,12 @@ class Score:
     """A figure of a cell beside the full model's.
 
     Args:
-        cell: where it is from.
-        name: of the metric.
+        cell: the cell of the figure.
+        name: the metric's name.
         metric: the figure.
-        difference: to the full model's, paired over the examples: of the figure itself, or, for perplexities, as a
-            share of the full model's; `None` for the full model and where it is missing. Ends are nan without an
-            interval.
-        relative: the difference is a share.
+        difference: difference to the full model, paired over the examples; for perplexities as a share of the full
+            model's. `None` for the full model, and if there is no full model. The ends are nan without an interval.
+        relative: whether the difference is a share.
     """
 
     cell: Cell
@@ -75,9 +74,9 @@ class Score:
 
     @property
     def verdict(self) -> str:
-        """`worse` or `better` where the interval of the difference leaves 0 out, else `unclear`; empty without one.
+        """`worse` or `better` if the interval of the difference excludes 0, else `unclear`; empty without an interval.
 
-        Few examples are always unclear: resampled, some that happen to have one sign never lose it.
+        Few examples are always unclear: if all differences have one sign by chance, so do all resampled means.
         """
         if self.difference is None or math.isnan(self.difference.low):
             return ""
@@ -96,20 +95,20 @@ class Comparisons:
 
     def cells(self, kind: str) -> list[Cell]:
         """The cells of a kind, in the order of the tables."""
-        found = [cell for cell in self._folder.cells.values() if cell.key.kind == kind]
+        cells = [cell for cell in self._folder.cells.values() if cell.key.kind == kind]
         return sorted(
-            found, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0)
+            cells, key=lambda cell: (Setting.of(cell.key).order, cell.key.prompt or 0, cell.key.generate or 0)
         )
 
     def sets(self, kind: str) -> dict[str, list[Cell]]:
-        """The cells of tasks or texts by what they were measured on: figures of other examples are not compared.
+        """The cells of tasks or texts, grouped by their examples; only figures of the same examples are compared.
 
-        The names are those of the tasks and texts, with what tells sets of one name apart.
+        The names are those of the tasks and texts. Groups with the same name also get their differences.
         """
-        found: dict[Key, list[Cell]] = {}
+        by_examples: dict[Key, list[Cell]] = {}
         for cell in self.cells(kind):
-            found.setdefault(_examples(cell.key), []).append(cell)
-        return {_told_apart(own, found): cells for own, cells in found.items()}
+            by_examples.setdefault(_examples(cell.key), []).append(cell)
+        return {_told_apart(key, by_examples): cells for key, cells in by_examples.items()}
 
     def samples(self, cell: Cell) -> dict[str, Any]:
         """The samples of a cell, read once."""
@@ -118,7 +117,7 @@ class Comparisons:
         return self._samples[cell.id]
 
     def texts(self, cell: Cell) -> dict[str, Any]:
-        """The texts of a cell; empty if they were taken away."""
+        """The texts of a cell; empty if they were removed."""
         return self._folder.texts_of(cell)
 
     def full(self, cell: Cell) -> Cell | None:
@@ -134,31 +133,31 @@ class Comparisons:
         full = self.full(cell)
         if full is None or full is cell or name not in full.metrics:
             return Score(cell, name, metric, None, relative)
-        ours, theirs = (self._values(own, name) for own in (cell, full))
-        about = [self.samples(own).get("doc_ids") for own in (cell, full)]
-        if ours is None or theirs is None or len(ours) != len(theirs) or about[0] != about[1]:
+        ours, theirs = (self._values(one, name) for one in (cell, full))
+        doc_ids = [self.samples(one).get("doc_ids") for one in (cell, full)]
+        if ours is None or theirs is None or len(ours) != len(theirs) or doc_ids[0] != doc_ids[1]:
             return Score(cell, name, metric, _without_interval(metric, full.metrics[name], relative), relative)
         groups = self.samples(full).get("groups")
-        found = paired_interval(ours, theirs, weights=self._weights(full, name), groups=groups, seed=cell.key.seed)
+        difference = paired_interval(ours, theirs, weights=self._weights(full, name), groups=groups, seed=cell.key.seed)
         if relative:
-            found = Interval(*(math.expm1(end) for end in (found.value, found.low, found.high)))
-        return Score(cell, name, metric, found, relative)
+            difference = Interval(*(math.expm1(end) for end in (difference.value, difference.low, difference.high)))
+        return Score(cell, name, metric, difference, relative)
 
     def scores(self, cells: Iterable[Cell]) -> list[Score]:
-        """All figures of some cells."""
-        found = [self.score(cell, name) for cell in cells for name in cell.metrics]
-        return [score for score in found if score is not None]
+        """All figures of the cells."""
+        scores = [self.score(cell, name) for cell in cells for name in cell.metrics]
+        return [score for score in scores if score is not None]
 
     def _values(self, cell: Cell, name: str) -> list[float] | None:
-        """One value an example, whose mean is the figure (of perplexities its logarithm); `None` without them."""
+        """The examples' values, whose mean is the figure (or the logarithm of a perplexity); `None` without them."""
         values = self.samples(cell).get("values", {}).get(NATS if name == PERPLEXITY else name)
         if not values or not all(isinstance(value, int | float) for value in values):
             return None
-        if PERPLEXITY in name and name != PERPLEXITY:  # a task's: each document's own
+        if PERPLEXITY in name and name != PERPLEXITY:  # a task stores each document's perplexity
             values = [math.log(value) for value in values]
-        found = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
-        found = math.exp(found) if PERPLEXITY in name else found
-        return values if math.isclose(found, cell.metrics[name].value, rel_tol=1e-6, abs_tol=1e-6) else None
+        mean = mean_interval(values, weights=self._weights(cell, name), resamples=1).value
+        mean = math.exp(mean) if PERPLEXITY in name else mean
+        return values if math.isclose(mean, cell.metrics[name].value, rel_tol=1e-6, abs_tol=1e-6) else None
 
     def _weights(self, cell: Cell, name: str) -> list[float] | None:
         weights = self.samples(cell).get("weights", {}).get(NATS if name == PERPLEXITY else name)
@@ -166,20 +165,20 @@ class Comparisons:
 
 
 def _alike(key: Key) -> Key:
-    """What a cell and the full model's cell that it is compared with have in common.
+    """The part of the key that a cell shares with the full model's cell it is compared with.
 
-    The seed counts too: it draws the examples where a task has examples to draw.
+    It includes the seed, as some tasks draw their examples with it.
     """
     return replace(key, method=FULL, density=1.0, batch="shared", phase=None)
 
 
 def _examples(key: Key) -> Key:
-    """What a task's or text's cells have in common if they were measured on the same examples."""
-    prompt = None if key.kind == "perplexity" else key.prompt  # a text's windows are in its source
+    """The part of the key that cells of a task or text share if they were measured on the same examples."""
+    prompt = None if key.kind == "perplexity" else key.prompt  # the source of a text includes its windows
     return replace(_alike(key), batch_size=1, prompt=prompt, generate=None)
 
 
-def _told_apart(own: Key, others: Iterable[Key]) -> str:
+def _told_apart(key: Key, others: Iterable[Key]) -> str:
     def words(key: Key) -> list[str]:
         source, _, windows = (key.source or "").partition(", ")
         return [
@@ -190,9 +189,9 @@ def _told_apart(own: Key, others: Iterable[Key]) -> str:
             f"seed {key.seed}",
         ]
 
-    alike = [words(key) for key in others if key.task == own.task]
-    differing = [word for word, *rest in zip(words(own), *alike, strict=True) if len(set(rest)) > 1]
-    name = own.task or "text"
+    alike = [words(other) for other in others if other.task == key.task]
+    differing = [word for word, *rest in zip(words(key), *alike, strict=True) if len(set(rest)) > 1]
+    name = key.task or "text"
     return f"{name} ({', '.join(differing)})" if differing else name
 
 

@@ -1,4 +1,4 @@
-"""The report's plots as data for plotly.js. Colours of ground and text are the page's, as they follow the theme."""
+"""The report's plots as data for plotly.js. The page sets the colours of background and text, by its theme."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from griffin.analysis.report.comparisons import PERPLEXITY, Comparisons, Score, 
 
 Plot = dict[str, Any]
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, bright enough for both grounds.
+# Okabe and Ito's colours for colour-blind readers, bright enough for a light and a dark background.
 _COLOURS = {
     "topk": "#1f8fd6",
     "dynamic+topk": "#2fb344",
@@ -31,21 +31,21 @@ PICTURE_SCALE = [[at / (len(_MAGMA) - 1), colour] for at, colour in enumerate(_M
 
 
 def quality(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> Plot:
-    """A task's figure against density, a line for each method, and the full model's as a level."""
+    """A task's figure against density: a line for each method, and a horizontal line for the full model."""
     scores = [score for cell in cells if (score := comparisons.score(cell, metric)) is not None]
     full = [score for score in scores if score.cell.key.method == FULL]
     lines = [
         _line(
             name,
-            [score.cell.key.density for score in own],
-            [score.metric.value for score in own],
+            [score.cell.key.density for score in points],
+            [score.metric.value for score in points],
             colour=_colour(method),
             mode="lines+markers",
-            error_y=_error_bars(own),
+            error_y=_error_bars(points),
             hovertemplate="density %{x}: %{y:.4g}",
         )
         for (name, method), pruned in _by_setting(score for score in scores if score.cell.key.method != FULL)
-        for own in [[*full[:1], *pruned]]  # every method is the full model at density 1
+        for points in [[*full[:1], *pruned]]  # every method is the full model at density 1
     ]
     if full:
         lines.insert(0, _level(full[0].metric.value, [score.cell.key.density for score in scores]))
@@ -55,12 +55,12 @@ def quality(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> Plo
 def perplexity_against_prompt(cells: Sequence[Cell]) -> Plot:
     """Perplexity against the length of the prompt, a line for each method and density."""
     lines = []
-    for (name, method, dash), own in _by_method_and_density(cells):
+    for (name, method, dash), line_cells in _by_method_and_density(cells):
         lines.append(
             _line(
                 name,
-                [cell.key.prompt for cell in own],
-                [cell.metrics[PERPLEXITY].value for cell in own],
+                [cell.key.prompt for cell in line_cells],
+                [cell.metrics[PERPLEXITY].value for cell in line_cells],
                 colour=_colour(method),
                 dash=dash,
                 mode="lines+markers",
@@ -73,10 +73,10 @@ def perplexity_against_prompt(cells: Sequence[Cell]) -> Plot:
 
 
 def perplexity_against_generated(cells: Sequence[Cell]) -> Plot:
-    """Perplexity of the tokens at a distance from the prompt, a line for each method and density."""
+    """Perplexity against the distance from the prompt, a line for each method and density."""
     lines = []
-    for (name, method, dash), own in _by_method_and_density(cells):
-        data = own[-1].data
+    for (name, method, dash), line_cells in _by_method_and_density(cells):
+        data = line_cells[-1].data
         lines.append(
             _line(
                 name,
@@ -106,15 +106,15 @@ def speed(cells: Sequence[Cell]) -> Plot:
     )
     full = [cell for cell in cells if cell.key.method == FULL]
     for method, group in groupby((cell for cell in cells if cell.key.method != FULL), key=lambda cell: cell.key.method):
-        own = sorted([*full, *group], key=lambda cell: cell.key.density)
+        line_cells = sorted([*full, *group], key=lambda cell: cell.key.density)
         lines.append(
             _line(
                 method,
-                [cell.key.density for cell in own],
-                [cell.metrics["speedup"].value for cell in own],
+                [cell.key.density for cell in line_cells],
+                [cell.metrics["speedup"].value for cell in line_cells],
                 colour=_colour(method),
                 mode="lines+markers",
-                customdata=[cell.metrics["generation_tokens_per_s"].value for cell in own],
+                customdata=[cell.metrics["generation_tokens_per_s"].value for cell in line_cells],
                 hovertemplate="density %{x}: %{y:.2f}x, %{customdata:.4g} tokens/s",
             )
         )
@@ -122,7 +122,7 @@ def speed(cells: Sequence[Cell]) -> Plot:
 
 
 def per_layer(series: dict[str, Sequence[float]], title: str, levels: dict[str, float] | None = None) -> Plot:
-    """Lines over the layers, one for each name, from 0 to 1, with a dotted level of the same colour for some."""
+    """Lines over the layers, from 0 to 1; a name in `levels` also gets a dotted horizontal line of the same colour."""
     lines = []
     for (name, values), colour in zip(series.items(), cycle(_COLOURS.values()), strict=False):
         layers = list(range(len(values)))
@@ -130,13 +130,13 @@ def per_layer(series: dict[str, Sequence[float]], title: str, levels: dict[str, 
         lines.append(_line(name, layers, values, **settings))
         if levels is not None and name in levels:
             level = [levels[name]] * len(values)
-            told = f"{html.escape(name)}, by chance: %{{y:.3f}}<extra></extra>"
-            lines.append(_line(name, layers, level, colour=colour, dash="dot", showlegend=False, hovertemplate=told))
+            hover = f"{html.escape(name)}, by chance: %{{y:.3f}}<extra></extra>"
+            lines.append(_line(name, layers, level, colour=colour, dash="dot", showlegend=False, hovertemplate=hover))
     return _plot(lines, "layer", title, yaxis={"range": [0, 1.02]})
 
 
 def heat_map(picture: dict[str, Any]) -> Plot:
-    """A flocking picture: neurons by tokens, a byte a value, 255 for `most` and above."""
+    """A flocking picture, neurons by tokens, with one byte per value."""
     rows, columns = picture["shape"]
     trace = {
         "type": "heatmap",
@@ -189,7 +189,7 @@ def _level(value: float, densities: Sequence[float]) -> Plot:
 
 
 def _line(name: str, x: Any, y: Any, *, colour: str | None, dash: str = "solid", **settings: Any) -> Plot:
-    """A line; without a colour it takes that of the text."""
+    """A line; without a colour it takes the text's colour."""
     ink: Plot = {"dash": dash, "width": 2} | ({} if colour is None else {"color": colour})
     trace: Plot = {
         "type": "scatter",

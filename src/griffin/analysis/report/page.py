@@ -1,4 +1,4 @@
-"""From plots and tables to one HTML page that needs nothing else. The only module that imports jinja2 and plotly."""
+"""Render plots and tables into one self-contained HTML page. No other module imports jinja2 and plotly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PARTS = Path(__file__).parent
 
 
 def render(**content: Any) -> str:
-    """The page. All text is escaped by the template.
+    """Render the page. The template escapes all text.
 
     Raises:
         GriffinError: jinja2 or plotly is not installed.

@@ -1,4 +1,4 @@
-"""The report's tables and texts, as the page's template takes them: everything is a string, nothing is escaped yet."""
+"""The report's tables and texts for the page's template, as strings that are not escaped yet."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from griffin.analysis.cells import FULL, Cell
 from griffin.analysis.report.comparisons import PERPLEXITY, Comparisons, Score, Setting
 from griffin.text_files import read_text
 
-# Metrics that a task is usually reported by, where that is not the first one of the harness.
+# The metric that papers report for a task, if it is not the first one of the harness.
 _USUAL = {"arc_challenge": "acc_norm", "coqa": "f1", "hellaswag": "acc_norm", "piqa": "acc_norm"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure in a table: its value, its difference to the full model's, and whether that is real."""
+    """One figure in a table: its value, its difference to the full model's, and the verdict on the difference."""
 
     value: str
     interval: str = ""
@@ -29,7 +29,7 @@ class Entry:
 
 
 @dataclass
-class Row:
+class TableRow:
     """One setting in a table, with its figures by column."""
 
     name: str
@@ -39,19 +39,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and the columns' headings, each with a line on what it is."""
+    """A table: rows, and the columns' headings, each with a line that explains it."""
 
     columns: dict[str, str]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer beside the full model's: what they share, the first token that differs, and the rest."""
+class ComparedAnswer:
+    """An answer compared with the full model's: the shared text, the first token that differs, and the rest."""
 
     name: str
     tokens: int
-    first: int | None  # number of the first token that differs, from 1; `None`: none does
+    differs_at: int | None  # number of the first token that differs, from 1; `None` if no token differs
     shared: str
     differing: str
     rest: str
@@ -63,7 +63,7 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
     Raises:
         ValueError: a file is not such a table.
     """
-    found = []
+    tables = []
     columns = {"KL": "nats a token", "ratio": "to plain GRIFFIN at the same bytes", "agreement": "top-1"}
     for path in sorted((folder / "equal_bytes").glob("*.csv")):
         rows = []
@@ -79,19 +79,19 @@ def at_equal_bytes(folder: Path) -> list[tuple[str, Table]]:
                     "ratio": Entry(f"{float(line['ratio']):.3f}x", spans["ratio"], spans["ratio"]),
                     "agreement": Entry(f"{float(line['agreement']):.1%}"),
                 }
-                rows.append(Row(line["method"], line.get("bytes") or line["density"], entries))
-            first = lines[0]
-            title = f"{first['prompt_tokens']} + {first['generated_tokens']} tokens, {first['weights']} weights"
-            found.append((f"{title}, {first['sequences']} sequences", Table(columns, rows)))
+                rows.append(TableRow(line["method"], line.get("bytes") or line["density"], entries))
+            about = lines[0]
+            title = f"{about['prompt_tokens']} + {about['generated_tokens']} tokens, {about['weights']} weights"
+            tables.append((f"{title}, {about['sequences']} sequences", Table(columns, rows)))
         except (KeyError, ValueError, IndexError, OSError) as error:
             raise ValueError(
                 f"{path} is no table of benchmarks/ablation.py or benchmarks/loss.py: {error!r}"
             ) from error
-    return found
+    return tables
 
 
 def main_metric(cells: Sequence[Cell]) -> str:
-    """The metric of a task that the summary shows: the usual one, else the first it has."""
+    """The metric that the summary shows for a task: the usual one, else the first one."""
     names = list(dict.fromkeys(name for cell in cells for name in cell.metrics))
     usual = _USUAL.get(cells[0].key.task or "")
     return usual if usual in names else next(iter(names), "")
@@ -100,7 +100,7 @@ def main_metric(cells: Sequence[Cell]) -> str:
 def summary(comparisons: Comparisons) -> Table:
     """A row for each setting; columns: speed-up, perplexity after the longest prompt, each task's main metric."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     cells = comparisons.cells("speed")
     if cells:
         _add(columns, rows, "speed-up", "of the generation phase", _scores(comparisons, cells, "speedup"))
@@ -113,13 +113,13 @@ def summary(comparisons: Comparisons) -> Table:
         metric = main_metric(cells)
         what = f"{metric}, n = {_numbers(cell.n for cell in cells)}"
         _add(columns, rows, task, what, _scores(comparisons, cells, metric))
-    return Table(columns, [rows[setting] for setting in sorted(rows, key=lambda own: own.order)])
+    return Table(columns, [rows[setting] for setting in sorted(rows, key=lambda setting: setting.order)])
 
 
 def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     """All figures of a task."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     for metric in dict.fromkeys(name for cell in cells for name in cell.metrics):
         better = next(cell.metrics[metric].higher_is_better for cell in cells if metric in cell.metrics)
         _add(
@@ -135,19 +135,19 @@ def every_metric(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
 def perplexities(comparisons: Comparisons, cells: Sequence[Cell]) -> Table:
     """All lengths of one text: perplexity, KL divergence and top-1 agreement."""
     columns: dict[str, str] = {}
-    rows: dict[Setting, Row] = {}
+    rows: dict[Setting, TableRow] = {}
     for prompt, generate in sorted({(cell.key.prompt or 0, cell.key.generate or 0) for cell in cells}):
-        own = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
-        _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, own, PERPLEXITY))
+        cells_at_length = [cell for cell in cells if (cell.key.prompt, cell.key.generate) == (prompt, generate)]
+        _add(columns, rows, f"{prompt} + {generate}", PERPLEXITY, _scores(comparisons, cells_at_length, PERPLEXITY))
     longest = _longest(cells)
     for metric, what in (("kl", "KL divergence from the full model, nats"), ("agreement", "same likeliest token")):
-        found = _scores(comparisons, [cell for cell in longest if cell.key.method != FULL], metric)
-        _add(columns, rows, metric, what, found)
+        scores = _scores(comparisons, [cell for cell in longest if cell.key.method != FULL], metric)
+        _add(columns, rows, metric, what, scores)
     return Table(columns, list(rows.values()))
 
 
 def speeds(cells: Sequence[Cell]) -> Table:
-    """Tokens a second, bytes a second, and how much of the ceiling was reached."""
+    """Tokens per second, bytes per second, and the ceiling."""
     columns = {
         "generation": "tokens/s",
         "prompt": "tokens/s",
@@ -175,7 +175,7 @@ def speeds(cells: Sequence[Cell]) -> Table:
     return Table(columns, rows)
 
 
-def answers(comparisons: Comparisons) -> list[tuple[str, list[Answer]]]:
+def answers(comparisons: Comparisons) -> list[tuple[str, list[ComparedAnswer]]]:
     """Each example's prompt with the answers to it, the full model's first."""
     cells = [cell for cell in comparisons.cells("examples") if comparisons.texts(cell)]
     full = next((cell for cell in cells if cell.key.method == FULL), None)
@@ -183,17 +183,17 @@ def answers(comparisons: Comparisons) -> list[tuple[str, list[Answer]]]:
         return []
     theirs = comparisons.samples(full)["tokens"]
     compared = [(cell, comparisons.texts(cell)["pieces"]) for cell in cells if comparisons.full(cell) == full]
-    found = []
+    examples = []
     for at, prompt in enumerate(comparisons.texts(full)["prompts"]):
-        own = [
+        shown = [
             _answer(cell, comparisons.samples(cell)["tokens"][at], pieces[at], theirs[at]) for cell, pieces in compared
         ]
-        found.append((str(prompt), own))
-    return found
+        examples.append((str(prompt), shown))
+    return examples
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
-    """Index of the first token in which two answers differ, one that only one of them has included; `None`: none."""
+    """Index of the first token in which two answers differ or the shorter one ends; `None` if they are equal."""
     for at, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return at
@@ -201,22 +201,22 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
 
 
 def number(value: float) -> str:
-    """A figure with as many digits as say something."""
+    """Format a figure with about four significant digits."""
     if math.isnan(value):
         return "?"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> Answer:
-    first = first_difference(ours, theirs)
-    cut = len(pieces) if first is None else first
-    # The text of a token may come with the next one: characters of several tokens come with their last.
+def _answer(cell: Cell, ours: Sequence[int], pieces: Sequence[str], theirs: Sequence[int]) -> ComparedAnswer:
+    index = first_difference(ours, theirs)
+    cut = len(pieces) if index is None else index
+    # A character of several tokens comes with the last of them, so a token's own text may be empty.
     end = next((place + 1 for place in range(cut, len(pieces)) if pieces[place]), cut)
     name = Setting.of(cell.key).name
-    return Answer(
+    return ComparedAnswer(
         name=name if cell.key.method == FULL else f"{name}, density {cell.key.density:g}",
         tokens=len(ours),
-        first=None if first is None else first + 1,
+        differs_at=None if index is None else index + 1,
         shared="".join(pieces[:cut]),
         differing="".join(pieces[cut:end]),
         rest="".join(pieces[end:]),
@@ -230,11 +230,13 @@ def _longest(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _scores(comparisons: Comparisons, cells: Sequence[Cell], metric: str) -> list[Score]:
-    found = [comparisons.score(cell, metric) for cell in cells]
-    return [score for score in found if score is not None]
+    scores = [comparisons.score(cell, metric) for cell in cells]
+    return [score for score in scores if score is not None]
 
 
-def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: str, scores: Sequence[Score]) -> None:
+def _add(
+    columns: dict[str, str], rows: dict[Setting, TableRow], column: str, what: str, scores: Sequence[Score]
+) -> None:
     while column in columns:
         column += "'"
     columns[column] = what
@@ -243,8 +245,8 @@ def _add(columns: dict[str, str], rows: dict[Setting, Row], column: str, what: s
         rows.setdefault(setting, _row(setting)).entries[column] = _entry(score)
 
 
-def _row(setting: Setting) -> Row:
-    return Row(setting.name, f"{setting.density:g}")
+def _row(setting: Setting) -> TableRow:
+    return TableRow(setting.name, f"{setting.density:g}")
 
 
 def _entry(score: Score) -> Entry:
@@ -260,7 +262,7 @@ def _entry(score: Score) -> Entry:
 
 
 def _signed(value: float, unit: str) -> str:
-    """A difference: as it is, as a share in %, or, where it is more than the whole, as x times the full figure."""
+    """Format a difference: as it is, as a share in %, or, above 100%, as a multiple of the full model's figure."""
     if math.isnan(value):
         return "?"
     if unit == "x":
@@ -270,5 +272,5 @@ def _signed(value: float, unit: str) -> str:
 
 
 def _numbers(values: Any) -> str:
-    found = sorted(set(values))
-    return " to ".join(str(value) for value in dict.fromkeys((found[0], found[-1])))
+    ordered = sorted(set(values))
+    return " to ".join(str(value) for value in dict.fromkeys((ordered[0], ordered[-1])))

@@ -23,12 +23,12 @@ from griffin.methods import METHODS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from griffin.analysis.benchmark import Row
+    from griffin.analysis.benchmark import SpeedRow
     from griffin.analysis.workload import Plan
 
 _DENSITIES = [1.0, 0.75, 0.5, 0.25]
 _BUSY_LOAD_PER_CORE = 0.5
-_VARIATION = 1.15  # of the read bandwidth, from which on it is told
+_VARIATION = 1.15  # warn if the read bandwidths differ by more than this factor
 
 
 # The paper's latency table (its section 5.3): full model, magnitude and GRIFFIN at 50% and 75% sparsity.
@@ -112,19 +112,19 @@ def run(args: argparse.Namespace) -> int:
             files.check_writable(path)
     workload.check_fits(plan)
     load = machine.load_average()
-    _tell_load(load)
+    _print_load(load)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(args.threads or threads)
         about = machine.machine() | {"load_average": load}
         with progress_bar(plan.runs) as done:
-            found, bandwidths = workload.carry_out(plan, done)
+            rows, bandwidths = workload.carry_out(plan, done)
     finally:
         torch.set_num_threads(threads)
-    speeds = [own.bytes_per_s for own in bandwidths]
-    _tell_variation(speeds)
-    _tell_paths(found)
+    speeds = [bandwidth.bytes_per_s for bandwidth in bandwidths]
+    _warn_of_variation(speeds)
+    _warn_of_paths(rows)
     about |= {
         "read_bandwidth_bytes_per_s": statistics.median(speeds) if speeds else None,
         "read_bandwidth_measured": speeds,  # before and after each round
@@ -132,24 +132,24 @@ def run(args: argparse.Namespace) -> int:
         "peak_rss_of": "each run" if machine.reset_peak_rss() else "the whole process",
     }
     versions = machine.versions()
-    rows = [asdict(row) for row in found]
-    text = json.dumps({"machine": about, "versions": versions, "rows": rows}, indent=2)
+    records = [asdict(row) for row in rows]
+    text = json.dumps({"machine": about, "versions": versions, "rows": records}, indent=2)
     if args.csv is not None:
-        files.write_text(args.csv, files.csv_text(rows, about, versions))
+        files.write_text(args.csv, files.csv_text(records, about, versions))
     if json_file is not None:
         files.write_text(json_file, text + "\n")
     if args.json == "-":
         print(text)
     else:
-        _print_tables(found, about, versions)
+        _print_tables(rows, about, versions)
     return 0
 
 
 def plan_from(args: argparse.Namespace) -> Plan:
-    """What was asked for.
+    """The plan for the arguments.
 
     Raises:
-        ValueError: arguments that are out of range or do not go together.
+        ValueError: arguments are out of range or do not go together.
     """
     if args.model is not None and args.shape is not None:
         raise ValueError(f"--model {args.model} and --shape {args.shape} do not go together; give one of them")
@@ -170,6 +170,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
         shapes = shapes or _PAPER_SHAPES
         densities, selections, lengths = _PAPER_DENSITIES, _PAPER_SELECTIONS, _PAPER_LENGTHS
     from griffin.analysis.benchmark import cases, dtype_of
+    from griffin.analysis.passage import passage
     from griffin.analysis.shapes import shape_of
     from griffin.analysis.workload import Plan
 
@@ -178,12 +179,11 @@ def plan_from(args: argparse.Namespace) -> Plan:
         shape_of(name)
     if args.weights is not None:
         dtype_of(args.weights)
-    passage = (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
     model = args.model or BUILTIN_MODELS[0]
-    return Plan(model, shapes, args.weights, args.batch, configs, lengths, args.repeats, passage)
+    return Plan(model, shapes, args.weights, args.batch, configs, lengths, args.repeats, passage())
 
 
-def _tell_load(load: float | None) -> None:
+def _print_load(load: float | None) -> None:
     if load is None:
         return
     cores = os.cpu_count() or 1
@@ -192,7 +192,7 @@ def _tell_load(load: float | None) -> None:
         print("warning: this machine is busy with something else; the figures will be too low", file=sys.stderr)
 
 
-def _tell_variation(speeds: Sequence[float]) -> None:
+def _warn_of_variation(speeds: Sequence[float]) -> None:
     if speeds and max(speeds) > _VARIATION * min(speeds):
         print(
             f"warning: the memory's own speed changed from {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s "
@@ -201,7 +201,7 @@ def _tell_variation(speeds: Sequence[float]) -> None:
         )
 
 
-def _tell_paths(rows: Sequence[Row]) -> None:
+def _warn_of_paths(rows: Sequence[SpeedRow]) -> None:
     names = {row.model for row in rows if row.backend == "native" and row.native_calls_per_step == 0}
     for name in sorted(names):
         print(
@@ -211,8 +211,8 @@ def _tell_paths(rows: Sequence[Row]) -> None:
         )
 
 
-def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str, str]) -> None:
-    speeds = [own / 1e9 for own in about["read_bandwidth_measured"]]
+def _print_tables(rows: Sequence[SpeedRow], about: dict[str, Any], versions: dict[str, str]) -> None:
+    speeds = [speed / 1e9 for speed in about["read_bandwidth_measured"]]
     bandwidth = f"unknown: {about['read_bandwidth_how']}"
     if speeds:
         bandwidth = (
@@ -230,19 +230,19 @@ def _print_tables(rows: Sequence[Row], about: dict[str, Any], versions: dict[str
             ("peak RSS", f"of {about['peak_rss_of']}"),
         ],
     )
-    for _, own in groupby(rows, key=lambda row: (row.model, row.prompt_tokens, row.generated_tokens)):
-        print_table(_table(list(own)))
+    for _, group in groupby(rows, key=lambda row: (row.model, row.prompt_tokens, row.generated_tokens)):
+        print_table(_table(list(group)))
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _table(rows: Sequence[SpeedRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    first = rows[0]
+    head = rows[0]
     table = Table(
         title=escape(
-            f"{first.model}, {first.weights}, backend {first.backend}, batch {first.batch}, "
-            f"{first.prompt_tokens} + {first.generated_tokens} tokens, medians"
+            f"{head.model}, {head.weights}, backend {head.backend}, batch {head.batch}, "
+            f"{head.prompt_tokens} + {head.generated_tokens} tokens, medians"
         )
     )
     for name in ("density", "selection"):

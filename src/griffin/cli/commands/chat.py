@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answer(session: Session, text: str) -> None:
-    """Stream one answer. Ctrl-C ends it; what is wrong with one message does not end the chat."""
+    """Stream one answer. Ctrl-C ends the answer; an error in one message does not end the chat."""
     try:
         with closing(session.ask(text)) as pieces:
             for piece in pieces:
@@ -128,7 +128,7 @@ def _stats(session: Session) -> str:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of stdin, stripped. On a terminal Ctrl-C clears the line that is being written."""
+    """Lines of stdin, stripped. On a terminal Ctrl-C clears the current line."""
     if not sys.stdin.isatty():
         yield from stdin_messages()
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from griffin.cli.arguments import add_model_arguments, load_model
 from griffin.config import AUTO, GriffinConfig
+from griffin.text_files import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -60,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.panel import Panel
 
     from griffin.analysis.flocking import relative_activations
+    from griffin.analysis.passage import PASSAGE
     from griffin.analysis.plots import flocking_heat_map
     from griffin.engine.step import Sampling
     from griffin.generation.generate import generate
     from griffin.generation.text import Prompt, encode, pad
     from griffin.layouts import find_ff_blocks
 
-    passage = _passage(args.file)
+    passage = read_text(args.file or PASSAGE)
     sampling = Sampling(max_tokens=args.max_tokens)
     model, tokenizer = load_model(args)
     prompt: Prompt = passage  # a model without a chat template continues the passage
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         results[name] = result
         console.print(Panel(escape(result.text.strip() or "(no text)"), title=name, title_align="left"))
     speeds: dict[str, list[Result]] = {name: [] for name in CASES}
-    for _ in range(_ROUNDS):  # interleaved, so that what else the machine does falls on all of them
+    for _ in range(_ROUNDS):  # interleaved, so background load hits all cases
         for name, config in CASES.items():
             timed = generate(model, tokenizer, prompt, griffin=config, max_tokens=_ROUND_TOKENS)
             assert not isinstance(timed, list)
@@ -101,21 +103,13 @@ def run(args: argparse.Namespace) -> int:
     layer = len(find_ff_blocks(model)) // 2
     relative = relative_activations(model, ids, [layer])[layer]
     flocking_heat_map(relative, f"Flocking in layer {layer} of {args.model}", args.picture)
-    told = f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}"
-    console.print(told, soft_wrap=True)  # a path that is broken in two cannot be copied
+    message = f"Picture of the flocking (layer {layer}, neurons by tokens): {args.picture.resolve()}"
+    console.print(message, soft_wrap=True)  # do not wrap the path, so that it can be copied
     return 0
 
 
-def _passage(path: Path | None) -> str:
-    if path is None:
-        return (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
-    from griffin.text_files import read_text
-
-    return read_text(path)
-
-
 def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[int, ...]) -> dict[str, float]:
-    """How often GRIFFIN predicts the full model's next token, along the full model's own continuation."""
+    """Share of the full model's continuation tokens that GRIFFIN predicts too, by case."""
     import torch
 
     from griffin.analysis.agreement import teacher_forced_logits, top1_agreement
@@ -135,7 +129,7 @@ def _agreements(model: PreTrainedModel, ids: torch.Tensor, continuation: tuple[i
 
 
 def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, float, float, int, str]:
-    """Medians of the prompt phase's seconds without and with the statistic, of the selection's; tokens run; backend."""
+    """Median seconds of the prompt phase without and with the statistic, and of the selection; tokens; backend."""
     import torch
 
     from griffin.attachment import attach
@@ -159,22 +153,22 @@ def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, floa
 
 
 def _table(speeds: dict[str, list[Result]], agreements: dict[str, float]) -> Table:
-    """The figures of each case: medians over the rounds, and the speed-up as the median of each round's ratio."""
+    """A table of each case's medians over rounds; a speed-up is the median of the per-round ratios."""
     from rich.table import Table
 
     table = Table("", "prompt tok/s", "generation tok/s", "speed-up", "FF read per token", "agrees with full")
     for name, results in speeds.items():
         ratios = [
-            own.generation_tokens_per_s / full.generation_tokens_per_s
-            for own, full in zip(results, speeds[_FULL], strict=True)
+            result.generation_tokens_per_s / full.generation_tokens_per_s
+            for result, full in zip(results, speeds[_FULL], strict=True)
             if full.generation_tokens_per_s
         ]
         read = results[0].ff_bytes_per_token
         size = "?" if read is None else f"{read / 1e6:.0f} MB"
         table.add_row(
             name,
-            f"{statistics.median(own.prompt_tokens_per_s for own in results):.0f}",
-            f"{statistics.median(own.generation_tokens_per_s for own in results):.1f}",
+            f"{statistics.median(result.prompt_tokens_per_s for result in results):.0f}",
+            f"{statistics.median(result.generation_tokens_per_s for result in results):.1f}",
             f"{statistics.median(ratios):.2f}x" if ratios else "-",
             size,
             f"{agreements[name]:.0%}" if name in agreements else "-",

@@ -101,17 +101,17 @@ def _tasks(args: argparse.Namespace) -> list[str]:
 
 
 def _config(args: argparse.Namespace) -> GriffinConfig:
-    """The config; its seed is `--seed` where that is one number, and the default where it is the harness's four."""
+    """The config for the arguments. Four numbers in `--seed` are the harness's; the config keeps its default then."""
     seed = args.seed
     single = seed is None or "," not in seed
     if seed is not None and single and not seed.isdecimal():
         raise ValueError(f"--seed is {seed!r}; expected a whole number from 0, or four separated by commas")
-    own = argparse.Namespace(**{**vars(args), "seed": int(seed) if seed is not None and single else None})
-    return config_from(own)
+    namespace = argparse.Namespace(**{**vars(args), "seed": int(seed) if seed is not None and single else None})
+    return config_from(namespace)
 
 
 def _dtype(name: str) -> str:
-    """The harness's name of a dtype."""
+    """The harness's name for a dtype."""
     full = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}.get(name, name)
     if full not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype is {name!r}; expected bf16, f16 or f32")

@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("expected --tokens from 2, and --sequences from 2 as they are compared with each other")
     if args.turn is not None and len(args.turn) < 2:
         raise ValueError("--turn is given once; give it for each message of the conversation, at least twice")
-    path = args.text or Path(__file__).parents[2] / "analysis" / "passage.txt"
+    from griffin.analysis.passage import PASSAGE
+
+    path = args.text or PASSAGE
     text = read_text(path)
     from griffin.analysis import files, flocking, machine
     from griffin.layouts import find_ff_blocks
@@ -118,7 +120,7 @@ def _row(
     names: Sequence[str],
     by_turn: Sequence[Mapping[int, Tensor]],
 ) -> dict[str, Any]:
-    """The numbers of one density, most of them by layer; `names` are the compared texts', the original first."""
+    """The numbers of one density, most of them by layer; `names` are the compared texts' names, the original first."""
     import torch
 
     from griffin.analysis.flocking import energy_share, jaccard, turn_overlap
@@ -151,34 +153,34 @@ def _sequences(
 
 
 def _joined(model: PreTrainedModel, texts: Iterable[Tensor], done: Callable[[str], None]) -> dict[int, Tensor]:
-    """Energies of texts run one after another, by layer: (N, D_ff)."""
+    """Energies of texts that are run one after another, by layer, each (N, D_ff)."""
     import torch
 
     from griffin.analysis.flocking import energies
 
-    found = []
+    by_text = []
     for ids in texts:
-        found.append(energies(model, [ids]))
+        by_text.append(energies(model, [ids]))
         done("sequences")
-    return {layer: torch.cat([own[layer] for own in found]) for layer in found[0]}
+    return {layer: torch.cat([text_energies[layer] for text_energies in by_text]) for layer in by_text[0]}
 
 
 def _conversation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], done: Callable[[str], None]
 ) -> list[Mapping[int, Tensor]]:
-    """Energies after each turn of a conversation, answers of the full model between them."""
+    """Energies after each turn of a conversation with the full model."""
     from griffin.engine.step import Sampling
     from griffin.generation.chat import Session
 
-    found: list[Mapping[int, Tensor]] = []
+    by_turn: list[Mapping[int, Tensor]] = []
     if turns:
         with Session(model, tokenizer, GriffinConfig(density=1.0), Sampling(max_tokens=_ANSWER_TOKENS)) as session:
             for turn in turns:
                 for _ in session.ask(turn):
                     pass
-                found.append(session.gathered.copy().energies)
+                by_turn.append(session.gathered.copy().energies)
                 done("conversation")
-    return found
+    return by_turn
 
 
 def _draw(
@@ -204,9 +206,9 @@ def _draw(
         lines = {f"density {row['density']:g}": torch.tensor(row[name]) for row in rows}
         plots.lines_against_layer(lines, label, args.model, args.pictures / f"{name.replace('_', '-')}.png")
     lines = {
-        f"density {row['density']:g}, turn {at} and {at + 1}": torch.tensor(own)
+        f"density {row['density']:g}, turn {at} and {at + 1}": torch.tensor(overlap)
         for row in rows
-        for at, own in enumerate(row["jaccard_between_turns"], start=1)
+        for at, overlap in enumerate(row["jaccard_between_turns"], start=1)
     }
     if lines:
         label = "Jaccard overlap of experts after two turns"
@@ -231,7 +233,7 @@ def _print(numbers: dict[str, Any]) -> None:
     for name in (*names, "with random\ntokens", "between\ntwo turns"):
         table.add_column(name, justify="right")
     for row in numbers["densities"]:
-        turns = [value for own in row["jaccard_between_turns"] for value in own]
+        turns = [value for overlaps in row["jaccard_between_turns"] for value in overlaps]
         table.add_row(
             f"{row['density']:g}",
             f"{fmean(row['energy_share']):.1%}",

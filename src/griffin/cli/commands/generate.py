@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(result: Result) -> str:
-    """What was measured, on one line."""
+    """The measurements of an answer on one line."""
     size = result.ff_bytes_per_token
     return " | ".join(
         (

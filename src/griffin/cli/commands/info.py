@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-model", action="store_true", help="this machine only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
-    parser.set_defaults(model=None)  # so that one that was given can be told from none
+    parser.set_defaults(model=None)  # to distinguish a given model from the default
     by_batch.add_arguments(parser)
 
 
@@ -109,7 +109,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
     share = ff_bytes / read_bytes
     with attach(model, backend=backend) as handle:
         step = Decoders(model, handle).name
-    own = profile.find(model, blocks)
+    stored = profile.find(model, blocks)
     return {
         "name": name,
         "family": model.config.model_type,
@@ -126,12 +126,12 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
         "ff_share": share,
         "ceilings": [{"density": density, "speedup": ceiling(share, density)} for density in densities],
         "dynamic": [_dynamic(blocks[0], density) for density in densities if density < 1.0],
-        "profile": None if own is None else {**own.about, "losses": own.losses},
+        "profile": None if stored is None else {**stored.about, "losses": stored.losses},
     }
 
 
 def _dynamic(block: FFBlock, density: float) -> dict[str, Any] | None:
-    """How dynamic neuron selection spends a density's bytes in a block; `None` where it knows no activation."""
+    """How dynamic selection divides a density's bytes in a block; `None` if it does not support the activation."""
     from griffin.method.dynamic import split
 
     try:
@@ -146,7 +146,7 @@ def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
 
     folded: list[Layers] = []
     for block in blocks:
-        own = Layers(
+        layers = Layers(
             first=block.layer,
             last=block.layer,
             path=".".join("{}" if part == str(block.layer) else part for part in block.path.split(".")),
@@ -156,17 +156,17 @@ def _fold(blocks: Sequence[FFBlock]) -> list[Layers]:
             gated=block.gated,
             bytes_per_layer=block.nbytes,
         )
-        if folded and asdict(folded[-1]) | {"first": own.first, "last": own.last} == asdict(own):
-            own = Layers(**asdict(own) | {"first": folded.pop().first})
-        folded.append(own)
+        if folded and asdict(folded[-1]) | {"first": layers.first, "last": layers.last} == asdict(layers):
+            layers = Layers(**asdict(layers) | {"first": folded.pop().first})
+        folded.append(layers)
     return folded
 
 
-def _told(split: dict[str, Any]) -> str:
-    first, rest = ("gates", "up and down") if split["gated"] else ("ups", "down")
+def _split_text(split: dict[str, Any]) -> str:
+    scored, computed = ("gates", "up and down") if split["gated"] else ("ups", "down")
     source = "" if split["gate"] is None else f" from a copy in {split['gate']}"
     experts, chosen = (split[name] / split["width"] for name in ("experts", "chosen"))
-    return f"{first} of {experts:.0%}{source}, {rest} of {chosen:.0%} of the neurons"
+    return f"{scored} of {experts:.0%}{source}, {computed} of {chosen:.0%} of the neurons"
 
 
 def _machine_rows(about: dict[str, Any]) -> list[tuple[str, str]]:
@@ -198,12 +198,14 @@ def _print_model(about: dict[str, Any]) -> None:
         (f"ceiling at {row['density']:g}", f"{row['speedup']:.2f}x generation speed at most")
         for row in about["ceilings"]
     ]
-    pairs += [(f"dynamic at {row['density']:g}", _told(row)) for row in about["dynamic"] if row is not None]
-    own = about["profile"]
-    known = (
-        "" if own is None else f"{own['text']}, {own['tokens']} tokens; losses for {', '.join(own['losses']) or 'none'}"
+    pairs += [(f"dynamic at {row['density']:g}", _split_text(row)) for row in about["dynamic"] if row is not None]
+    profile = about["profile"]
+    profile_text = (
+        ""
+        if profile is None
+        else f"{profile['text']}, {profile['tokens']} tokens; losses for {', '.join(profile['losses']) or 'none'}"
     )
-    pairs.append(("profile", known or "none known; griffin profile makes one"))
+    pairs.append(("profile", profile_text or "none known; griffin profile makes one"))
     print_pairs("model", pairs)
     table = Table("layers", "FF block", "layout", "D_ff", "D", "gated", "MB a layer", title="FF blocks")
     for row in about["layers"]:

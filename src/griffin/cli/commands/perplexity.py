@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from griffin.analysis.bootstrap import Interval
-    from griffin.analysis.perplexity import Row
+    from griffin.analysis.perplexity import PerplexityRow
     from griffin.config import GriffinConfig
 
 
@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(written)
         return 0
-    for (prompt, generated), own in groupby(rows, key=lambda row: (row.prompt_tokens, row.generated_tokens)):
-        print_table(_table(f"{args.model}, {args.text.name}, {prompt} + {generated} tokens", list(own)))
+    for (prompt, generated), group in groupby(rows, key=lambda row: (row.prompt_tokens, row.generated_tokens)):
+        print_table(_table(f"{args.model}, {args.text.name}, {prompt} + {generated} tokens", list(group)))
     return 0
 
 
@@ -132,7 +132,7 @@ def _measured(
     text: str,
     configs: list[GriffinConfig],
     args: argparse.Namespace,
-) -> list[Row]:
+) -> list[PerplexityRow]:
     from griffin.analysis.benchmark import check_length
     from griffin.analysis.perplexity import encode_text, measure, summary, windows
 
@@ -142,20 +142,20 @@ def _measured(
     check_length(model, max(args.prompt), longest)
     rows = []
     with progress_bar(len(args.prompt) * len(configs) * args.sequences) as done:
-        for prompt, own in zip(args.prompt, sequences, strict=True):
-            measured = measure(model, own, prompt, configs, progress=partial(done, f"prompts of {prompt} tokens"))
-            rows += [summary(one, prompt, generate) for generate in args.generate for one in measured]
+        for prompt, window_ids in zip(args.prompt, sequences, strict=True):
+            scored = measure(model, window_ids, prompt, configs, progress=partial(done, f"prompts of {prompt} tokens"))
+            rows += [summary(scores, prompt, generate) for generate in args.generate for scores in scored]
     return rows
 
 
-def _table(title: str, rows: list[Row]) -> Table:
+def _table(title: str, rows: list[PerplexityRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(
         title=escape(f"{title}, {rows[0].sequences} sequences"),
-        caption=f"full model: perplexity {_told(rows[0].full_perplexity, '.2f')}; in brackets: 95% intervals over the "
-        "sequences, by bootstrap",
+        caption=f"full model: perplexity {_interval_text(rows[0].full_perplexity, '.2f')}; in brackets: 95% intervals "
+        "over the sequences, by bootstrap",
     )
     for name in ("density", "selection"):
         table.add_column(name)
@@ -165,15 +165,15 @@ def _table(title: str, rows: list[Row]) -> Table:
         table.add_row(
             f"{row.density:g}",
             "-" if row.density == 1.0 else row.selection,
-            _told(row.perplexity, ".2f"),
-            _told(row.log_ratio, "+.4f"),
-            _told(row.kl, ".4f"),
-            _told(row.agreement, ".1%"),
+            _interval_text(row.perplexity, ".2f"),
+            _interval_text(row.log_ratio, "+.4f"),
+            _interval_text(row.kl, ".4f"),
+            _interval_text(row.agreement, ".1%"),
         )
     return table
 
 
-def _told(interval: Interval, format: str) -> str:
+def _interval_text(interval: Interval, format: str) -> str:
     if interval.low != interval.low:  # nan: one sequence has no interval
         return f"{interval.value:{format}}"
     return f"{interval.value:{format}} ({interval.low:{format}} to {interval.high:{format}})"

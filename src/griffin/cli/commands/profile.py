@@ -66,20 +66,20 @@ def run(args: argparse.Namespace) -> int:
         check_writable(path)
     model, tokenizer = load_model(args)
     check_length(model, TOKENS // 2, TOKENS // 2)
-    known = Profile.load(path) if path.exists() else None
-    if known is not None and not known.fits(model, find_ff_blocks(model)):
+    profile = Profile.load(path) if path.exists() else None
+    if profile is not None and not profile.fits(model, find_ff_blocks(model)):
         raise ValueError(f"{path} is the profile of another model, and stays as it is; give another -o FILE")
     sequences = _sequences(args, model, tokenizer, text)
     for_prior, held_out = split(sequences)
     source = {"model": args.model, "text": "written by the model" if args.text is None else args.text.name}
-    if known is None or text is not None:
+    if profile is None or text is not None:
         with progress_bar(len(for_prior)) as done:
-            known = prior(model, for_prior, source, lambda: done("prior"))
-        known.save(path)
+            profile = prior(model, for_prior, source, lambda: done("prior"))
+        profile.save(path)
     with progress_bar(len(held_out) * len(DENSITIES)) as done:
-        known = with_losses(known, model, held_out, str(path), lambda: done("losses"))
-    known.save(path)
-    print_table(_table(known))
+        profile = with_losses(profile, model, held_out, str(path), lambda: done("losses"))
+    profile.save(path)
+    print_table(_table(profile))
     print(path)
     return 0
 
@@ -102,7 +102,7 @@ def _table(profile: Profile) -> Any:
     table.add_column("density (bytes)")
     for weights in profile.losses:
         table.add_column(weights, justify="right")
-    for density in sorted({density for own in profile.losses.values() for density in own}):
-        cells = [own.get(density) for own in profile.losses.values()]
+    for density in sorted({density for losses in profile.losses.values() for density in losses}):
+        cells = [losses.get(density) for losses in profile.losses.values()]
         table.add_row(f"{density:g}", *("-" if loss is None else f"{loss:.4f}" for loss in cells))
     return table

@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     folder = read(args.folder)
     output = args.output or args.folder / "report.html"
     files.check_writable(output)
-    for complaint in folder.complaints:
-        print(f"warning: {complaint}", file=sys.stderr)
+    for warning in folder.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     files.write_text(output, report(folder, without_text=args.without_text))
     print(output)
     return 0

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from griffin.analysis import cells, machine, sweep
     from griffin.analysis.fingerprint import fingerprint
     from griffin.analysis.folder import writing
-    from griffin.cli.sweep_progress import watcher
+    from griffin.cli.sweep_progress import observer
 
     model, tokenizer = load_model(args)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -127,14 +127,14 @@ def run(args: argparse.Namespace) -> int:
     jobs = _jobs(args, model, tokenizer, about, configs, tasks, text)
     total = sum(len(job.keys) for job in jobs)
     with writing(args.output, about, versions) as folder:
-        for complaint in folder.complaints:
-            print(f"warning: {complaint}", file=sys.stderr)
+        for warning in folder.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         todo = sweep.pending(folder, about, jobs)
         missing = sum(len(keys) for _, keys in todo)
         print(f"{total} cells, {total - missing} of them finished earlier", file=sys.stderr)
         try:
-            with watcher(missing) as watching:
-                failed = sweep.carry_out(folder, about, todo, versions, machine.machine(), watching)
+            with observer(missing) as progress:
+                failed = sweep.carry_out(folder, about, todo, versions, machine.machine(), progress)
         except KeyboardInterrupt:
             left = sum(len(keys) for _, keys in sweep.pending(folder, about, jobs))
             print(
@@ -157,22 +157,22 @@ def _check_window(length: int | None, model: PreTrainedModel) -> None:
 
 
 def _used(model: PreTrainedModel, configs: Sequence[GriffinConfig]) -> dict[str, str]:
-    """Try every method once, so that one that this model cannot run is said before others have run for hours.
+    """Attach every method once, so that a method this model cannot run fails before others run for hours.
 
     Returns:
-        The profile that methods use, as something that has a version.
+        The digest of the profile that methods use, as one of the versions.
     """
     from griffin.analysis.wanda import attach_any
 
-    found = {}
+    used = {}
     for config in {config.selection: config for config in configs if config.density < 1.0}.values():
         try:
             with attach_any(model, config) as handle:
                 if handle.plan.profile is not None:
-                    found["profile"] = handle.plan.profile.digest
+                    used["profile"] = handle.plan.profile.digest
         except ValueError as error:
             raise ValueError(f"method {config.selection} cannot be measured: {error}") from error
-    return found
+    return used
 
 
 def _matrix(args: argparse.Namespace) -> list[GriffinConfig]:
@@ -182,8 +182,8 @@ def _matrix(args: argparse.Namespace) -> list[GriffinConfig]:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected a whole number from {least}")
     if args.phase not in PHASES:
         raise ValueError(f"--phase is {args.phase!r}; expected one of {', '.join(PHASES)}")
-    for own in args.batch:
-        GriffinConfig(batch=own)
+    for kind in args.batch:
+        GriffinConfig(batch=kind)
     from griffin.analysis.sweep import settings
 
     return settings(args.methods, args.densities, seed=args.seed)
@@ -201,7 +201,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
             from griffin.integrations.lm_eval.data import load
 
             for task in tasks:
-                load(task, args.data)  # a file that is missing is said before the model is loaded
+                load(task, args.data)  # a missing file fails before the model is loaded
     return tasks
 
 
@@ -214,34 +214,34 @@ def _jobs(
     tasks: Sequence[str],
     text: str | None,
 ) -> list[Job]:
-    """Everything that was asked for, what is soonest done first."""
+    """All requested jobs, the quickest first."""
     from griffin.analysis import jobs
     from griffin.analysis.cells import TEXTS
-    from griffin.analysis.flocking_job import flocking_job
+    from griffin.analysis.passage import passage as shipped_passage
     from griffin.analysis.perplexity import encode_text
     from griffin.analysis.sweep import settings
 
-    # The other kinds run one sequence at a time, where the kinds of batch are one.
+    # The other kinds run one sequence at a time, where `batch` makes no difference.
     batched = settings(args.methods, args.densities, args.batch if args.batch_size > 1 else BATCHES[:1], seed=args.seed)
-    passage = (Path(__file__).parents[2] / "analysis" / "passage.txt").read_text(encoding="utf-8")
-    found: list[Job] = []
+    passage = shipped_passage()
+    todo: list[Job] = []
     if args.examples:
         prompts = [question.format(passage=passage) for question in _QUESTIONS]
-        found += jobs.examples(model, tokenizer, prompts, configs, _ANSWER_TOKENS, _hash("".join(prompts)))
+        todo += jobs.examples(model, tokenizer, prompts, configs, _ANSWER_TOKENS, _hash("".join(prompts)))
     if args.flocking or text is not None:
-        name, own = ("passage", passage) if text is None else (args.perplexity.name, text)
-        ids, bos = encode_text(tokenizer, own)
+        name, content = ("passage", passage) if text is None else (args.perplexity.name, text)
+        ids, bos = encode_text(tokenizer, content)
         if args.flocking:
-            found.append(flocking_job(model, name, ids, bos, _FLOCKING_TOKENS, args.seed, _hash(own)))
+            todo.append(jobs.flocking_job(model, name, ids, bos, _FLOCKING_TOKENS, args.seed, _hash(content)))
         if text is not None:
             lengths = args.prompt, args.generate, args.sequences
-            found += jobs.perplexities(model, name, ids, bos, configs, *lengths, _hash(text))
+            todo += jobs.perplexities(model, name, ids, bos, configs, *lengths, _hash(text))
     if args.speed:
-        found.append(jobs.speeds(model, tokenizer, about.name, about.weights, passage, configs, *_SPEED_TOKENS))
+        todo.append(jobs.speeds(model, tokenizer, about.name, about.weights, passage, configs, *_SPEED_TOKENS))
     if tasks:
         from griffin.integrations.lm_eval.sweep import task_jobs
 
-        found += task_jobs(
+        todo += task_jobs(
             model,
             tokenizer,
             tasks,
@@ -253,7 +253,7 @@ def _jobs(
             max_length=args.max_length,
             answers=args.output / TEXTS,
         )
-    return found
+    return todo
 
 
 def _hash(text: str) -> str:

@@ -28,7 +28,7 @@ from griffin.version import __version__
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts to answer, and when an answer ends.
 
     Args:
@@ -58,7 +58,7 @@ class Batch:
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch: Batch,
+    batch: PromptBatch,
     handle: Griffin,
     cache: Cache | None = None,
 ) -> Tensor:
@@ -104,7 +104,7 @@ def answer(
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, configs: Sequence[GriffinConfig]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, configs: Sequence[GriffinConfig]
 ) -> Iterator[tuple[GriffinConfig, Tensor]]:
     """The same prompts answered with each config. The prompt phase is the full model for all: it is run once.
 
@@ -131,7 +131,7 @@ class Shared:
         configs: the configs, of methods that select neurons.
         path: where answers are kept as they come, so that a killed run loses one batch; `None` keeps them nowhere.
         progress: called with the share of the prompts that were answered since.
-        model: what tells the model, and what it runs on, from others whose answers the file may hold; as JSON.
+        model: identifies the model and what it runs on, since the file may hold answers of others; JSON.
 
     Raises:
         GriffinError: the file cannot be read or written.
@@ -152,7 +152,7 @@ class Shared:
             self._read(path)
 
     def of(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Batch, config: GriffinConfig
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, config: GriffinConfig
     ) -> Tensor:
         """Answers of one config, which generates those of all others if they are not known.
 
@@ -167,7 +167,7 @@ class Shared:
                 self.progress(len(batch.prompts) / self.prompts)
         return torch.tensor(self._known[self._name(batch, config)], device=batch.prompts.device)
 
-    def _name(self, batch: Batch, config: GriffinConfig) -> str:
+    def _name(self, batch: PromptBatch, config: GriffinConfig) -> str:
         return hashlib.sha256(f"{self._model}{batch.name(config)}".encode()).hexdigest()[:32]
 
     def _keep(self, name: str, tokens: list[list[int]]) -> None:

@@ -21,8 +21,8 @@ from griffin.analysis.wanda import attach_any
 from griffin.attachment import Griffin
 from griffin.config import GriffinConfig
 from griffin.integrations.lm_eval import PHASES
-from griffin.integrations.lm_eval.generating import Batch, Shared, answer, sampling_of
-from griffin.integrations.lm_eval.scoring import Request, Scorer
+from griffin.integrations.lm_eval.generating import PromptBatch, Shared, answer, sampling_of
+from griffin.integrations.lm_eval.scoring import Continuation, Scorer
 from griffin.models.builtin import BUILTIN
 from griffin.models.load import load, loading_error
 
@@ -224,7 +224,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
             pad_token=self.tokenizer.pad_token_id,
             log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype),
         )
-        windows = [Request(tuple(own), tuple(tokens)).within(self.max_length) for _, own, tokens in wanted]
+        windows = [Continuation(tuple(own), tuple(tokens)).within(self.max_length) for _, own, tokens in wanted]
         with tqdm(total=len(wanted), disable=quiet, desc="Running loglikelihood requests") as bar, self._autocast():
             for score in scorer(windows):
                 found = score.loglikelihood, score.greedy
@@ -267,7 +267,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
             with self._attached(self._shared is not None):  # where answers are shared, nothing is attached yet
                 generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
             return generated
-        batch = Batch(
+        batch = PromptBatch(
             prompts=context,
             mask=None if mask is None or bool(mask.all()) else mask,
             new_tokens=max_length - context.shape[1],
@@ -288,7 +288,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
 
 
 def _rules(config: Any) -> dict[str, Any]:
-    """What a model's own generation config asks for beside sampling, which the harness's settings decide."""
+    """Settings of a model's own generation config, without sampling, which the harness decides."""
     found = {name: getattr(config, name, None) for name in _OFF}
     return {name: value for name, value in found.items() if value is not None and value not in _OFF[name]}
 

@@ -29,16 +29,16 @@ _TOKENS = 512  # of a continuation in one forward pass: all of them need logits,
 
 
 @dataclass(frozen=True)
-class Request:
+class Continuation:
     """A continuation to score after a context, which is not empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
-    def within(self, window: int) -> Request:
+    def within(self, window: int) -> Continuation:
         """The same with its context cut from the left, as the harness does: all but the last token fit the window."""
         kept = (self.context + self.continuation)[-(window + 1) :]
-        return Request(kept[: len(kept) - len(self.continuation)], self.continuation)
+        return Continuation(kept[: len(kept) - len(self.continuation)], self.continuation)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Scorer:
         self._positions, self._keep = "position_ids" in accepted, "logits_to_keep" in accepted
 
     @torch.no_grad()
-    def __call__(self, requests: Sequence[Request]) -> Iterator[Score]:
+    def __call__(self, requests: Sequence[Continuation]) -> Iterator[Score]:
         """Score the requests, longest first, each as soon as it is known.
 
         Raises:
@@ -96,7 +96,7 @@ class Scorer:
             yield from run(batch, [by_prompt[prompt] for prompt in batch], requests)
 
     def _continuations(
-        self, contexts: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]], requests: Sequence[Request]
+        self, contexts: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]], requests: Sequence[Continuation]
     ) -> Iterator[Score]:
         ids, mask = pad(contexts, self._pad_token, self._model.device)
         cache = DynamicCache()
@@ -148,7 +148,7 @@ class Scorer:
         return torch.cat(logprobs, dim=1), torch.cat(greedy, dim=1)
 
     def _last_tokens(
-        self, inputs: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]], requests: Sequence[Request]
+        self, inputs: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]], requests: Sequence[Continuation]
     ) -> Iterator[Score]:
         cache = DynamicCache()
         before = max(len(requests[index].continuation) for own in indices for index in own) - 1

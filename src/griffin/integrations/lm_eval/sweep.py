@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.analysis.bootstrap import Interval, geometric_interval, mean_interval
-from griffin.analysis.cells import Key, Measured, Metric
+from griffin.analysis.cells import CellResult, Key, Metric
 from griffin.analysis.fingerprint import fingerprint
 from griffin.analysis.machine import versions
 from griffin.analysis.sweep import Job, Tick, config_of, key_of
@@ -47,7 +47,7 @@ def task_jobs(
     The other arguments are those of `evaluate`.
     """
 
-    def measure(keys: Sequence[Key], tick: Tick) -> Iterator[Measured]:
+    def measure(keys: Sequence[Key], tick: Tick) -> Iterator[CellResult]:
         shared = None
         task = keys[0].task
         assert task is not None
@@ -100,7 +100,7 @@ def _digest(task: str, data: Path) -> str:
     return hashlib.sha256(rows.encode()).hexdigest()[:8]
 
 
-def measured(result: TaskResult, seed: int) -> Measured:
+def measured(result: TaskResult, seed: int) -> CellResult:
     """The cell of a task: every metric with its interval over the examples, where it is a mean of theirs."""
     metrics = {}
     for name, value in result.metrics.items():
@@ -110,7 +110,7 @@ def measured(result: TaskResult, seed: int) -> Measured:
             metrics[name] = Metric(value, found.low, found.high, better)
         else:
             metrics[name] = Metric(value, higher_is_better=better)
-    return Measured(
+    return CellResult(
         metrics=metrics,
         n=result.n,
         truncated=result.truncated,

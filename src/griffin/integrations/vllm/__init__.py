@@ -1,9 +1,11 @@
-"""GRIFFIN inside vLLM's engine, per request. A plugin of vLLM: installed with griffin, idle until it is asked for.
+"""GRIFFIN inside vLLM's engine, per request. vLLM loads this plugin wherever griffin is installed; it does nothing
+until an engine's config has the key `griffin`.
 
     vllm serve MODEL --additional-config '{"griffin": {"density": 0.5}}'
 
-The only room that imports `vllm`. `settings` reads what is asked for, `startup` refuses what does not work, `scheduler`
-keeps the prefix cache clean, `worker` computes: `requests` knows the phase of every row of a step, `blocks` the FF.
+No other package imports `vllm`. `settings` reads the settings, `startup` refuses engines that do not work, `scheduler`
+keeps the prefix cache clean and `worker` runs the model: `requests` sorts the rows of a step by request and phase, and
+`blocks` computes the FF.
 """
 
 from __future__ import annotations

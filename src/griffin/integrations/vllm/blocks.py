@@ -2,11 +2,13 @@
 
 Rows of the prompt phase, and of requests at density 1.0, go through vLLM's own layers. Rows of the generation phase are
 computed for their experts only: by the native library, in place, or on an accelerator from copies of a few requests'
-experts. Where neither can, their other neurons are multiplied by zero, which is right and saves no time.
+experts. Where neither is possible, vLLM's layers compute all neurons and those that are no experts are set to zero: the
+result is the same, but no time is saved.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,46 +21,50 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
 from griffin import activation
+from griffin.families import LAYOUTS
 from griffin.integrations.vllm.copied import Copied
-from griffin.integrations.vllm.requests import Request, Step
-from griffin.layouts import FFBlock, Layout
+from griffin.integrations.vllm.requests import RequestState, StepPlan
+from griffin.layouts import FFBlock
 from griffin.native import kernel, library, operands
 
 STEP = "griffin"
-"""The step's plan in vLLM's forward context. Dummy runs have none there, so they run the model's own FF."""
+"""Key of the step's plan in vLLM's forward context. Dummy runs have no plan there, so they run the full FF."""
 
-_LAYOUTS = (
-    (Layout(("gate_up_proj",), "down_proj", fused=True), ("act_fn",)),  # Llama, Qwen, Mistral, Gemma, Phi-3, ...
-    (Layout(("fc1",), "fc2"), ("activation_fn", "act")),  # OPT (in the decoder layer itself), Phi
-)
+_LAYOUTS = tuple(layout for layout in LAYOUTS if len(layout.inputs) == 1)  # vLLM stores gate and up as one projection
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ZERO = 1e-30  # below a row's squared norm: nothing is left of it on any rank
-
-# What an operator cannot take as an argument: the FF blocks of this process, by layer.
-_FFS: dict[int, FF] = {}
+_ZERO = 1e-30  # a squared norm that is not zero, for rows that are zero on every rank
+_LOADING = threading.Lock()  # one model at a time is loaded, as a class of vLLM is patched meanwhile
 
 
 @torch.library.custom_op("griffin::vllm_ff", mutates_args=())
-def vllm_ff(x: Tensor, layer: int) -> Tensor:
-    """One FF block as an operator, so that `torch.compile` sees an opaque call. Shapes: x (rows, D), as returned."""
-    return _FFS[layer].run(x)
+def vllm_ff(x: Tensor, name: str) -> Tensor:
+    """One FF block as an operator, so that `torch.compile` sees an opaque call.
+
+    vLLM's attention layers are found the same way: by name, among the layers of the engine whose step this is. A number
+    would be wrong: vLLM keeps compiled graphs on disk, and other processes and engines reuse them.
+
+    Shapes:
+        x: (rows, D). Returns the same.
+    """
+    ff: FF = get_forward_context().no_compile_layers[name]
+    return ff.run(x)
 
 
 @vllm_ff.register_fake
-def _(x: Tensor, layer: int) -> Tensor:
+def _(x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @dataclass
 class Counts:
-    """Rows of FF blocks by how they were computed: the proof which path ran."""
+    """Numbers of rows that the FF blocks computed each way, so that tests can tell which path ran."""
 
     native: int = 0
     copied: int = 0
     masked: int = 0
 
 
-Weights = dict[int, tuple[Tensor, Tensor | None]]
+Weights = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
 
 @contextmanager
@@ -66,92 +72,103 @@ def kept_weights() -> Iterator[Weights]:
     """Keep the linear weights that vLLM frees on a CPU while it loads a model, after packing them its own way.
 
     Yields:
-        Weight and bias of every layer of `find`'s layouts, by the layer's id.
+        Weight and bias of every layer of `find`'s layouts.
     """
     kept: Weights = {}
-    original = UnquantizedLinearMethod.process_weights_after_loading
-    names = tuple(f".{name}" for layout, _ in _LAYOUTS for name in (*layout.inputs, layout.output))
+    names = tuple(f".{name}" for layout in _LAYOUTS for name in (*layout.inputs, layout.output))
 
     def process(self: Any, layer: Any) -> None:
         if str(getattr(layer, "prefix", "")).endswith(names):
             bias = getattr(layer, "bias", None)
-            kept[id(layer)] = layer.weight.data, None if bias is None else bias.detach().clone()
+            kept[layer] = layer.weight.data, None if bias is None else bias.detach().clone()
         original(self, layer)
 
-    UnquantizedLinearMethod.process_weights_after_loading = process
-    try:
-        yield kept
-    finally:
-        UnquantizedLinearMethod.process_weights_after_loading = original
+    with _LOADING:
+        original: Any = UnquantizedLinearMethod.process_weights_after_loading
+        UnquantizedLinearMethod.process_weights_after_loading = process
+        try:
+            yield kept
+        finally:
+            UnquantizedLinearMethod.process_weights_after_loading = original
 
 
 def find(model: nn.Module, layers: int) -> list[FFBlock]:
-    """The FF blocks of a model, in order; of a tensor parallel one, this rank's part of each.
+    """The FF blocks of a model, in order; with tensor parallelism, this rank's part of each.
 
     Raises:
-        ValueError: they are not one a layer, or not made of plain linear layers.
+        ValueError: the model does not have one a layer, or their weights are quantised.
     """
-    found: list[FFBlock] = []
+    blocks: list[FFBlock] = []
     for path, module in model.named_modules():
-        for layout, activations in _LAYOUTS:
+        for layout in _LAYOUTS:
             inputs, output = getattr(module, layout.inputs[0], None), getattr(module, layout.output, None)
             if not isinstance(inputs, ColumnParallelLinear) or not isinstance(output, RowParallelLinear):
                 continue
-            if not any(isinstance(getattr(module, name, None), nn.Module) for name in activations):
+            if _activation_name(module) is None:
                 continue
             for projection in (inputs, output):
                 if not isinstance(projection.quant_method, UnquantizedLinearMethod):
                     kind = type(projection.quant_method).__name__
                     raise ValueError(f"{path} has quantised weights ({kind}), which GRIFFIN cannot read here")
             width = int(output.input_size_per_partition)
-            found.append(FFBlock(len(found), path, layout, module, (inputs,), output, width))
-    if len(found) != layers:
-        tried = "; ".join(str(layout) for layout, _ in _LAYOUTS)
+            blocks.append(FFBlock(len(blocks), path, layout, module, (inputs,), output, width))
+    if len(blocks) != layers:
+        tried = "; ".join(str(layout) for layout in _LAYOUTS)
         raise ValueError(
-            f"{type(model).__name__} has {layers} layers, and {len(found)} FF blocks of a known layout were found; "
+            f"{type(model).__name__} has {layers} layers, and {len(blocks)} FF blocks of a known layout were found; "
             f"GRIFFIN needs exactly one a layer (a mixture of experts has none). Tried: {tried}"
         )
-    return found
+    return blocks
+
+
+def _activation_name(module: nn.Module) -> str | None:
+    """Attribute name of an FF block's activation module."""
+    names = (name for name, function in activation.callables_of(module) if isinstance(function, nn.Module))
+    return next(names, None)
 
 
 class FF:
-    """One FF block, patched to ask for its step's plan.
+    """One FF block, patched so that it follows the step's plan.
 
     Args:
         block: the block.
-        weights: what `kept_weights` kept; layers that are not in it are read where they are.
+        weights: from `kept_weights`; the weights of other layers are read where they are.
         backend: as in `GriffinConfig`.
-        compiled: whether vLLM compiles the model.
-        counts: what is counted.
+        layers: where compiled graphs find the block, vLLM's `static_forward_context` of this engine; `None` where
+            vLLM does not compile the model.
+        counts: where the rows are counted.
 
     Raises:
-        ValueError: the native backend was asked for by name and cannot compute the block.
+        ValueError: the native backend was asked for by name and cannot compute the block, or the block is more than
+            its projections and its activation.
     """
 
-    def __init__(self, block: FFBlock, weights: Weights, backend: str, compiled: bool, counts: Counts) -> None:
+    def __init__(
+        self, block: FFBlock, weights: Weights, backend: str, layers: dict[str, Any] | None, counts: Counts
+    ) -> None:
         self.block, self._counts = block, counts
-        names = (name for _, own in _LAYOUTS for name in own)
-        self._act_name = next(name for name in names if isinstance(getattr(block.module, name, None), nn.Module))
+        self._activation_name = _activation_name(block.module) or ""
         self._input, self._output = cast(Any, block.inputs[0]), cast(Any, block.output)
         self._read, self._write = self._input.forward, self._output.forward
-        self._activate = getattr(block.module, self._act_name).forward
+        self._activate = getattr(block.module, self._activation_name).forward
         self._ranks, self._rank = int(self._output.tp_size), int(self._output.tp_rank)
-        self._own: Callable[[Tensor], Tensor] = block.module.forward if block.gated else self._whole
+        self._in_layer = block.path.rpartition(".")[2].isdigit()  # OPT: the decoder layer itself holds the projections
+        self._full: Callable[[Tensor], Tensor] = self._whole if self._in_layer else block.module.forward
         self.native: operands.Block | None = None
         self._copied: Copied | None = None
-        self.reason = self._unusable(weights)
+        self._refuse_other_terms()
+        self.reason = self._why_not_native(weights)
         if self.reason is None and backend in ("auto", "native"):
             self.native = self._native_block(weights)
         elif backend == "native":
             raise ValueError(f"backend is native, but {self.reason}")
         elif backend == "gather" or (backend == "auto" and self._input.weight.device.type != "cpu"):
             self._copied = self._copied_block(weights)
-        _FFS[block.layer] = self
-        self._patch(compiled)
+        self._patch(layers)
 
     @property
     def way(self) -> str:
-        """How experts are computed, and why not in place."""
+        """How experts are computed, and, if not in place, the reason."""
         if self.native is not None:
             return "by the native library, in place"
         why = self.reason or "as the backend was asked for by name"
@@ -164,9 +181,9 @@ class FF:
             x: (rows, D), padding included. Returns the same.
         """
         context = get_forward_context().additional_kwargs if is_forward_context_available() else {}
-        step: Step | None = context.get(STEP)
+        step: StepPlan | None = context.get(STEP)
         if step is None or not (step.pruned or step.gathered):
-            return self._own(x)
+            return self._full(x)
         if not step.pruned or not self._saves(step):
             return self._whole(x, step)
         if len(step.pruned) == step.rows == len(x):
@@ -181,7 +198,7 @@ class FF:
             y[whole] = self._written(z)
         return y
 
-    def _saves(self, step: Step) -> bool:
+    def _saves(self, step: StepPlan) -> bool:
         """Whether the pruned rows can be computed for their experts alone."""
         if self._copied is not None:
             return self._copied.pays(step)
@@ -195,8 +212,8 @@ class FF:
         y: Tensor = self._write(z)[0]
         return y
 
-    def _whole(self, x: Tensor, step: Step | None = None) -> Tensor:
-        """By vLLM's layers; of pruned rows the neurons that are no experts count as zero."""
+    def _whole(self, x: Tensor, step: StepPlan | None = None) -> Tensor:
+        """Compute rows by vLLM's layers. In pruned rows, neurons that are no experts are set to zero."""
         z = self._neurons(x)
         if step is not None:
             self._gather(z, step, None)
@@ -205,47 +222,47 @@ class FF:
             self._counts.masked += len(step.pruned)
         return self._written(z)
 
-    def _mask(self, request: Request, like: Tensor) -> Tensor:
+    def _mask(self, request: RequestState, like: Tensor) -> Tensor:
         layer = self.block.layer
         if layer not in request.masks:
             mask = torch.zeros(self.block.width, dtype=like.dtype, device=like.device)
             request.masks[layer] = mask.index_fill_(0, request.experts[layer].to(like.device), 1)
         return request.masks[layer]
 
-    def _gather(self, z: Tensor, step: Step, place: dict[int, int] | None) -> None:
-        """Add the prompt tokens of a step to their requests' statistic. `place`: where a row is in z."""
+    def _gather(self, z: Tensor, step: StepPlan, place: dict[int, int] | None) -> None:
+        """Add the prompt tokens of a step to the statistics of their requests. `place` maps rows of the step to z's."""
         if not step.gathered:
             return
         norms = None
         if self._ranks > 1:  # the row's other neurons are on other ranks
             norms = tensor_model_parallel_all_reduce(z.float().square().sum(dim=1)).clamp_min(_ZERO)
         for request, begin, end in step.gathered:
-            first = begin if place is None else place[begin]
-            rows = slice(first, first + end - begin)
-            own = None if norms is None else norms[None, rows]
-            request.statistics.add(self.block.layer, z[None, rows], None, own)
+            start = begin if place is None else place[begin]
+            rows = slice(start, start + end - begin)
+            squared_norms = None if norms is None else norms[None, rows]
+            request.statistics.add(self.block.layer, z[None, rows], None, squared_norms)
 
-    def _experts(self, x: Tensor, step: Step) -> Tensor:
-        """By the native library, or from copies. Shapes: x (pruned rows, D), as returned."""
+    def _experts(self, x: Tensor, step: StepPlan) -> Tensor:
+        """Compute pruned rows by the native library, or from copies. Shapes: x (pruned rows, D), as returned."""
         if self._copied is not None:
             self._counts.copied += len(x)
             y = self._copied.run(x, step)
         else:
             assert self.native is not None
-            experts, who = step.set_of(self.block.layer, self.block.width)
+            experts, row_mask = step.set_of(self.block.layer, self.block.width)
             self._counts.native += len(x)
-            own = x if x.dtype != torch.float16 else x.float()
-            y = kernel.ff(self.native, own, experts, who).to(x.dtype)
+            readable = x.float() if x.dtype == torch.float16 else x
+            y = kernel.ff(self.native, readable, experts, row_mask).to(x.dtype)
         if self._ranks > 1:
             y = tensor_model_parallel_all_reduce(y)
         return y
 
-    def _unusable(self, weights: Weights) -> str | None:
+    def _why_not_native(self, weights: Weights) -> str | None:
         """Why the native library cannot compute this block; `None` if it can."""
-        if (reason := library.available()) is not None:
+        if (reason := library.why_not()) is not None:
             return reason
         for projection in (self._input, self._output):
-            weight = weights.get(id(projection), (projection.weight, None))[0]
+            weight = weights.get(projection, (projection.weight, None))[0]
             if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.numel() == 0:
                 return f"{self.block.path} has weights of {weight.dtype} on {weight.device} that it cannot read"
         if not self._output.reduce_results or self._output.skip_bias_add:
@@ -254,6 +271,21 @@ class FF:
             return f"{self.block.path} has an activation that the native library does not know"
         return None
 
+    @torch.no_grad()
+    def _refuse_other_terms(self) -> None:
+        """Refuse a module whose forward has terms of its own (Falcon-H1 multiplies), by trying it out."""
+        if self._in_layer:
+            return
+        weight = self._input.weight
+        x = torch.linspace(-1, 1, self._input.input_size, dtype=weight.dtype, device=weight.device)[None]
+        y, expected = self._full(x), self._whole(x)
+        tolerance = 0.01 * float(expected.abs().max())
+        if not isinstance(y, Tensor) or not torch.allclose(y, expected, rtol=0, atol=tolerance, equal_nan=True):
+            raise ValueError(
+                f"{self.block.path}: {type(self.block.module).__name__} computes more than its projections and its "
+                "activation, so GRIFFIN cannot prune it here"
+            )
+
     def _activation(self) -> str | None:
         if not self.block.gated:
             return activation.name_of(self._activate)
@@ -261,9 +293,9 @@ class FF:
         return activation.name_of(lambda gate: self._activate(torch.stack([gate, torch.ones_like(gate)], 1))[:, 0])
 
     def _projections(self, weights: Weights) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Weight and bias of what is read and of what is written; the sum over the ranks has the latter's bias once."""
-        read = weights.get(id(self._input), (self._input.weight, self._input.bias))
-        write, bias = weights.get(id(self._output), (self._output.weight, self._output.bias))
+        """Weight and bias of the input and of the output projection; the latter's bias on rank 0 alone."""
+        read = weights.get(self._input, (self._input.weight, self._input.bias))
+        write, bias = weights.get(self._output, (self._output.weight, self._output.bias))
         return read, (write, bias if self._rank == 0 else None)
 
     def _copied_block(self, weights: Weights) -> Copied:
@@ -288,17 +320,25 @@ class FF:
             out_bias=write_bias,
         )
 
-    def _patch(self, compiled: bool) -> None:
-        layer = self.block.layer
-
-        def forward(x: Tensor) -> Tensor:
-            y: Tensor = vllm_ff(x, layer) if compiled else self.run(x)
-            return y
-
-        if self.block.gated:
+    def _patch(self, layers: dict[str, Any] | None) -> None:
+        forward = self.run if layers is None else self._registered(layers)
+        if not self._in_layer:
             self.block.module.forward = forward
             return
-        # The FF of OPT has no module of its own: its last projection does all the work, on the block's input.
+        # The decoder layer calls the projections itself: let the output projection compute the whole block.
         self._input.forward = lambda x: (x, None)
-        setattr(self.block.module, self._act_name, nn.Identity())  # its own one is the same object in all layers
+        setattr(self.block.module, self._activation_name, nn.Identity())  # all layers share one activation: replace it
         self._output.forward = lambda x: (forward(x), None)
+
+    def _registered(self, layers: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Enter the block where compiled graphs look it up. Returns what they are to call."""
+        name = f"{self._output.prefix}.griffin"  # vLLM's names are unique in an engine, a draft model's included
+        if name in layers:
+            raise ValueError(f"this engine already has an FF block {name}")
+        layers[name] = self
+
+        def forward(x: Tensor) -> Tensor:
+            y: Tensor = vllm_ff(x, name)
+            return y
+
+        return forward

@@ -1,8 +1,8 @@
-"""Experts copied out for each request: for accelerators, which want dense matrices and have no kernel that reads in
-place.
+"""Copies of each request's experts, for accelerators: they need dense matrices, and no kernel there reads in place.
 
-A request's experts are copied when its first token is generated, and are then a dense FF block of width k. That reads
-and keeps k neurons for every request, so it is done for so few requests that they are fewer than the whole FF's.
+The experts of a request are copied when its generation phase begins, and are a dense FF block of width k from then on.
+Every request reads and stores k neurons, so copies are used only while the requests of a step have fewer experts
+together than the FF has neurons.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.integrations.vllm.requests import Request, Step
+from griffin.integrations.vllm.requests import RequestState, StepPlan
 
 
 class Copied:
     """One FF block by copies of its experts.
 
     Args:
-        layer: its number.
-        read: gate and up, one above the other, or up alone.
+        layer: index of the decoder layer.
+        read: the input projection: the rows of gate, then the rows of up; or up alone.
         write: the output projection.
-        activate: from what is read to z; takes rows of 2k where there is a gate.
-        gated: whether there is a gate.
+        activate: computes z from the input projection's outputs, of which there are 2k where the block is gated.
+        gated: whether the block has a gate.
 
     Shapes:
         read: weight (2 D_ff or D_ff, D), and bias or `None`. write: weight (D, D_ff), and bias or `None`.
@@ -42,8 +42,8 @@ class Copied:
         self._activate, self._gated = activate, gated
         self._width = write[0].shape[1]
 
-    def pays(self, step: Step) -> bool:
-        """Whether the copies of this step's requests are smaller than the FF. If not, they are let go."""
+    def pays(self, step: StepPlan) -> bool:
+        """Whether the copies of this step's requests are smaller than the FF. If not, this frees them."""
         requests = {id(request): request for _, request in step.pruned}.values()
         if sum(len(request.experts[self._layer]) for request in requests) < self._width:
             return True
@@ -51,22 +51,23 @@ class Copied:
             request.copies.pop(self._layer, None)
         return False
 
-    def run(self, x: Tensor, step: Step) -> Tensor:
-        """The rows of a step's requests, before any sum over ranks. Shapes: x (pruned rows, D), as returned."""
+    def run(self, x: Tensor, step: StepPlan) -> Tensor:
+        """Compute the pruned rows of a step, before any sum over ranks. Shapes: x (pruned rows, D), as returned."""
         y = torch.empty_like(x)
-        rows: dict[int, tuple[Request, list[int]]] = {}
+        rows: dict[int, tuple[RequestState, list[int]]] = {}
         for at, (_, request) in enumerate(step.pruned):
             rows.setdefault(id(request), (request, []))[1].append(at)
-        for request, own in rows.values():
+        for request, places in rows.values():
             read, read_bias, write = self._copies(request)
-            y[own] = F.linear(self._activate(F.linear(x[own], read, read_bias)), write, self._write[1])
+            y[places] = F.linear(self._activate(F.linear(x[places], read, read_bias)), write, self._write[1])
         return y
 
-    def _copies(self, request: Request) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _copies(self, request: RequestState) -> tuple[Tensor, Tensor | None, Tensor]:
         if self._layer not in request.copies:
             weight, bias = self._read
             experts = request.experts[self._layer].to(weight.device)
             rows = torch.cat([experts, experts + self._width]) if self._gated else experts
-            own = weight.detach()[rows], None if bias is None else bias.detach()[rows]
-            request.copies[self._layer] = (*own, self._write[0].detach()[:, experts].contiguous())
+            read, read_bias = weight.detach()[rows], None if bias is None else bias.detach()[rows]
+            write = self._write[0].detach()[:, experts].contiguous()
+            request.copies[self._layer] = read, read_bias, write
         return request.copies[self._layer]

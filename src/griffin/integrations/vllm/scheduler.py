@@ -1,4 +1,4 @@
-"""vLLM's schedulers, which keep what a pruned FF has computed out of the prefix cache."""
+"""vLLM's schedulers, changed so that the prefix cache holds nothing that a pruned FF has computed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from griffin.integrations.vllm import settings
 class _CleanCache:
     """Requests with GRIFFIN do not read the prefix cache, and publish the blocks of their prompts only.
 
-    A hit would skip prompt tokens, whose statistic is then missing. Keys and values of generated tokens come from a
-    pruned FF, and other requests must not find them.
+    A cache hit would skip prompt tokens, and the statistic would miss them. Keys and values of generated tokens come
+    from a pruned FF, so other requests must not read them.
     """
 
     vllm_config: Any

@@ -1,4 +1,4 @@
-"""What is asked for: the key `griffin` of vLLM's additional config, and a request's own density."""
+"""Reads the settings: the key `griffin` of vLLM's additional config, and the density of a request."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from griffin.methods import METHODS
 
 KEY = "griffin"
 DENSITY = "griffin_density"
-"""A request's own density: in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`."""
+"""Name of a request's density in `SamplingParams.extra_args`, over HTTP in `vllm_xargs`."""
 
 _SELECTIONS = [name for name, method in METHODS.items() if method.select is not None and not method.static]
 
 
 def of(vllm_config: Any) -> GriffinConfig | None:
-    """The config of an engine; `None` if GRIFFIN is not asked for.
+    """The config of an engine; `None` if its additional config has no key `griffin`.
 
     Raises:
-        ValueError: an unknown key, a value that a field refuses, or one that means nothing inside vLLM.
+        ValueError: a setting is unknown, has a wrong value, or is not available inside vLLM.
     """
     additional = vllm_config.additional_config
     if not isinstance(additional, Mapping) or KEY not in additional:
@@ -44,13 +44,13 @@ def of(vllm_config: Any) -> GriffinConfig | None:
 
 
 def of_request(params: Any, config: GriffinConfig) -> GriffinConfig:
-    """The config of a request: the engine's, or with the request's own density.
+    """The config of a request: the engine's, with the request's density if it names one.
 
     Raises:
-        ValueError: the density is not one, or another argument begins with `griffin`.
+        ValueError: the density is not valid, or another argument begins with `griffin`.
     """
     extra = getattr(params, "extra_args", None) or {}
     for name in extra:
         if str(name).startswith(KEY) and name != DENSITY:
-            raise ValueError(f"unknown request argument {name!r}; a request may say its own {DENSITY}")
+            raise ValueError(f"unknown request argument {name!r}; a request may set its {DENSITY}")
     return replace(config, density=extra[DENSITY]) if DENSITY in extra else config

@@ -1,4 +1,11 @@
-"""What happens when an engine is configured: refuse what does not work, and name the classes that do the rest."""
+"""Checks every engine's config and every request, and gives engines that ask for GRIFFIN its worker and scheduler.
+
+Two methods of vLLM's classes are wrapped when vLLM loads the plugin. Elsewhere griffin changes objects, never classes;
+here there is no other way in. vLLM lets users name a worker class and a scheduler class, but the additional config
+selects neither, and vLLM has no hook that sees an engine's config before it is used, or a request before it reaches the
+engine, where an exception would stop all requests. The wrappers keep no state: each reads the config of the engine that
+calls it. So they change nothing for an engine without the key `griffin`, and engines in one process do not meet.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +20,7 @@ from griffin.integrations.vllm import settings
 from griffin.native import library
 
 VERSIONS = ((0, 32), (0, 33))
-"""First version that was tested, and first that was not."""
+"""The lowest version that was tested, and the lowest above it that was not."""
 
 _WORKER = "griffin.integrations.vllm.worker.GriffinWorker"
 _WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
@@ -21,7 +28,7 @@ _SCHEDULERS = "griffin.integrations.vllm.scheduler"
 
 
 def install() -> None:
-    """Let engine configs and requests pass by here. Both do nothing more where the key `griffin` is absent."""
+    """Wrap the methods that make an engine's config and that take a request. Calling it again does nothing."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -31,7 +38,7 @@ def install() -> None:
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     original = getattr(owner, name)
-    if hasattr(original, "_griffin"):  # registered before
+    if hasattr(original, "_griffin"):  # wrapped already
         return
 
     @functools.wraps(original)
@@ -43,18 +50,18 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
 
 
 def _configured(original: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
-    found = original(arguments, *args, **kwargs)
-    config = settings.of(found)
+    vllm_config = original(arguments, *args, **kwargs)
+    config = settings.of(vllm_config)
     if config is not None:
-        check(found, config)
-        found.parallel_config.worker_cls = _WORKER
-        name = "GriffinAsyncScheduler" if found.scheduler_config.async_scheduling else "GriffinScheduler"
-        found.scheduler_config.scheduler_cls = f"{_SCHEDULERS}.{name}"
-    return found
+        check(vllm_config, config)
+        vllm_config.parallel_config.worker_cls = _WORKER
+        name = "GriffinAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "GriffinScheduler"
+        vllm_config.scheduler_config.scheduler_cls = f"{_SCHEDULERS}.{name}"
+    return vllm_config
 
 
 def _checked(original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kw: Any) -> Any:
-    """Refuse a request before it reaches the engine, which would stop at an error."""
+    """Refuse a wrong request before it reaches the engine, where an exception would stop all requests."""
     config = settings.of(processor.vllm_config)
     if config is not None:
         settings.of_request(params, config)
@@ -63,48 +70,48 @@ def _checked(original: Any, processor: Any, request_id: str, prompt: Any, params
     return original(processor, request_id, prompt, params, *args, **kw)
 
 
-def check(found: Any, config: GriffinConfig) -> None:
-    """Refuse an engine that GRIFFIN would not be right in.
+def check(vllm_config: Any, config: GriffinConfig) -> None:
+    """Refuse an engine in which GRIFFIN would give wrong results.
 
     Args:
-        found: vLLM's config.
-        config: what was asked for.
+        vllm_config: vLLM's config of the engine.
+        config: the engine's settings for GRIFFIN.
 
     Raises:
         ValueError: with all reasons.
     """
-    reasons = list(_reasons(found, config))
-    if reasons:
+    if reasons := _why_not(vllm_config, config):
         raise ValueError(f"GRIFFIN cannot run in this engine: {'; '.join(reasons)}")
 
 
-def _reasons(found: Any, config: GriffinConfig) -> list[str]:
-    parallel, scheduler, model = found.parallel_config, found.scheduler_config, found.model_config
-    cpu = found.device_config.device_type == "cpu"
+def _why_not(vllm_config: Any, config: GriffinConfig) -> list[str]:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    scheduler_cls = vllm_config.scheduler_config.scheduler_cls
+    cpu = vllm_config.device_config.device_type == "cpu"
     version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
-    low, high = (".".join(map(str, own)) for own in VERSIONS)
-    missing = library.available()
+    low, high = (".".join(map(str, bound)) for bound in VERSIONS)
+    missing = library.why_not()
     rules = [
         (
             not VERSIONS[0] <= version < VERSIONS[1],
             f"vLLM is {vllm.__version__}, tested are versions from {low} to below {high}",
         ),
         (
-            found.use_v2_model_runner,
+            vllm_config.use_v2_model_runner,
             "it has the V2 model runner, which forgets preempted requests: set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
         (
-            found.speculative_config is not None,
+            vllm_config.speculative_config is not None,
             "with speculative decoding the prompt's last step already holds draft tokens, before there are experts",
         ),
-        (found.lora_config is not None, "LoRA changes FF weights per request"),
+        (vllm_config.lora_config is not None, "LoRA changes FF weights per request"),
         (
             model.quantization is not None,
             f"the FF is quantised ({model.quantization}), which the plugin cannot read; load plain weights",
         ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not handled; use tensor parallelism"),
         (getattr(parallel, "enable_dbo", False), "dual batch overlap splits a step, so that rows lose their requests"),
-        (found.kv_transfer_config is not None, "a KV connector would hand on what a pruned FF has computed"),
+        (vllm_config.kv_transfer_config is not None, "a KV connector would hand on what a pruned FF has computed"),
         (model.runner_type != "generate", f"the model does not generate (runner {model.runner_type})"),
         (getattr(model, "is_encoder_decoder", False), "GRIFFIN prunes decoder-only models"),
         (not cpu and not model.enforce_eager, "CUDA graphs would keep one step's experts: pass --enforce-eager"),
@@ -112,7 +119,7 @@ def _reasons(found: Any, config: GriffinConfig) -> list[str]:
             parallel.worker_cls not in (*_WORKERS, _WORKER),
             f"its worker is {parallel.worker_cls}; expected one of vLLM's own for CPU or CUDA",
         ),
-        (scheduler.scheduler_cls is not None, f"its scheduler is {scheduler.scheduler_cls}, not vLLM's own"),
+        (scheduler_cls is not None, f"its scheduler is {scheduler_cls}, not vLLM's own"),
         (config.backend == "native" and not cpu, "backend is native, which runs on the CPU"),
         (config.backend == "native" and missing is not None, f"backend is native, but {missing}"),
     ]

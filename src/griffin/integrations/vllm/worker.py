@@ -24,7 +24,7 @@ logger = init_logger("vllm.griffin")
 
 
 class GriffinWorker(Worker):  # type: ignore[misc]
-    """The platform's worker. The key `griffin` of the additional config says what it does."""
+    """The platform's worker, with the settings from the key `griffin` of the additional config."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model and patch its FF blocks.
@@ -44,9 +44,10 @@ class GriffinWorker(Worker):  # type: ignore[misc]
             if config.layers[-1] >= layers:
                 raise ValueError(f"layers has {config.layers[-1]}, but the model has layers 0 to {layers - 1}")
             blocks = [block for block in blocks if block.layer in config.layers]
-        compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        compilation = self.vllm_config.compilation_config
+        named = None if compilation.mode == CompilationMode.NONE else compilation.static_forward_context
         self._griffin_counts = Counts()
-        ffs = [FF(block, weights, config.backend, compiled, self._griffin_counts) for block in blocks]
+        ffs = [FF(block, weights, config.backend, named, self._griffin_counts) for block in blocks]
         self._griffin_requests = Requests(blocks)
         forward = runner._model_forward
 
@@ -84,7 +85,7 @@ class GriffinWorker(Worker):  # type: ignore[misc]
             )
 
     def griffin_report(self) -> dict[str, int]:
-        """What was computed how, since the start. For `collective_rpc`."""
+        """Counts of what was computed, and how, since the start. For `collective_rpc`."""
         requests = self._griffin_requests
         return {
             "native_rows": self._griffin_counts.native,
@@ -96,6 +97,6 @@ class GriffinWorker(Worker):  # type: ignore[misc]
         }
 
     def griffin_experts(self) -> dict[str, dict[int, list[int]]]:
-        """Experts of the requests that run, by request and layer. For `collective_rpc`."""
-        found = self._griffin_requests.experts
-        return {name: {layer: e.tolist() for layer, e in own.items()} for name, own in found.items()}
+        """Experts of the unfinished requests, by request and layer. For `collective_rpc`."""
+        requests = self._griffin_requests.experts
+        return {name: {layer: e.tolist() for layer, e in by_layer.items()} for name, by_layer in requests.items()}

@@ -1,9 +1,9 @@
-"""Time of the native FF call with a token tier, as a ratio to plain experts at the same density, that is, same bytes.
+"""Time of the native FF call with dynamic neuron selection, as a ratio to plain experts that read the same bytes.
 
-    python benchmarks/tier.py [--densities 0.5,0.75] [--rounds 40] [-o results/MACHINE/tier.csv]
+    python benchmarks/dynamic.py [--densities 0.5,0.75] [--rounds 40] [-o results/MACHINE/dynamic.csv]
 
-Random weights in real shapes, enough layers that no cache holds them; plain, tier and dense calls take turns within a
-round. The tier's result is checked against torch first.
+The weights are random, in the shapes of real models, with enough layers that no CPU cache holds them. Plain, dynamic
+and dense calls are interleaved within a round. The dynamic result is compared with torch before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from griffin.analysis import files, machine
 from griffin.layouts import find_ff_blocks
-from griffin.method import dynamic as tier
+from griffin.method import dynamic
 from griffin.models.convert import convert
 from griffin.native import kernel, library, operands
 
@@ -53,40 +53,41 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
     x, weight = torch.randn(1, d), torch.rand(width)
     rows: list[dict[str, float | int | str | None]] = []
     for density in densities:
-        split = tier.split(ff[0], density)
+        split = dynamic.split(ff[0], density)
         experts = [torch.randperm(width)[: split.experts].sort().values for _ in ff]
         plain = [torch.randperm(width)[: int(density * width)].sort().values for _ in ff]
-        sketches = [None if split.gate is None else tier.sketch(block, split.gate) for block in ff]
-        tiers = [operands.dynamic(b, weight, split.chosen, gate=s) for b, s in zip(blocks, sketches, strict=True)]
-        _check(blocks[0], x, weight, experts[0], tiers[0], sketches[0], split.chosen, activation)
+        sketches = [None if split.gate is None else dynamic.sketch(block, split.gate) for block in ff]
+        selections = [operands.dynamic(b, weight, split.chosen, gate=s) for b, s in zip(blocks, sketches, strict=True)]
+        _check(blocks[0], x, weight, experts[0], selections[0], sketches[0], split.chosen, activation)
         before = library.ff_bytes()
-        kernel.ff(blocks[0], x, experts[0], dynamic=tiers[0])
+        kernel.ff(blocks[0], x, experts[0], dynamic=selections[0])
         read = (library.ff_bytes() - before) / blocks[0].weight_bytes
-        seconds: dict[str, list[float]] = {"dense": [], "plain": [], "tier": []}
+        seconds: dict[str, list[float]] = {"dense": [], "plain": [], "dynamic": []}
         for number in range(rounds + 3):
-            for name, own in seconds.items():
+            for name, times in seconds.items():
                 start = time.perf_counter()
-                for block, e, p, t in zip(blocks, experts, plain, tiers, strict=True):
-                    if name == "tier":
+                for block, e, p, t in zip(blocks, experts, plain, selections, strict=True):
+                    if name == "dynamic":
                         kernel.ff(block, x, e, dynamic=t)
                     else:
                         kernel.ff(block, x, p if name == "plain" else None)
                 if number >= 3:  # the first rounds warm up
-                    own.append((time.perf_counter() - start) / layers)
-        ratios = [own / base for own, base in zip(seconds["tier"], seconds["plain"], strict=True)]
+                    times.append((time.perf_counter() - start) / layers)
+        ratios = [ours / base for ours, base in zip(seconds["dynamic"], seconds["plain"], strict=True)]
         rows.append(
             {
                 "shape": shape, "weights": weights, "density": density, "gate": split.gate or "own",
                 "experts": split.experts, "chosen": split.chosen, "ff_bytes": round(read, 4),
                 "dense_us": 1e6 * statistics.median(seconds["dense"]),
                 "plain_us": 1e6 * statistics.median(seconds["plain"]),
-                "tier_us": 1e6 * statistics.median(seconds["tier"]), "tier_to_plain": statistics.median(ratios),
+                "dynamic_us": 1e6 * statistics.median(seconds["dynamic"]),
+                "dynamic_to_plain": statistics.median(ratios),
             }
         )  # fmt: skip
         row = rows[-1]
         print(
             f"{shape:15} {weights:5} {density:5g}  bytes {row['ff_bytes']:.3f}  dense {row['dense_us']:7.0f} us  plain "
-            f"{row['plain_us']:7.0f} us  tier {row['tier_us']:7.0f} us  {row['tier_to_plain']:.3f}x"
+            f"{row['plain_us']:7.0f} us  dynamic {row['dynamic_us']:7.0f} us  {row['dynamic_to_plain']:.3f}x"
         )
     return rows
 
@@ -96,12 +97,12 @@ def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
     experts: torch.Tensor,
-    own: operands.Dynamic,
+    selection: operands.Dynamic,
     sketch: operands.Matrix | None,
     k: int,
     activation: str,
 ) -> None:
-    """Refuse to time what is wrong: y against torch, up to inputs in 8 bits and neurons at the edge."""
+    """Exit if the result differs from torch by more than 8-bit inputs, and ties at the k-th score, explain."""
     gate, up, down = operands.unpack(block)
     if sketch is not None:
         gate = operands.unpack(sketch)[0]
@@ -110,9 +111,9 @@ def _check(
     best = (gates.abs() * weight[experts]).topk(k).indices[0]
     chosen = experts[best]
     expected = (gates[:, best] * (x @ up[chosen].T)) @ down[chosen]
-    off = float((kernel.ff(block, x, experts, dynamic=own) - expected).norm() / expected.norm())
+    off = float((kernel.ff(block, x, experts, dynamic=selection) - expected).norm() / expected.norm())
     if off > 0.15:
-        raise SystemExit(f"the tier's result is off by {off:.3f}; nothing was timed")
+        raise SystemExit(f"the dynamic result is off by {off:.3f}; nothing was timed")
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    densities = [float(own) for own in args.densities.split(",")]
+    densities = [float(density) for density in args.densities.split(",")]
     rows = [
         row
         for shape in args.shapes.split(",")
