@@ -207,9 +207,9 @@ def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held, offset = "", 0
 
-    def event(text: str, found: dict[str, Any] | None, finish: str | None = None) -> str:
+    def event(text: str, logprobs: dict[str, Any] | None, finish: str | None = None) -> str:
         said = {"delta": {"content": text} if text else {}} if chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": found, "finish_reason": finish}
+        choice = {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
         return json.dumps({"choices": [choice], "usage": None, "model": MODEL}, ensure_ascii=False)
 
     if chat:
@@ -217,13 +217,13 @@ def events(body: dict[str, Any], *, chat: bool) -> Iterator[str]:
     for token in tokens:
         shown = token.decode("utf-8", "replace")
         if chat:
-            found: dict[str, Any] = {"content": [{"token": shown, "logprob": -0.1, "bytes": list(token)}]}
+            logprobs: dict[str, Any] = {"content": [{"token": shown, "logprob": -0.1, "bytes": list(token)}]}
         else:
             shown = shown.lstrip(" ")  # as some tokenizers show a token alone
             if "\ufffd" in shown:
                 shown = "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-            found = {"tokens": [shown], "token_logprobs": [-0.1], "top_logprobs": None, "text_offset": [offset]}
-        yield event(held, found)
+            logprobs = {"tokens": [shown], "token_logprobs": [-0.1], "top_logprobs": None, "text_offset": [offset]}
+        yield event(held, logprobs)
         held = decoder.decode(token) if token != FULL[0] else token.decode().lstrip()
         offset += len(shown)
     yield event(held, None, "length" if len(tokens) == body["max_tokens"] else "stop")

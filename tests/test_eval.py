@@ -102,11 +102,11 @@ def test_a_built_in_model_in_packed_weights_with_dynamic_selection(
     smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     texts = [("The capital of France is", [" Paris", " a potato"]), ("Water is", [" wet"])]
-    found = {}
+    scores = {}
     for weights in (None, "int8"):
         lm = GriffinLM("smollm2-135m", weights=weights, density=0.6, selection="dynamic+topk", disable_tqdm=True)
-        found[weights] = [score for score, _ in lm.loglikelihood(requests(texts))]
-    (paris, potato, wet), packed = found[None], found["int8"]
+        scores[weights] = [score for score, _ in lm.loglikelihood(requests(texts))]
+    (paris, potato, wet), packed = scores[None], scores["int8"]
     assert paris > potato
     assert packed[0] > packed[1]
     assert packed[2] == pytest.approx(wet, abs=1.0)  # 8 bits, and other neurons at the edge
@@ -120,22 +120,24 @@ def test_density_1_equals_hf_on_every_task(
     task: str, data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 0)
-    known = manager({"data": str(data)})
+    task_manager = manager({"data": str(data)})
     hf = HFLM(model, tokenizer=tokenizer)
-    expected: Any = lm_eval.simple_evaluate(hf, tasks=[task], task_manager=known, limit=2, bootstrap_iters=0, **seeds)
-    found = evaluate(model, tokenizer, GriffinConfig(density=1.0, selection="topk"), tasks=[task], data=data, limit=2)[
+    expected: Any = lm_eval.simple_evaluate(
+        hf, tasks=[task], task_manager=task_manager, limit=2, bootstrap_iters=0, **seeds
+    )
+    result = evaluate(model, tokenizer, GriffinConfig(density=1.0, selection="topk"), tasks=[task], data=data, limit=2)[
         task
     ]
     values = {key.split(",")[0]: value for key, value in expected["results"][task].items() if "," in key}
     values = {key: value for key, value in values.items() if not key.endswith("_stderr")}
     assert values
     for metric, value in values.items():
-        if f"{metric} (flexible-extract)" in found.metrics:  # the last filter of two
+        if f"{metric} (flexible-extract)" in result.metrics:  # the last filter of two
             metric = f"{metric} (flexible-extract)"
-        assert found.metrics[metric] == value  # the same digits
-    own = [sample["filtered_resps"] for sample in expected["samples"][task]][: found.n]
-    ours = [sample["response"] for sample in found.samples]
-    assert ours == [one[0] if len(one) == 1 else [list(choice) for choice in one] for one in own]
+        assert result.metrics[metric] == value  # the same digits
+    theirs = [sample["filtered_resps"] for sample in expected["samples"][task]][: result.n]
+    ours = [sample["response"] for sample in result.samples]
+    assert ours == [one[0] if len(one) == 1 else [list(choice) for choice in one] for one in theirs]
 
 
 def test_below_density_1_results_differ(
@@ -166,8 +168,8 @@ def test_below_density_1_results_differ(
 def encoded(lm: GriffinLM, context: str, continuation: str) -> tuple[list[int], list[int]]:
     if not context:
         return [lm.prefix_token_id], lm.tok_encode(continuation)
-    own: tuple[list[int], list[int]] = lm._encode_pair(context, continuation)
-    return own
+    pair: tuple[list[int], list[int]] = lm._encode_pair(context, continuation)
+    return pair
 
 
 @torch.no_grad()
@@ -176,8 +178,8 @@ def continuation_by_hand(
 ) -> tuple[float, bool]:
     """Token by token, one sequence, the context's keys and values from the full model. `prompts` choose the experts."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(own)) + own for own in prompts])
-    mask = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     context = prompts[row]
     with attach(model, config) as handle:
         with handle.prompt_phase():
@@ -203,10 +205,10 @@ def last_token_by_hand(
     cache = DynamicCache()
     with attach(model, config) as handle:
         with handle.prompt_phase():
-            first = model(torch.tensor([whole[:-2]]), past_key_values=cache, use_cache=True).logits
+            prompt_logits = model(torch.tensor([whole[:-2]]), past_key_values=cache, use_cache=True).logits
         with handle.generation_phase():
-            second = model(torch.tensor([whole[-2:-1]]), past_key_values=cache, use_cache=True).logits
-    logits = torch.cat([first, second], dim=1)[0, -scored:].log_softmax(-1)
+            last_logits = model(torch.tensor([whole[-2:-1]]), past_key_values=cache, use_cache=True).logits
+    logits = torch.cat([prompt_logits, last_logits], dim=1)[0, -scored:].log_softmax(-1)
     wanted = torch.tensor(whole[-scored:])
     return float(logits.gather(1, wanted[:, None]).sum()), bool((logits.argmax(-1) == wanted).all())
 
@@ -217,8 +219,8 @@ def test_continuation_equals_a_loop(
     backend: str, batch: str, batch_size: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     lm = griffin_lm(model, tokenizer, backend=backend, batch=batch, batch_size=batch_size)
-    found = lm.loglikelihood(requests())
-    for request, (loglikelihood, greedy) in zip(requests(), found, strict=True):
+    scores = lm.loglikelihood(requests())
+    for request, (loglikelihood, greedy) in zip(requests(), scores, strict=True):
         context, continuation = encoded(lm, *request.args)
         expected = continuation_by_hand(model, GriffinConfig(density=0.5, selection="topk"), [context], 0, continuation)
         assert loglikelihood == pytest.approx(expected[0], abs=EXACT)
@@ -230,12 +232,12 @@ def test_a_batch_that_shares_its_experts_equals_a_loop(
 ) -> None:
     lm = griffin_lm(model, tokenizer, batch_size=2, selection="topk")
     texts = TEXTS[:2]
-    found = lm.loglikelihood(requests(texts))
+    scores = lm.loglikelihood(requests(texts))
     prompts = [encoded(lm, context, "x")[0] for context, _ in texts]
     alone = griffin_lm(model, tokenizer).loglikelihood(requests(texts))
-    assert [one for one, _ in found] != pytest.approx([one for one, _ in alone], abs=1e-3)  # the batch does matter
+    assert [one for one, _ in scores] != pytest.approx([one for one, _ in alone], abs=1e-3)  # the batch does matter
     rows = [row for row, (_, continuations) in enumerate(texts) for _ in continuations]
-    for row, request, (loglikelihood, _) in zip(rows, requests(texts), found, strict=True):
+    for row, request, (loglikelihood, _) in zip(rows, requests(texts), scores, strict=True):
         continuation = encoded(lm, *request.args)[1]
         config = GriffinConfig(density=0.5, batch="shared", selection="topk")
         # one set of experts: row 0 is all there is
@@ -254,9 +256,9 @@ def test_last_token_equals_a_loop(
     batch: str, batch_size: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     lm = griffin_lm(model, tokenizer, phase="last_token", batch=batch, batch_size=batch_size)
-    found = lm.loglikelihood(requests())
+    scores = lm.loglikelihood(requests())
     full = griffin_lm(model, tokenizer, density=1.0).loglikelihood(requests())
-    for request, (loglikelihood, greedy), (whole, _) in zip(requests(), found, full, strict=True):
+    for request, (loglikelihood, greedy), (whole, _) in zip(requests(), scores, full, strict=True):
         context, continuation = encoded(lm, *request.args)
         expected = last_token_by_hand(
             model, GriffinConfig(density=0.5, selection="topk"), context + continuation, len(continuation)
@@ -284,7 +286,7 @@ def test_long_continuations_run_in_parts(
 ) -> None:
     whole = griffin_lm(model, tokenizer).loglikelihood(requests())
     monkeypatch.setattr("griffin.integrations.lm_eval.scoring._TOKENS", 5)
-    monkeypatch.setattr("griffin.integrations.lm_eval.scoring._ROWS", 2)
+    monkeypatch.setattr("griffin.integrations.lm_eval.scoring._MIN_CONTINUATIONS", 2)
     parts = griffin_lm(model, tokenizer).loglikelihood(requests())
     assert [one for one, _ in parts] == pytest.approx([one for one, _ in whole], abs=EXACT)
 
@@ -306,7 +308,7 @@ def test_the_native_backend_scores_the_same(tokenizer: PreTrainedTokenizerFast) 
 def test_rolling_windows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     text = "A text that is longer than the window of forty tokens, so that there are three windows of it."
     lm = griffin_lm(model, tokenizer, max_length=40)
-    found = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    totals = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     ids = [lm.prefix_token_id, *lm.tok_encode(text)]
     total, at = 0.0, 1
     while at < len(ids):
@@ -320,7 +322,7 @@ def test_rolling_windows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
             ids[at:end],
         )[0]
         at = end
-    assert found == [pytest.approx(total, abs=EXACT)]
+    assert totals == [pytest.approx(total, abs=EXACT)]
 
 
 def test_contexts_beyond_the_window_are_cut_and_counted(
@@ -328,10 +330,10 @@ def test_contexts_beyond_the_window_are_cut_and_counted(
 ) -> None:
     texts = [("This context is longer than twenty tokens.", [" yes", " no!"]), ("This is not.", [" yes"])]
     lm = griffin_lm(model, tokenizer, max_length=20)
-    found = lm.loglikelihood(requests(texts))
+    scores = lm.loglikelihood(requests(texts))
     assert (lm.truncated, lm.contexts) == (1, 2)  # contexts, not choices
     assert "1 of 2 contexts are longer than the window of 20 tokens" in caplog.text
-    for request, (loglikelihood, _) in zip(requests(texts), found, strict=True):
+    for request, (loglikelihood, _) in zip(requests(texts), scores, strict=True):
         context, continuation = encoded(lm, *request.args)
         kept = context[-(21 - len(continuation)) :]
         expected = continuation_by_hand(model, GriffinConfig(density=0.5, selection="topk"), [kept], 0, continuation)[0]
@@ -360,11 +362,11 @@ def test_generation_is_that_of_the_attached_model(
     model = bytes_model(dtype)
     texts = [context for context, _ in TEXTS if context]
     lm = griffin_lm(model, tokenizer, batch="per_sequence", batch_size=batch_size)
-    found = generated(lm, texts)
+    answers = generated(lm, texts)
     beams = generated(lm, texts, num_beams=1, length_penalty=1.0)  # settings of generate's own: it runs attached
-    assert found == beams
+    assert answers == beams
     full = generated(HFLM(model, tokenizer=tokenizer), texts)
-    assert found != full
+    assert answers != full
     assert generated(griffin_lm(model, tokenizer, density=1.0), texts) == full
 
 
@@ -381,7 +383,7 @@ def test_configs_that_share_a_prompt_phase_answer_as_if_each_were_alone(
         {"density": 0.5, "selection": "magnitude"},
         {"density": 0.5, "selection": "random", "seed": 3},
     ]
-    alone = [generated(griffin_lm(model, tokenizer, batch_size=2, **own), texts) for own in settings]
+    alone = [generated(griffin_lm(model, tokenizer, batch_size=2, **setting), texts) for setting in settings]
     assert len(set(map(tuple, alone))) == len(settings)
     whole_prompts = []  # forward passes over more than one token
 
@@ -389,8 +391,10 @@ def test_configs_that_share_a_prompt_phase_answer_as_if_each_were_alone(
         whole_prompts.append((args[0] if args else kwargs["input_ids"]).shape[1] > 1)
 
     hook = model.register_forward_pre_hook(see, with_kwargs=True)
-    shared = Shared([GriffinConfig(**{"selection": "topk", **own}) for own in settings])
-    together = [generated(griffin_lm(model, tokenizer, batch_size=2, shared=shared, **own), texts) for own in settings]
+    shared = Shared([GriffinConfig(**{"selection": "topk", **setting}) for setting in settings])
+    together = [
+        generated(griffin_lm(model, tokenizer, batch_size=2, shared=shared, **setting), texts) for setting in settings
+    ]
     hook.remove()
     assert together == alone
     assert sum(whole_prompts) == 2  # a batch of two and one of one
@@ -409,8 +413,8 @@ def test_a_models_own_rules_hold_at_every_density(
     ]
     shared = Shared(configs)
     together = [
-        generated(griffin_lm(model, tokenizer, density=own.density, batch=own.batch, shared=shared), texts)
-        for own in configs
+        generated(griffin_lm(model, tokenizer, density=config.density, batch=config.batch, shared=shared), texts)
+        for config in configs
     ]
     alone = generated(griffin_lm(model, tokenizer, density=0.5, batch="per_sequence"), texts)
     assert together == [hf, alone]
@@ -422,9 +426,9 @@ def test_a_models_own_rules_hold_at_every_density(
 def test_answers_of_another_model_are_not_taken(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "texts" / "xsum.partial.jsonl"
     texts = [context for context, _ in TEXTS if context]
-    for number, own in enumerate((bytes_model(torch.float32), bytes_model(torch.float64)), 1):
-        shared = Shared([GriffinConfig(density=0.5, selection="topk")], path, model=str(own.dtype))
-        generated(griffin_lm(own, tokenizer, density=0.5, shared=shared), texts)
+    for number, other in enumerate((bytes_model(torch.float32), bytes_model(torch.float64)), 1):
+        shared = Shared([GriffinConfig(density=0.5, selection="topk")], path, model=str(other.dtype))
+        generated(griffin_lm(other, tokenizer, density=0.5, shared=shared), texts)
         assert len(path.read_text().splitlines()) == number * len(texts)
 
 
@@ -438,9 +442,11 @@ def test_answers_of_a_killed_run_are_not_generated_again(
 
     def run() -> list[list[str]]:
         shared = Shared(configs, path, shares.append)
-        return [generated(griffin_lm(model, tokenizer, density=own.density, shared=shared), texts) for own in configs]
+        return [
+            generated(griffin_lm(model, tokenizer, density=config.density, shared=shared), texts) for config in configs
+        ]
 
-    first = run()
+    answers = run()
     assert sum(shares) == pytest.approx(1.0)
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == len(texts) * len(configs)
@@ -448,9 +454,9 @@ def test_answers_of_a_killed_run_are_not_generated_again(
     made = []
     real = generating.answer
     monkeypatch.setattr(generating, "answer", lambda *args: made.append(args) or real(*args))
-    assert run() == first
+    assert run() == answers
     assert len(made) == len(lines) - 3
-    assert run() == first
+    assert run() == answers
     assert len(made) == len(lines) - 3
 
 
@@ -458,17 +464,17 @@ def test_a_sweep_runs_the_prompts_of_free_answers_once(
     data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = [GriffinConfig(density=density, selection="topk") for density in (1.0, 0.5, 0.25)]
-    found = task_jobs(
+    jobs = task_jobs(
         model, tokenizer, ["xsum", "boolq"], configs, data=data, limit=2, phase="continuation", batch_size=1
     )
-    assert [[key.density for key in job.keys] for job in found] == [[1.0, 0.5, 0.25], [1.0], [0.5], [0.25]]
+    assert [[key.density for key in job.keys] for job in jobs] == [[1.0, 0.5, 0.25], [1.0], [0.5], [0.25]]
     calls = []
     real = generating.answers
     monkeypatch.setattr(generating, "answers", lambda *args: calls.append(args) or real(*args))
-    cells = list(found[0].measure(found[0].keys, lambda share: None))
+    cells = list(jobs[0].measure(jobs[0].keys, lambda share: None))
     assert len(calls) == 2  # of two examples, for three configs
-    alone = [evaluate(model, tokenizer, own, tasks=["xsum"], data=data, limit=2)["xsum"] for own in configs]
-    assert [cell.samples["values"] for cell in cells if cell.samples] == [own.per_sample for own in alone]
+    alone = [evaluate(model, tokenizer, config, tasks=["xsum"], data=data, limit=2)["xsum"] for config in configs]
+    assert [cell.samples["values"] for cell in cells if cell.samples] == [result.per_sample for result in alone]
 
 
 def test_stop_texts_end_an_answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -479,7 +485,7 @@ def test_stop_texts_end_an_answer(model: LlamaForCausalLM, tokenizer: PreTrained
 
 
 def test_a_byte_order_mark_is_no_part_of_a_data_file(data: Path, tmp_path: Path) -> None:
-    for path in (own for own in data.rglob("*") if own.is_file()):
+    for path in filter(Path.is_file, data.rglob("*")):
         marked = tmp_path / path.relative_to(data)
         marked.parent.mkdir(parents=True, exist_ok=True)
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -566,11 +572,11 @@ def test_what_hf_scores_is_scored_at_every_density(phase: str, batch_size: int) 
     assert empty == [0, 4, 7, 9]
     arguments = {"phase": phase, "batch_size": batch_size}
     assert griffin_lm(model, tokenizer, density=1.0, **arguments).loglikelihood(requests(texts)) == expected
-    found = griffin_lm(model, tokenizer, density=0.5, **arguments).loglikelihood(requests(texts))
-    assert [number for number, score in enumerate(found) if score == (0.0, True)] == empty
-    assert all(math.isfinite(score) for score, _ in found)
+    scores = griffin_lm(model, tokenizer, density=0.5, **arguments).loglikelihood(requests(texts))
+    assert [number for number, score in enumerate(scores) if score == (0.0, True)] == empty
+    assert all(math.isfinite(score) for score, _ in scores)
     if phase == "continuation" and batch_size == 1:
-        for request, score in zip(requests(texts), found, strict=True):
+        for request, score in zip(requests(texts), scores, strict=True):
             context, continuation = hf._encode_pair(*request.args) if request.args[0] else ([1], [2 + 256 + 1])
             by_hand = continuation_by_hand(
                 model, GriffinConfig(density=0.5, selection="topk"), [context], 0, continuation
@@ -588,10 +594,10 @@ def test_a_choice_without_tokens_scores_nothing_alone(density: float) -> None:
         lm.loglikelihood(requests([(" ", ["x"])]))
     rolling = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(("", "abc", ""))]
     expected = HFLM(model, tokenizer=tokenizer).loglikelihood_rolling(rolling, True)
-    found = lm.loglikelihood_rolling(rolling)
-    assert found[0] == found[2] == expected[0] == 0.0
-    assert (found == expected) == (density == 1.0)
-    assert math.isfinite(found[1])
+    scores = lm.loglikelihood_rolling(rolling)
+    assert scores[0] == scores[2] == expected[0] == 0.0
+    assert (scores == expected) == (density == 1.0)
+    assert math.isfinite(scores[1])
 
 
 def test_a_continuation_longer_than_the_window_is_refused(
@@ -608,7 +614,7 @@ def test_rows_name_prompts_that_there_were(tokenizer: PreTrainedTokenizerFast) -
         with handle.prompt_phase():
             model(ids)
         with handle.generation_phase():
-            own = model(ids[:, :3]).logits
+            both = model(ids[:, :3]).logits
         with handle.generation_phase(rows=[1, 0, 1]):
             chosen = model(ids[[1, 0, 1], :3]).logits
         with handle.generation_phase(rows=[1]):
@@ -617,9 +623,9 @@ def test_rows_name_prompts_that_there_were(tokenizer: PreTrainedTokenizerFast) -
             again = model(ids[:, :3]).logits
         with pytest.raises(ValueError, match="expected numbers of the 2 prompts"), handle.generation_phase(rows=[2]):
             pass
-    torch.testing.assert_close(chosen, own[[1, 0, 1]])
-    torch.testing.assert_close(single, own[1:])
-    assert torch.equal(own, again)
+    torch.testing.assert_close(chosen, both[[1, 0, 1]])
+    torch.testing.assert_close(single, both[1:])
+    assert torch.equal(both, again)
 
 
 # -- metrics --------------------------------------------------------------------------------------------------------
@@ -778,14 +784,14 @@ def test_figures_by_hand_from_the_logged_samples(
         by_length = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
         right.append(float(scores.index(max(scores)) == int(sample["doc"]["label"])))
         right_by_length.append(float(by_length.index(max(by_length)) == int(sample["doc"]["label"])))
-    found = results["results"]["hellaswag"]
-    assert found["acc,none"] == pytest.approx(statistics.mean(right))
-    assert found["acc_norm,none"] == pytest.approx(statistics.mean(right_by_length))
-    assert found["acc_stderr,none"] == pytest.approx(statistics.stdev(right) / math.sqrt(3))
-    assert f"{found['acc,none']:.4f}" in out
+    metrics = results["results"]["hellaswag"]
+    assert metrics["acc,none"] == pytest.approx(statistics.mean(right))
+    assert metrics["acc_norm,none"] == pytest.approx(statistics.mean(right_by_length))
+    assert metrics["acc_stderr,none"] == pytest.approx(statistics.stdev(right) / math.sqrt(3))
+    assert f"{metrics['acc,none']:.4f}" in out
     (model, tokenizer) = bytes_model(torch.float32), bytes_tokenizer()
     again = evaluate(model, tokenizer, GriffinConfig(seed=3), tasks=["hellaswag"], data=data, limit=3)["hellaswag"]
-    assert again.metrics["acc"] == found["acc,none"]
+    assert again.metrics["acc"] == metrics["acc,none"]
     assert again.per_sample["acc"] == right
     responses = [[float(one[0]) for one in sample["response"]] for sample in again.samples]
     logged = [[float(one[0]) for one in sample["filtered_resps"]] for sample in samples]
@@ -797,10 +803,10 @@ def test_the_perplexity_of_documents_has_an_interval(
 ) -> None:
     result = evaluate(model, tokenizer, GriffinConfig(selection="topk"), tasks=["wikitext2"], data=data)["wikitext2"]
     assert result.groups is None
-    words, own = result.weights["word_perplexity"], result.per_sample["word_perplexity"]
-    total = sum(count * math.log(value) for count, value in zip(words, own, strict=True))
+    words, perplexities = result.weights["word_perplexity"], result.per_sample["word_perplexity"]
+    total = sum(count * math.log(value) for count, value in zip(words, perplexities, strict=True))
     assert result.metrics["word_perplexity"] == pytest.approx(math.exp(total / sum(words)))
-    assert len(own) > 1
+    assert len(perplexities) > 1
     for name, metric in measured(result, seed=0).metrics.items():
         assert metric.low is not None, name
         assert metric.high is not None

@@ -79,9 +79,11 @@ def streamed_tokens(stream: str) -> list[str]:
     lines = [line.removeprefix("data:").strip() for line in stream.splitlines() if line.startswith("data:")]
     assert lines[-1] == "[DONE]"
     choices = [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
-    found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    logprobs = [choice["logprobs"] for choice in choices if choice["logprobs"]]
     return [
-        token for own in found for token in own.get("tokens", [str(one["bytes"]) for one in own.get("content", [])])
+        token
+        for info in logprobs
+        for token in info.get("tokens", [str(part["bytes"]) for part in info.get("content", [])])
     ]
 
 
@@ -92,7 +94,9 @@ def check_answers(page: Any, timeout_s: float = 15) -> None:
         page.locator("#density").fill("0.3")
         page.locator("#length").fill("24")
         streams: list[Any] = []
-        page.on("response", lambda response, own=streams: own.append(response) if "comp" in response.url else None)
+        page.on(
+            "response", lambda response, streams=streams: streams.append(response) if "comp" in response.url else None
+        )
         generate(page, prompt, timeout_s=timeout_s)
         answers = streams[:2]
         assert [sent.request.post_data_json["griffin"]["density"] for sent in answers] == [1, 0.3]
@@ -105,9 +109,9 @@ def check_answers(page: Any, timeout_s: float = 15) -> None:
             assert page.locator(f"{side} .count").inner_text() == str(len(tokens))
             assert float(page.locator(f"{side} .speed").inner_text()) > 0
             assert re.fullmatch(r"\d+\.\d\d s", page.locator(f"{side} .first-token").inner_text())
-        first = expected.index(True) + 1 if True in expected else len(griffin) + 1 if griffin != full else None
+        position = expected.index(True) + 1 if True in expected else len(griffin) + 1 if griffin != full else None
         line = page.locator("#difference").inner_text()
-        assert line.startswith(f"First differs at token {first}" if first else f"Same {len(full)} token")
+        assert line.startswith(f"First differs at token {position}" if position else f"Same {len(full)} token")
         drawn = pixels(page)
         assert len({tuple(drawn[at : at + 4]) for at in range(0, len(drawn), 4)}) > 10
         page.locator("#layer").fill(str(layer))
@@ -215,12 +219,12 @@ def test_one_after_the_other_or_both_at_once(browser: Any, server: PageServer, o
         page.locator("#order").select_option(order)
         assert page.locator("#sharing").is_visible() == (order == "together")
         generate(page)
-        first, second = server.answered()
+        earlier, later = server.answered()
         picture = server.pictures()[0]
-        assert first.ended is not None
-        assert second.ended is not None
-        assert (second.began < first.ended) == (order == "together")
-        assert picture.began > max(first.ended, second.ended)
+        assert earlier.ended is not None
+        assert later.ended is not None
+        assert (later.began < earlier.ended) == (order == "together")
+        assert picture.began > max(earlier.ended, later.ended)
         assert (page.locator("#ratio").inner_text() == "") == (order == "together")
         assert [index for index, marked in enumerate(marks(page)) if marked] == sorted(CHANGED)
 
@@ -379,11 +383,11 @@ def test_the_picture_tells_what_is_under_the_pointer(browser: Any, server: PageS
         words = PROMPT.split()
         across, down = box["width"] / (len(words) + 5), box["height"] / 64
         page.mouse.move(box["x"] + 5.5 * across, box["y"] + 1.5 * down)  # layer 10: rows 1, 4, 7.. flock
-        found = flocking(server.pictures()[0].body)
-        shades = base64.b64decode(found["values"])
+        picture = flocking(server.pictures()[0].body)
+        shades = base64.b64decode(picture["values"])
         told = [
-            f"neuron {found['neurons'][row]}{' (expert)' if row == 1 else ''}: "
-            f"{found['scale'] * (shades[row * found['width'] + column] / 255) ** 2:.3f}"
+            f"neuron {picture['neurons'][row]}{' (expert)' if row == 1 else ''}: "
+            f"{picture['scale'] * (shades[row * picture['width'] + column] / 255) ** 2:.3f}"
             for row, column in ((1, 5), (63, 0))
         ]
         said(page, "#tip", rf"^token 6 “ {words[2]}”, {re.escape(told[0])}$")
@@ -430,7 +434,7 @@ def luminance(colour: str) -> float:
 
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     for path in PAGE.iterdir():
-        found = re.findall(r"https?://[^\s\"']+", path.read_text())
-        assert found in ([], ["http://www.w3.org/2000/svg"]), path.name
+        links = re.findall(r"https?://[^\s\"']+", path.read_text())
+        assert links in ([], ["http://www.w3.org/2000/svg"]), path.name
     text = (PAGE / "index.html").read_text()
     assert not re.findall(r"\son\w+=|\sstyle=|<style|<script>", text)  # the server's policy refuses them

@@ -1,6 +1,6 @@
 """GRIFFIN as a model of lm-evaluation-harness, and the tasks of the paper from local files or the Hub.
 
-The only room that imports `lm_eval`; it takes some seconds, so names are imported when they are first used.
+Only this package imports `lm_eval`. The import takes some seconds, so names are imported on first use.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ TASKS = (
     "gsm8k",
     "wikitext2",
 )
-GENERATED = ("xsum", "cnn_dailymail", "coqa", "qasper", "gsm8k")  # tasks of free answers
+GENERATED = ("xsum", "cnn_dailymail", "coqa", "qasper", "gsm8k")  # tasks with generated answers
 SUITES = {"paper": TASKS[:10]}
-TASK_FILES = Path(__file__).parent / "tasks"  # for the harness's --include_path
+TASK_FILES = Path(__file__).parent / "tasks"  # the folder for the harness's --include_path
 
 __all__ = ["GENERATED", "PHASES", "SUITES", "TASKS", "TASK_FILES", "GriffinLM", "TaskResult", "evaluate"]
 
-_HOMES = {"GriffinLM": "model", "TaskResult": "evaluate", "evaluate": "evaluate"}
+_MODULES = {"GriffinLM": "model", "TaskResult": "evaluate", "evaluate": "evaluate"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(f"griffin.integrations.lm_eval.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        value = getattr(import_module(f"griffin.integrations.lm_eval.{_MODULES[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The harness's own `run` command with griffin's model and tasks: what `griffin eval` runs."""
+"""The implementation of `griffin eval`: the harness's `run` command with griffin's model and tasks."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def run(
     model_args: dict[str, Any],
     batch_size: str,
 ) -> int:
-    """Run the harness: prints its table, and writes what its flags ask for.
+    """Run the harness, which prints its table and writes the files that its flags name.
 
     Args:
-        parser: an empty parser, which reports wrong flags.
-        flags: the harness's own.
-        tasks: names of tasks; with `data` of those of this room.
-        data: the folder of local files, or `None` for the Hub.
-        model_args: arguments of `GriffinLM`, beside those of the flags' `--model_args`.
+        parser: an empty parser, used to report wrong flags.
+        flags: flags of the harness.
+        tasks: names of tasks; with `data`, names from `griffin.integrations.lm_eval.TASKS`.
+        data: the folder of local files; `None` loads the rows from the Hub.
+        model_args: arguments of `GriffinLM`, in addition to those in the flag `--model_args`.
         batch_size: a number, or `auto`.
 
     Returns:
-        The exit code that the parser asks for (0 after the harness's --help), or 0.
+        The exit code.
 
     Raises:
-        ValueError: wrong flags or tasks, a missing or malformed file, a model that GRIFFIN cannot prune.
+        ValueError: a flag or task is wrong, a file is missing or malformed, or GRIFFIN cannot prune the model.
         GriffinError: the model or the rows cannot be fetched.
     """
     args = _parsed(parser, flags)
@@ -57,9 +57,9 @@ def run(
     if data is not None:
         check_names(tasks)
         for task in tasks:
-            load(task, data)  # before the model is loaded
+            load(task, data)  # report a malformed file before the model is loaded
         args.metadata = {**(args.metadata or {}), "data": str(data)}
-    # Later paths win, so a user's own tasks do.
+    # Later paths take precedence, so a user's tasks replace griffin's.
     args.include_path = [str(TASK_FILES), *([args.include_path] if args.include_path else [])]
     if args.output_path is not None:
         _check_folder(Path(args.output_path))
@@ -70,7 +70,7 @@ def run(
         datasets.disable_progress_bars()
     try:
         args.func(args)
-    except AssertionError as error:  # how the harness refuses much of what it is asked
+    except AssertionError as error:  # the harness checks many arguments with assert
         if not error.args:
             raise
         raise ValueError(f"the harness refuses: {error.args[0]}") from error
@@ -80,15 +80,15 @@ def run(
 def _parsed(parser: argparse.ArgumentParser, flags: Sequence[str]) -> argparse.Namespace:
     Run.create(parser.add_subparsers(dest="command"))
     words = []
-    for flag in flags:  # the harness writes --output_path, this command line writes --batch-size: both are understood
+    for flag in flags:  # accept both --output-path and the harness's --output_path
         name, equals, value = flag.partition("=")
         words.append(name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else flag)
     return parser.parse_args(["run", *words])
 
 
 def _others(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Model arguments that no flag of this command gives: of two values one would be dropped."""
-    flags = {"pretrained": "-m", **{own.name: f"--{own.name}" for own in fields(GriffinConfig)}}
+    """The given model arguments. Raises `ValueError` for one that has a flag, as one of two values would be ignored."""
+    flags = {"pretrained": "-m", **{field.name: f"--{field.name}" for field in fields(GriffinConfig)}}
     flags |= {name: f"--{name}" for name in ("phase", "dtype", "weights", "device", "revision")}
     for name in model_args:
         if name in flags:
@@ -97,7 +97,7 @@ def _others(model_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_folder(path: Path) -> None:
-    """Raise `GriffinError` if nothing can be written there: better before a long run than after."""
+    """Raise `GriffinError` if the folder cannot be written, before a long run instead of after it."""
     folder = path.parent if path.suffix == ".json" else path
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Rows of the tasks from local files, in the columns that the harness's tasks expect.
+"""Read the rows of the tasks from local files, with the columns that the harness's tasks expect.
 
-`load(task, folder)` returns the split `test` and, where there is one, the split `shots`, of the few-shot examples. A
-malformed row is refused with its file and line.
+`load(task, folder)` returns the split `test` and, for some tasks, the split `shots` of few-shot examples. An error
+about a malformed row names its file and line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from griffin.text_files import lines
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
 
-_SHOTS = 5  # rows at the end of GSM8K's file that are shown and not tested; its training set is not among the files
+_SHOTS = 5  # few-shot examples: the last rows of GSM8K's test file, as its training set is not among the files
 
 
 def load(task: str, folder: Path) -> Splits:
@@ -119,7 +119,7 @@ def _xsum(folder: Path) -> Splits:
 
 
 def _cnn_dailymail(folder: Path) -> Splits:
-    """The shot is the row with the shortest article, so that it takes little of the window; it is not tested."""
+    """The row with the shortest article is the few-shot example, as it takes little of the window. It is not tested."""
     path = folder / "cnn_dailymail" / "cnn_dailymail_test.csv"
     rows = []
     csv.field_size_limit(sys.maxsize)
@@ -141,42 +141,42 @@ def _cnn_dailymail(folder: Path) -> Splits:
 
 
 def _coqa(folder: Path) -> Splits:
-    """The last turn of every story, after all turns before it: what the harness asks."""
+    """The last turn of every story, with all earlier turns before it, as in the harness."""
     path = folder / "coqa" / "requests.jsonl.gz"
     last: dict[str, tuple[int, Row]] = {}
     for where, line in _json_rows(path, doc=dict):
         doc = line["doc"]
         _check(where, doc, id=str, story=str, question=str, answers=list, previous_qa=list)
-        story, _, turn = doc["id"].rpartition("_turn")
-        if not turn.isdecimal():
+        story, _, digits = doc["id"].rpartition("_turn")
+        if not digits.isdecimal():
             raise ValueError(f"{where}: id is {doc['id']!r}; expected it to end in _turn and a number")
-        number = int(turn)
+        number = int(digits)
         _texts(where, "answers", doc["answers"])
-        turns = doc["previous_qa"][:number]  # the list holds the turns after this one, too
+        turns = doc["previous_qa"][:number]  # the list also holds later turns
         if len(turns) < number or not all(
-            isinstance(own, dict) and {"question", "answer"} <= own.keys() for own in turns
+            isinstance(turn, dict) and {"question", "answer"} <= turn.keys() for turn in turns
         ):
             raise ValueError(f"{where}: previous_qa lacks some of the {number} turns before this one")
         if story in last and last[story][0] > number:
             continue
-        first, *others = doc["answers"]
+        answer, *others = doc["answers"]
         row = {
             "id": story,
             "story": doc["story"],
-            "questions": {"input_text": [*(own["question"] for own in turns), doc["question"]]},
-            "answers": {"input_text": [*(own["answer"] for own in turns), first]},
+            "questions": {"input_text": [*(turn["question"] for turn in turns), doc["question"]]},
+            "answers": {"input_text": [*(turn["answer"] for turn in turns), answer]},
             "additional_answers": {str(n): {"input_text": [*[""] * number, other]} for n, other in enumerate(others)},
         }
         last[story] = (number, row)
     annotators = max((len(row["additional_answers"]) for _, row in last.values()), default=0)
-    for number, row in last.values():  # a table has the same columns in every row: a repeated answer counts once
+    for number, row in last.values():  # all rows need the same columns; a repeated answer counts once
         for n in range(len(row["additional_answers"]), annotators):
             row["additional_answers"][str(n)] = {"input_text": [*[""] * number, row["answers"]["input_text"][-1]]}
     return {"test": [row for _, row in last.values()]}
 
 
 def _qasper(folder: Path) -> Splits:
-    """One row for each paper and question; answers of the same question belong together."""
+    """One row for each paper and question, with all answers to the question."""
     rows: dict[tuple[str, str], Row] = {}
     path = folder / "qasper" / "leval_scientific_qa.jsonl"
     for where, paper in _json_rows(path, input=str, instructions=list, outputs=list):
@@ -185,9 +185,9 @@ def _qasper(folder: Path) -> Splits:
             raise ValueError(f"{where}: {len(questions)} instructions and {len(answers)} outputs; expected as many")
         for question, answer in zip(questions, answers, strict=True):
             row = {"context": paper["input"], "question": question, "answers": []}
-            known = rows.setdefault((paper["input"], question), row)["answers"]
-            if answer not in known:
-                known.append(answer)
+            accepted = rows.setdefault((paper["input"], question), row)["answers"]
+            if answer not in accepted:
+                accepted.append(answer)
     return {"test": list(rows.values())}
 
 
@@ -204,7 +204,7 @@ def _gsm8k(folder: Path) -> Splits:
 
 
 def _wikitext2(folder: Path) -> Splits:
-    """One row an article: what comes from its heading ` = Title = ` up to the next."""
+    """One row for each article, from its heading ` = Title = ` up to the next heading."""
     path = folder / "wikitext2" / "wiki.valid.raw"
     pages: list[str] = []
     for where, line in _lines(path):
@@ -234,14 +234,14 @@ _READERS: dict[str, Callable[[Path], Splits]] = {
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines, each after its place."""
+    """The lines of a file, each with its location."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; see docs/evaluation.md for the files that each task reads")
     yield from lines(path)
 
 
 def _json_rows(path: Path, **fields: type) -> Iterator[tuple[str, Row]]:
-    """Rows of a JSON-lines file, each after its place, with these fields of these types."""
+    """The rows of a JSON-lines file, each with its location, after a check of the types of their fields."""
     for where, line in _lines(path):
         if not line.strip():
             continue
@@ -257,9 +257,9 @@ def _check(where: str, row: object, **fields: type) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found a {type(row).__name__}; expected an object with {', '.join(fields)}")
     for name, kind in fields.items():
-        found = row.get(name)
-        if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
-            what = f"{name} is a {type(found).__name__}" if name in row else f"there is no {name}"
+        value = row.get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            what = f"{name} is a {type(value).__name__}" if name in row else f"there is no {name}"
             raise ValueError(f"{where}: {what}; expected a {kind.__name__}")
 
 

@@ -1,4 +1,4 @@
-"""Evaluate one model at one setting on some tasks, from Python."""
+"""Evaluate one model with one config on tasks, from Python."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from griffin.integrations.lm_eval.tasks import check_names, manager
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What was measured on one task.
+    """The metrics of one task.
 
     Args:
-        task: its name.
-        metrics: value by name; a metric of one of several filters of answers has the filter's name in brackets.
-        per_sample: by metric, one value an example, in the order of `samples`. Their mean is the metric; of
-            perplexities, which are each document's own, the geometric mean.
-        weights: what an example counts in those means, such as its number of words; missing where all count alike.
-        higher_is_better: by metric.
-        groups: of every example, which share a long context (the questions on one paper); `None` where none do.
+        task: the task's name.
+        metrics: values by name; if the task has several answer filters, the name ends with the filter in brackets.
+        per_sample: for every metric, one value per example, in the order of `samples`. The metric is their mean, or
+            for perplexities of documents their geometric mean.
+        weights: for every metric, the examples' weights in that mean, such as their numbers of words; a metric whose
+            examples have equal weights is missing.
+        higher_is_better: for every metric, whether a higher value is better.
+        groups: for every example, the number of its long context, which the questions on one paper share; `None` if no
+            examples share a context.
         n: number of examples.
-        truncated: contexts that were longer than the model's window.
+        truncated: number of contexts that were longer than the model's window.
         samples: for every example `doc_id`, `target`, and `response`: the generated text after the task's filter, or
             for every choice its log-likelihood and whether it is the greedy one.
     """
@@ -68,23 +70,24 @@ def evaluate(
     """Evaluate a model on tasks of `griffin.integrations.lm_eval.TASKS`, one after another.
 
     Args:
-        model: the model, in eval mode, without GRIFFIN attached; it is left as it was.
+        model: the model, in eval mode, without GRIFFIN attached; it is not changed.
         tokenizer: its tokenizer.
-        config: what to keep; at density 1.0 the results are those of the harness's `hf`.
+        config: which FF neurons to keep; at density 1.0 the results equal those of the harness's `hf`.
         tasks: names of the tasks.
         data: the folder of local files; `None` loads the rows from the Hub.
-        limit: most examples of a task; `None` takes all.
+        limit: the most examples of a task; `None` takes all.
         phase: how log-likelihoods are computed, see `griffin.integrations.lm_eval.scoring`.
-        batch_size: prompts run at once.
-        max_length: most tokens of a context and what follows it; longer contexts are cut from the left, and counted.
-            `None`: as many as the model can take.
-        seed: of the harness's random numbers, such as the choice of few-shot examples.
-        softmax_dtype: as HFLM's; "float32" keeps 16-bit models' log-likelihoods from being rounded to three digits.
-        shared: answers generated for several configs together, `config` being one; see `generating.Shared`.
-        progress: called with a task's name, the number of tasks done before it, and of all.
+        batch_size: the number of prompts in a batch.
+        max_length: the most tokens of a context and its continuation; longer contexts are cut from the left and
+            counted. `None` uses the model's whole window.
+        seed: seed of the harness's random numbers, such as the choice of few-shot examples.
+        softmax_dtype: argument of HFLM; with "float32" the log-likelihoods of 16-bit models are not rounded to three
+            digits.
+        shared: answers generated for several configs together, including `config`; see `generating.Shared`.
+        progress: called with a task's name, the number of finished tasks and the number of all tasks.
 
     Raises:
-        ValueError: an unknown task, phase or model layout; a missing or malformed file.
+        ValueError: a task, phase or model layout is unknown, or a file is missing or malformed.
         GriffinError: the rows cannot be loaded from the Hub.
     """
     check_names(tasks)
@@ -102,21 +105,21 @@ def evaluate(
             shared=shared,
             **asdict(config),
         )
-        known = manager({} if data is None else {"data": str(data)})
+        task_manager = manager({} if data is None else {"data": str(data)})
         results = {}
         for number, task in enumerate(tasks):
             if progress is not None:
                 progress(task, number, len(tasks))
-            results[task] = _one(lm, task, known, limit, seed)
+            results[task] = _evaluate_task(lm, task, task_manager, limit, seed)
     return results
 
 
-def _one(lm: GriffinLM, task: str, known: Any, limit: int | None, seed: int) -> TaskResult:
+def _evaluate_task(lm: GriffinLM, task: str, task_manager: Any, limit: int | None, seed: int) -> TaskResult:
     before = lm.truncated
-    found: Any = lm_eval.simple_evaluate(
+    evaluation: Any = lm_eval.simple_evaluate(
         lm,
         tasks=[task],
-        task_manager=known,
+        task_manager=task_manager,
         limit=limit,
         bootstrap_iters=0,
         random_seed=seed,
@@ -124,43 +127,44 @@ def _one(lm: GriffinLM, task: str, known: Any, limit: int | None, seed: int) -> 
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    samples: list[dict[str, Any]] = found["samples"][task]
+    samples: list[dict[str, Any]] = evaluation["samples"][task]
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
-    higher = found["higher_is_better"][task]
+    higher = evaluation["higher_is_better"][task]
     metrics: dict[str, float] = {}
     per_sample: dict[str, list[float]] = {}
     weights: dict[str, list[float]] = {}
     better: dict[str, bool] = {}
-    for key, value in found["results"][task].items():
-        metric, _, own_filter = key.partition(",")
-        if not own_filter or metric.endswith("_stderr") or not isinstance(value, int | float):
+    for key, value in evaluation["results"][task].items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        name = metric if len(filters) == 1 else f"{metric} ({own_filter})"
+        name = metric if len(filters) == 1 else f"{metric} ({filter_name})"
         metrics[name] = float(value)
-        own = [sample[metric] for sample in samples if sample["filter"] == own_filter]
-        per_sample[name] = [_value(metric, item) for item in own]
-        if isinstance(own[0], tuple | list):
-            weights[name] = [float(weight) for _, weight in own]
+        items = [sample[metric] for sample in samples if sample["filter"] == filter_name]
+        per_sample[name] = [_value(metric, item) for item in items]
+        if isinstance(items[0], tuple | list):
+            weights[name] = [float(weight) for _, weight in items]
         better[name] = bool(higher[metric])
-    first = [sample for sample in samples if sample["filter"] == filters[0]]
+    # A sample appears once for every filter.
+    examples = [sample for sample in samples if sample["filter"] == filters[0]]
     return TaskResult(
         task=task,
         metrics=metrics,
         per_sample=per_sample,
         weights=weights,
         higher_is_better=better,
-        groups=_groups([sample["doc"] for sample in first]),
-        n=len(first),
+        groups=_groups([sample["doc"] for sample in examples]),
+        n=len(examples),
         truncated=lm.truncated - before,
         samples=[
             {"doc_id": sample["doc_id"], "target": sample["target"], "response": _response(sample["filtered_resps"])}
-            for sample in first
+            for sample in examples
         ],
     )
 
 
 def _value(metric: str, item: Any) -> float:
-    """One example's value: of the perplexities the harness keeps log-likelihood and weight."""
+    """The value of one example. For perplexities the harness returns the log-likelihood and the weight."""
     if not isinstance(item, tuple | list):
         return float(item)
     loglikelihood, weight = item
@@ -172,9 +176,9 @@ def _value(metric: str, item: Any) -> float:
 def _groups(docs: Sequence[Any]) -> list[int] | None:
     if not docs or not all(isinstance(doc, dict) and "context" in doc for doc in docs):
         return None
-    known: dict[str, int] = {}
-    found = [known.setdefault(str(doc["context"]), len(known)) for doc in docs]
-    return found if len(known) < len(docs) else None
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(str(doc["context"]), len(numbers)) for doc in docs]
+    return groups if len(numbers) < len(docs) else None
 
 
 def _response(responses: list[Any]) -> Any:
@@ -183,7 +187,7 @@ def _response(responses: list[Any]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness warns of what is meant here, such as a model that is given, and draws bars of its own on stderr."""
+    """Silence the harness, which warns about intended settings and draws progress bars on stderr."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)

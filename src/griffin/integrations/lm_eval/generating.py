@@ -1,4 +1,4 @@
-"""Answers to a batch of prompts: griffin's own loop, for one config or for several after a single prompt phase."""
+"""Answer a batch of prompts with griffin's generation loop, with one config or with several after one prompt phase."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from griffin.version import __version__
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts to answer, and when an answer ends.
+    """Prompts to answer, with the settings of their answers.
 
     Args:
-        prompts: left-padded.
+        prompts: token ids, left-padded.
         mask: 1 where a token is real; `None` where there is no padding.
-        new_tokens: most tokens of an answer.
-        stop: texts before which an answer ends.
+        new_tokens: the most tokens of an answer.
+        stop: texts that end an answer.
         sampling: how tokens are drawn.
 
     Shapes:
@@ -48,8 +48,8 @@ class PromptBatch:
     stop: tuple[str, ...]
     sampling: Sampling
 
-    def name(self, config: GriffinConfig) -> str:
-        """A digest of everything that an answer depends on but the model."""
+    def digest(self, config: GriffinConfig) -> str:
+        """A digest of everything except the model that determines the answers."""
         settings = json.dumps([__version__, asdict(config), self.new_tokens, self.stop, asdict(self.sampling)])
         rows = self.prompts.tolist(), None if self.mask is None else self.mask.tolist()
         return hashlib.sha256(f"{settings}{rows}".encode()).hexdigest()[:32]
@@ -62,62 +62,62 @@ def answer(
     handle: Griffin,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Generate until every row has ended.
+    """Generate until every answer has ended.
 
     Args:
         model: the model.
         tokenizer: its tokenizer, with a padding token.
         batch: the prompts.
         handle: GRIFFIN attached to the model.
-        cache: keys and values of the prompts' first tokens, with their statistic; extended in place.
+        cache: keys and values of the prompts' first tokens, with their statistics; it is extended in place.
 
     Shapes:
         Returns (B, T), int64, T <= new_tokens, padded on the right.
     """
     ends = end_tokens(model, tokenizer)
-    going = {row: Answer(tokenizer, batch.stop) for row in range(len(batch.prompts))}
-    found: list[list[int]] = [[] for _ in going]
+    unfinished = {row: Answer(tokenizer, batch.stop) for row in range(len(batch.prompts))}
+    generated: list[list[int]] = [[] for _ in unfinished]
     steps = generate_step(
         model, batch.prompts, attention_mask=batch.mask, handle=handle, sampling=batch.sampling, cache=cache
     )
-    rows = list(going)  # of the batch that is computed
+    rows = list(unfinished)  # rows that are still in the batch
     kept: list[int] | None = None
     for _ in range(batch.new_tokens):
         step = steps.send(kept) if kept is not None else next(steps)
         for row, token in zip(rows, step.tokens.tolist(), strict=True):
-            if row not in going:
+            if row not in unfinished:
                 continue
-            found[row].append(token)
+            generated[row].append(token)
             if token not in ends:
-                going[row].add(token)
-            if token in ends or going[row].stopped:
-                del going[row]
-        if not going:
+                unfinished[row].add(token)
+            if token in ends or unfinished[row].stopped:
+                del unfinished[row]
+        if not unfinished:
             break
         kept = None
-        if len(going) <= len(rows) // 2:  # a smaller batch is faster, but making it takes a while, too
-            kept = [at for at, row in enumerate(rows) if row in going]
-            rows = list(going)
-    longest = max(map(len, found))
-    padded = [own + [tokenizer.pad_token_id] * (longest - len(own)) for own in found]
+        if len(unfinished) <= len(rows) // 2:  # a smaller batch is faster, but cutting it takes time
+            kept = [at for at, row in enumerate(rows) if row in unfinished]
+            rows = list(unfinished)
+    longest = max(map(len, generated))
+    padded = [tokens + [tokenizer.pad_token_id] * (longest - len(tokens)) for tokens in generated]
     return torch.tensor(padded, device=batch.prompts.device)
 
 
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, configs: Sequence[GriffinConfig]
 ) -> Iterator[tuple[GriffinConfig, Tensor]]:
-    """The same prompts answered with each config. The prompt phase is the full model for all: it is run once.
+    """Answer the same prompts with each config. The prompt phase runs once, as it is the full model for every config.
 
     Shapes:
-        Each answer is what `answer` returns.
+        Each tensor has the shape that `answer` returns.
     """
     cache = None
-    first, mask = batch.prompts[:, :-1], None if batch.mask is None else batch.mask[:, :-1]
-    if first.shape[1] and (mask is None or bool(mask.any(dim=1).all())):
+    prefix, mask = batch.prompts[:, :-1], None if batch.mask is None else batch.mask[:, :-1]
+    if prefix.shape[1] and (mask is None or bool(mask.any(dim=1).all())):
         cache = new_cache(model)
         needs = frozenset().union(*(config.needs for config in configs))
         with torch.no_grad(), attach(model, GATHER_ONLY) as handle, handle.gather(needs=needs) as statistics:
-            Forward(model, cache, mask)(first)
+            Forward(model, cache, mask)(prefix)
         keep_with_cache(statistics, cache)
     for config in configs:
         with attach(model, config) as handle:
@@ -125,13 +125,14 @@ def answers(
 
 
 class Shared:
-    """Answers of several configs, generated together and handed out one config after another.
+    """Answers of several configs, generated together and returned config by config.
 
     Args:
-        configs: the configs, of methods that select neurons.
-        path: where answers are kept as they come, so that a killed run loses one batch; `None` keeps them nowhere.
-        progress: called with the share of the prompts that were answered since.
-        model: identifies the model and what it runs on, since the file may hold answers of others; JSON.
+        configs: the configs. Their methods must select neurons.
+        path: a file to which every answer is appended at once, so that a killed run loses one batch at most; `None`
+            writes no file.
+        progress: called with the share of the prompts that were answered since the last call.
+        model: identifies the model and what it runs on, since the file may hold answers of others; written as JSON.
 
     Raises:
         GriffinError: the file cannot be read or written.
@@ -146,32 +147,32 @@ class Shared:
     ) -> None:
         self.configs, self.progress, self._path = tuple(configs), progress, path
         self._model = json.dumps(model)
-        self.prompts = 1  # of the task: what a share is of
-        self._known: dict[str, list[list[int]]] = {}
+        self.prompts = 1  # the number of prompts of the task, of which progress reports shares
+        self._answers: dict[str, list[list[int]]] = {}
         if path is not None and path.exists():
             self._read(path)
 
     def of(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: PromptBatch, config: GriffinConfig
     ) -> Tensor:
-        """Answers of one config, which generates those of all others if they are not known.
+        """The answers of one config. If they are missing, those of all configs are generated.
 
         Shapes:
-            Returns what `answer` returns.
+            Returns a tensor of the shape that `answer` returns.
         """
-        if self._name(batch, config) not in self._known:
-            missing = [own for own in self.configs if self._name(batch, own) not in self._known]
-            for own, tokens in answers(model, tokenizer, batch, missing):
-                self._keep(self._name(batch, own), tokens.tolist())
+        if self._name(batch, config) not in self._answers:
+            missing = [other for other in self.configs if self._name(batch, other) not in self._answers]
+            for other, tokens in answers(model, tokenizer, batch, missing):
+                self._keep(self._name(batch, other), tokens.tolist())
             if self.progress is not None:
                 self.progress(len(batch.prompts) / self.prompts)
-        return torch.tensor(self._known[self._name(batch, config)], device=batch.prompts.device)
+        return torch.tensor(self._answers[self._name(batch, config)], device=batch.prompts.device)
 
     def _name(self, batch: PromptBatch, config: GriffinConfig) -> str:
-        return hashlib.sha256(f"{self._model}{batch.name(config)}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{self._model}{batch.digest(config)}".encode()).hexdigest()[:32]
 
     def _keep(self, name: str, tokens: list[list[int]]) -> None:
-        self._known[name] = tokens
+        self._answers[name] = tokens
         if self._path is None:
             return
         try:
@@ -191,15 +192,15 @@ class Shared:
         for line in text.splitlines():
             try:
                 name, tokens = json.loads(line)
-            except ValueError:  # a killed run wrote half of it
+            except ValueError:  # a killed run has left an incomplete line
                 continue
-            self._known[name] = tokens
+            self._answers[name] = tokens
         if text and not text.endswith("\n"):
             with path.open("a", encoding="ascii") as file:
                 file.write("\n")
 
 
 def sampling_of(temperature: float, sampled: bool, **others: Any) -> Sampling:
-    """`Sampling` from the harness's settings; a seed is drawn from torch's generator, which the harness seeds."""
+    """Build `Sampling` from the harness's settings, with a seed from torch's generator, which the harness seeds."""
     seed = int(torch.randint(2**31, ())) if sampled else 0
     return replace(Sampling(**others), temperature=(temperature or 1.0) if sampled else 0.0, seed=seed)

@@ -1,8 +1,8 @@
-"""Prompts and metrics of the tasks whose functions the harness's own files cannot give.
+"""Prompts and metrics of the tasks whose functions in the harness cannot be imported.
 
-The harness's CoQA imports a part of transformers that version 5 no longer has, and its LongBench (QASPER) packages for
-Chinese text. What is here follows them: SQuAD's normalisation (Rajpurkar et al., arXiv 1606.05250, section 6.1), and
-for CoQA the mean over the answers left out in turn (Reddy et al., arXiv 1808.07042, section 6.1).
+The harness's CoQA imports a part of transformers that version 5 no longer has, and its LongBench (QASPER) imports
+packages for Chinese text. These functions compute the same: SQuAD's normalisation (Rajpurkar et al., arXiv 1606.05250,
+section 6.1) and, for CoQA, the leave-one-out mean over the answers (Reddy et al., arXiv 1808.07042, section 6.1).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def normalised(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces."""
+    """The text in lower case with single spaces, without punctuation and articles."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -31,7 +31,7 @@ def exact(gold: str, answer: str) -> float:
 
 
 def f1(gold: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of the normalised words; without words on one side, 1 if both have none."""
+    """Harmonic mean of precision and recall of the normalised words; 1 if neither text has words, 0 if only one has."""
     wanted, given = normalised(gold).split(), normalised(answer).split()
     if not wanted or not given:
         return float(wanted == given)
@@ -47,7 +47,7 @@ def coqa_prompt(doc: Doc) -> str:
 
 
 def coqa_answers(doc: Doc) -> list[str]:
-    """The accepted answers of the last question: the first annotator's, then those that differ in more than case."""
+    """The accepted answers to the last question: the first annotator's, then others that differ in more than case."""
     turn = len(doc["questions"]["input_text"]) - 1
     answers = [doc["answers"]["input_text"][turn]]
     for others in (doc.get("additional_answers") or {}).values():
@@ -60,11 +60,11 @@ def coqa_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     """Exact match and F1 of the answer's first line."""
     golds = coqa_answers(doc)
     lines = results[0].strip().split("\n")
-    return {"em": _left_out_in_turn(exact, golds, lines[0]), "f1": _left_out_in_turn(f1, golds, lines[0])}
+    return {"em": _leave_one_out_mean(exact, golds, lines[0]), "f1": _leave_one_out_mean(f1, golds, lines[0])}
 
 
-def _left_out_in_turn(score: Callable[[str, str], float], golds: Sequence[str], answer: str) -> float:
-    """Best score among the golds, with one of them left out, on average over which: a human is measured so, too."""
+def _leave_one_out_mean(score: Callable[[str, str], float], golds: Sequence[str], answer: str) -> float:
+    """The mean, over each gold left out in turn, of the best score among the others, as for humans."""
     if len(golds) == 1:
         return score(golds[0], answer)
     scores = [score(gold, answer) for gold in golds]
@@ -72,7 +72,7 @@ def _left_out_in_turn(score: Callable[[str, str], float], golds: Sequence[str], 
 
 
 def qasper_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """F1 with the best of the accepted answers."""
+    """The best F1 over the accepted answers."""
     return {"qa_f1_score": max(f1(gold, results[0].strip()) for gold in doc["answers"])}
 
 

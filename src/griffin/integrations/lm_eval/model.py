@@ -30,7 +30,7 @@ logger = logging.getLogger("griffin")
 
 _CONFIG = tuple(field.name for field in fields(GriffinConfig))
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")
-# Settings of a model's generation config that change what is generated, and their values that change nothing.
+# Settings of a model's generation config that change the generated text, each with its values that have no effect.
 _OFF: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
@@ -49,39 +49,40 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
     "num_beams": (1,),
 }
-# What HFLM passes on to from_pretrained, of which it takes anything.
+# Arguments that HFLM passes on to from_pretrained; its own signature does not name them.
 _PASSED_ON = ("attn_implementation", "device_map")
 
-_NOTHING = (0.0, True)  # the score of no tokens: a sum and a conjunction over none
+_EMPTY_SCORE = (0.0, True)  # the score of no tokens: an empty sum and an empty conjunction
 
 
 @register_model("griffin")
 class GriffinLM(HFLM):  # type: ignore[misc]
-    """The harness's own Transformers model (`hf`), with the experts in the generation phase.
+    """The harness's Transformers model (`hf`) with GRIFFIN's experts in the generation phase.
 
-    - `generate_until`: the prompt is the prompt phase, and griffin's own loop generates; the native step where there is
-      one. Settings that it does not know (beam search) go to the model's `generate`, with GRIFFIN attached.
-    - `loglikelihood`: see `griffin.integrations.lm_eval.scoring` for the two phases.
-      A choice without tokens of its own scores 0, at every density; `hf` does so too, but only beside other choices.
-    - `loglikelihood_rolling`: windows as `hf` cuts them. Every window's context part is its prompt phase: one token
-      (where the text begins: the prefix token), more only in the last window. So experts are selected from nearly
-      nothing, which is the hardest test; `griffin perplexity` gives them a prompt.
+    - `generate_until`: the prompt runs in the prompt phase and griffin's loop generates, with the native step if
+      the model has one. Settings that it lacks, such as beam search, use the model's `generate` with GRIFFIN attached.
+    - `loglikelihood`: `griffin.integrations.lm_eval.scoring` describes the two phases. A choice without tokens scores 0
+      at every density; `hf` does the same, but only if the context has other choices.
+    - `loglikelihood_rolling`: the windows are those of `hf`. Each window's context is its prompt phase: one token (the
+      prefix token at the start of the text), and more only in the last window. This is the hardest test of GRIFFIN, as
+      experts are selected from almost no text; `griffin perplexity` selects them from a prompt.
 
-    At density 1.0 nothing is attached and every method is HFLM's, so results are those of `hf` to the last digit.
-    Contexts beyond the window are cut from the left, as `hf` does; they are counted in `truncated` and told in the log.
+    At density 1.0 nothing is attached and HFLM's methods run unchanged, so the results equal those of `hf` exactly.
+    Contexts longer than the window are cut from the left, as in `hf`; `truncated` counts them and the log reports them.
 
     Args:
-        pretrained: what `griffin.load` takes. Folders and Hub ids are loaded by HFLM, so that they equal `hf`; built-in
-            names and `.gguf` files by `griffin.load`. Or a model.
+        pretrained: a model, or a name that `griffin.load` accepts. HFLM loads folders and Hub ids, so that they equal
+            `hf`; `griffin.load` loads built-in names and `.gguf` files.
         phase: `continuation` or `last_token`.
-        weights: `int8`, `int4`, `bf16` or `f32`, as `griffin.load` stores them.
+        weights: the format in which `griffin.load` stores the weights: `int8`, `int4`, `bf16` or `f32`.
         disable_tqdm: show no progress bars.
-        shared: answers that are generated for several configs together, of which this model's is one; then at density
-            1.0, too, they come from griffin's loop.
+        shared: answers generated for several configs together, including this model's config; griffin's loop then
+            generates at density 1.0 too.
         **arguments: the fields of `GriffinConfig`, and HFLM's own arguments (`backend` is GriffinConfig's).
 
     Raises:
-        ValueError: an unknown argument or value, `batch_size=auto` below density 1.0, or a model that `attach` refuses.
+        ValueError: an argument or value is unknown, `batch_size` is `auto` below density 1.0, or `attach` refuses the
+            model.
         GriffinError: the model cannot be fetched or read.
     """
 
@@ -94,10 +95,10 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         shared: Shared | None = None,
         **arguments: Any,
     ) -> None:
-        known = (*_CONFIG, "phase", "weights", *inspect.signature(HFLM.__init__).parameters, *_PASSED_ON)
+        accepted = (*_CONFIG, "phase", "weights", *inspect.signature(HFLM.__init__).parameters, *_PASSED_ON)
         for name in arguments:
-            if name not in known or name in ("self", "kwargs"):
-                near = difflib.get_close_matches(name, known, n=1)
+            if name not in accepted or name in ("self", "kwargs"):
+                near = difflib.get_close_matches(name, accepted, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
                     f"unknown model argument {name!r}{hint}; known are phase, weights, {', '.join(_CONFIG)} and hf's"
@@ -106,7 +107,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
             raise ValueError(f"phase is {phase!r}; expected one of {', '.join(PHASES)}")
         self.griffin = GriffinConfig.from_mapping({name: arguments.pop(name) for name in _CONFIG if name in arguments})
         self.phase = phase
-        self.truncated = self.contexts = 0  # contexts cut from the left, of all
+        self.truncated = self.contexts = 0  # the number of contexts cut from the left, and of all contexts
         self._full = self.griffin.density == 1.0
         self._quiet, self._shared = disable_tqdm, shared
         self._handle: Griffin | None = None
@@ -125,18 +126,18 @@ class GriffinLM(HFLM):  # type: ignore[misc]
                 raise
             raise loading_error(pretrained, arguments.get("revision"), error) from error
         if not self._full:
-            attach_any(self.model, self.griffin).detach()  # refuse a model that it cannot prune before a long run
+            attach_any(self.model, self.griffin).detach()  # refuse an unsupported model before a long run
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See the harness's `LM.loglikelihood`."""
-        nothing = [not any(request.args) for request in requests]  # neither context nor choice: hf cannot encode it
+        empty_requests = [not any(request.args) for request in requests]  # hf cannot encode an empty context and choice
         with self._attached():
             scored = super().loglikelihood(
-                [request for request, empty in zip(requests, nothing, strict=True) if not empty],
+                [request for request, empty in zip(requests, empty_requests, strict=True) if not empty],
                 disable_tqdm or self._quiet,
             )
-        left = iter(scored)
-        return [_NOTHING if empty else next(left) for empty in nothing]
+        scores = iter(scored)
+        return [_EMPTY_SCORE if empty else next(scores) for empty in empty_requests]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """See the harness's `LM.loglikelihood_rolling`."""
@@ -153,13 +154,13 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         return results
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results: HFLM's, and the method's."""
+        """HFLM's information for the results file, with the GRIFFIN config and the number of truncated contexts."""
         info: dict[str, Any] = super().get_model_info()
         return info | {"griffin": {**asdict(self.griffin), "phase": self.phase}, "truncated": self.truncated}
 
     @contextmanager
     def _attached(self, wanted: bool = True) -> Iterator[None]:
-        """Attach GRIFFIN where there is something to prune, and tell at the end how many contexts were cut."""
+        """Attach GRIFFIN below density 1.0 if `wanted`, and log the number of truncated contexts at the end."""
         cut, seen = self.truncated, self.contexts
         if self._full or not wanted:
             yield
@@ -181,15 +182,21 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        self.contexts += len({tuple(own) for _, own, _ in requests})  # the choices of one context count once
+        self.contexts += len({tuple(context) for _, context, _ in requests})  # the choices of one context count once
         self.truncated += len(
-            {tuple(own) for _, own, scored in requests if len(own) + len(scored) > self.max_length + 1}
+            {
+                tuple(context)
+                for _, context, continuation in requests
+                if len(context) + len(continuation) > self.max_length + 1
+            }
         )
-        results = [_NOTHING] * len(requests)
-        scored: list[int] = []  # a choice may have no tokens: it is empty, or they merge with the context's
+        results = [_EMPTY_SCORE] * len(requests)
+        scored: list[
+            int
+        ] = []  # a choice has no tokens if it is empty or all of it merges with the context's last token
         for index, (texts, context, continuation) in enumerate(requests):
             if not continuation:
-                self._told(texts, _NOTHING)
+                self._cache_score(texts, _EMPTY_SCORE)
             elif not context:
                 raise ValueError(f"a context has no tokens ({str(texts)[:60]!r}); expected some text before a choice")
             elif len(continuation) > self.max_length:
@@ -210,7 +217,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         quiet: bool,
         override_bs: int | None,
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """The scores of those requests that have some tokens to score: HFLM's where nothing is attached."""
+        """Yield index and score of the requests in `scored`; HFLM computes them if nothing is attached."""
         wanted = [requests[index] for index in scored]
         if self._full or self._handle is None:
             full = super()._loglikelihood_tokens(wanted, disable_tqdm=quiet, override_bs=override_bs)
@@ -224,16 +231,16 @@ class GriffinLM(HFLM):  # type: ignore[misc]
             pad_token=self.tokenizer.pad_token_id,
             log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype),
         )
-        windows = [Continuation(tuple(own), tuple(tokens)).within(self.max_length) for _, own, tokens in wanted]
+        windows = [Continuation(tuple(context), tuple(tokens)).within(self.max_length) for _, context, tokens in wanted]
         with tqdm(total=len(wanted), disable=quiet, desc="Running loglikelihood requests") as bar, self._autocast():
             for score in scorer(windows):
-                found = score.loglikelihood, score.greedy
-                self._told(wanted[score.index][0], found)
-                yield scored[score.index], found
+                result = score.loglikelihood, score.greedy
+                self._cache_score(wanted[score.index][0], result)
+                yield scored[score.index], result
                 bar.update()
 
-    def _told(self, texts: Any, score: tuple[float, bool]) -> None:
-        """Let the harness keep a score; windows of a longer text have no key."""
+    def _cache_score(self, texts: Any, score: tuple[float, bool]) -> None:
+        """Add a score to the harness's cache. Windows of a longer text have no key and are not cached."""
         if texts is not None:
             self.cache_hook.add_partial("loglikelihood", texts, score)
 
@@ -244,7 +251,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """HFLM's, which counts what is cut."""
+        """Encode as HFLM does, and count the contexts that are cut."""
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         self.contexts += len(strings)
         if left_truncate_len:
@@ -253,7 +260,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         return ids, mask
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
-        """Generate until every row has stopped.
+        """Generate until every answer has stopped.
 
         Shapes: context (B, S), left-padded. Returns (B, S + new), padded on the right.
         """
@@ -264,7 +271,7 @@ class GriffinLM(HFLM):  # type: ignore[misc]
         sampled = bool(settings.get("do_sample", temperature > 0))
         ours = set(drawn) <= set(_SAMPLING)
         if not ours or (self._handle is None and self._shared is None):
-            with self._attached(self._shared is not None):  # where answers are shared, nothing is attached yet
+            with self._attached(self._shared is not None):  # with shared answers, nothing is attached yet
                 generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
             return generated
         batch = PromptBatch(
@@ -289,16 +296,16 @@ class GriffinLM(HFLM):  # type: ignore[misc]
 
 def _rules(config: Any) -> dict[str, Any]:
     """Settings of a model's own generation config, without sampling, which the harness decides."""
-    found = {name: getattr(config, name, None) for name in _OFF}
-    return {name: value for name, value in found.items() if value is not None and value not in _OFF[name]}
+    rules = {name: getattr(config, name, None) for name in _OFF}
+    return {name: value for name, value in rules.items() if value is not None and value not in _OFF[name]}
 
 
 def _griffin_load(name: str, weights: str | None, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """The model and tokenizer by `griffin.load`, which takes these of HFLM's arguments."""
+    """Load model and tokenizer by `griffin.load`. Removes the arguments that it takes from `arguments`."""
     dtype, device = arguments.pop("dtype", None), arguments.pop("device", None)
     revision = arguments.pop("revision", None)
     if isinstance(device, str) and device.startswith("cuda") and not torch.cuda.is_available():
-        device = None  # the harness's default
+        device = None  # the harness passes cuda by default
     return load(
         name,
         dtype=None if dtype == "auto" else dtype,

@@ -1,11 +1,11 @@
-"""Log-likelihood of continuations with the experts. Token ids in, numbers out; knows nothing of the harness.
+"""Compute log-likelihoods of continuations with the experts, from token ids. This module does not use the harness.
 
-Two phases can be meant (`phase`):
+The argument `phase` has two values:
 
-- `continuation`: the context is the prompt phase, run once for all of its continuations. Its last token is then
-  computed again, with the experts, and so are the continuation's tokens: every one of them is predicted by the experts.
-- `last_token`: the paper's simulation of classification. The whole input but its last token is the prompt phase, and
-  only that last token is computed with the experts; so it is the last token of the continuation that they predict.
+- `continuation`: the context runs once in the prompt phase, for all of its continuations. The experts then compute its
+  last token again and the tokens of the continuation, so they predict every token of the continuation.
+- `last_token`: the paper's simulation of classification. All of the input except its last token runs in the prompt
+  phase, and the experts compute only that last token, so they predict only the last token of the continuation.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from griffin.attachment import Griffin
 from griffin.generation.text import pad
 
-_ROWS = 4  # continuations in one forward pass, at least: each has a copy of its context's keys and values
-_TOKENS = 512  # of a continuation in one forward pass: all of them need logits, of the vocabulary's size
+_MIN_CONTINUATIONS = 4  # in one forward pass; each has a copy of its context's keys and values
+_TOKENS = 512  # tokens of a continuation in one forward pass, as each needs logits over the whole vocabulary
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A continuation to score after a context, which is not empty."""
+    """The tokens of a continuation to score after a context, which is not empty."""
 
     context: tuple[int, ...]
-    continuation: tuple[int, ...]
+    tokens: tuple[int, ...]
 
     def within(self, window: int) -> Continuation:
-        """The same with its context cut from the left, as the harness does: all but the last token fit the window."""
-        kept = (self.context + self.continuation)[-(window + 1) :]
-        return Continuation(kept[: len(kept) - len(self.continuation)], self.continuation)
+        """Cut the context from the left, as the harness does, so that all tokens but the last fit the window."""
+        kept = (self.context + self.tokens)[-(window + 1) :]
+        return Continuation(kept[: len(kept) - len(self.tokens)], self.tokens)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Log-likelihood of request number `index`, in nats, and whether greedy decoding would give its continuation."""
+    """Log-likelihood in nats of continuation number `index`, and whether greedy decoding would generate it."""
 
     index: int
     loglikelihood: float
@@ -51,15 +51,15 @@ class Score:
 
 
 class Scorer:
-    """Scores requests with one attached model.
+    """Scores continuations with one attached model.
 
     Args:
         model: the model.
         handle: GRIFFIN attached to it.
         phase: `continuation` or `last_token`.
-        batch_size: contexts (inputs, for `last_token`) in one prompt phase; left-padded.
-        pad_token: what they are padded with.
-        log_softmax: of logits (..., V).
+        batch_size: the number of contexts (for `last_token`: inputs) in one prompt phase.
+        pad_token: the token id that pads them on the left.
+        log_softmax: the function that normalises logits (..., V).
     """
 
     def __init__(
@@ -78,42 +78,45 @@ class Scorer:
         self._positions, self._keep = "position_ids" in accepted, "logits_to_keep" in accepted
 
     @torch.no_grad()
-    def __call__(self, requests: Sequence[Continuation]) -> Iterator[Score]:
-        """Score the requests, longest first, each as soon as it is known.
+    def __call__(self, continuations: Sequence[Continuation]) -> Iterator[Score]:
+        """Score the continuations, those of the longest contexts first, and yield each score once it is computed.
 
         Raises:
-            ValueError: the scores that select the experts are not finite.
+            ValueError: the statistics that select the experts are not finite.
         """
         by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for index, request in enumerate(requests):
-            prompt = request.context
+        for index, continuation in enumerate(continuations):
+            prompt = continuation.context
             if self._phase == "last_token":
-                prompt += request.continuation[:-1]
+                prompt += continuation.tokens[:-1]
             by_prompt.setdefault(prompt, []).append(index)
         prompts = sorted(by_prompt, key=len, reverse=True)
         run = self._last_tokens if self._phase == "last_token" else self._continuations
         for batch in _batches(prompts, self._batch_size):
-            yield from run(batch, [by_prompt[prompt] for prompt in batch], requests)
+            yield from run(batch, [by_prompt[prompt] for prompt in batch], continuations)
 
     def _continuations(
-        self, contexts: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]], requests: Sequence[Continuation]
+        self,
+        contexts: Sequence[tuple[int, ...]],
+        indices: Sequence[Sequence[int]],
+        continuations: Sequence[Continuation],
     ) -> Iterator[Score]:
         ids, mask = pad(contexts, self._pad_token, self._model.device)
         cache = DynamicCache()
         with self._handle.prompt_phase():
             self._forward(ids, mask, cache, keep=1)
-        cache.crop(-1)  # the last token of the context comes again, with the experts
-        own_experts = self._handle.config.batch == "per_sequence"
-        rows = [[(row, index) for index in own] for row, own in enumerate(indices)]
-        groups = rows if own_experts else [list(chain.from_iterable(rows))]
-        size = max(_ROWS, self._batch_size)
+        cache.crop(-1)  # the last token of the context runs again with the experts
+        separate_experts = self._handle.config.batch == "per_sequence"
+        rows = [[(row, index) for index in of_context] for row, of_context in enumerate(indices)]
+        groups = rows if separate_experts else [list(chain.from_iterable(rows))]
+        size = max(_MIN_CONTINUATIONS, self._batch_size)
         for group in groups:
             for at in range(0, len(group), size):
                 part = group[at : at + size]
-                scored = [requests[index].continuation for _, index in part]
-                of = [row for row, _ in part]
-                starts = [contexts[row][-1:] + own[:-1] for (row, _), own in zip(part, scored, strict=True)]
-                logprobs, greedy = self._teach(starts, scored, of, mask, cache)
+                scored = [continuations[index].tokens for _, index in part]
+                context_rows = [row for row, _ in part]
+                inputs = [contexts[row][-1:] + tokens[:-1] for row, tokens in zip(context_rows, scored, strict=True)]
+                logprobs, greedy = self._teach(inputs, scored, context_rows, mask, cache)
                 for n, (_, index) in enumerate(part):
                     length = len(scored[n])
                     yield Score(index, float(logprobs[n, :length].sum()), bool(greedy[n, :length].all()))
@@ -126,53 +129,53 @@ class Scorer:
         mask: Tensor | None,
         cache: Cache,
     ) -> tuple[Tensor, Tensor]:
-        """Run inputs after the cached contexts `rows`, with their experts.
+        """Run inputs after the cached contexts `rows`, with these contexts' experts.
 
-        Shapes: returns log-probability of every target and whether it is the likeliest token, both (N, T); shorter ones
-        are padded on the right.
+        Shapes: returns the log-probability of every target and whether it is the likeliest token, both (N, T); shorter
+        continuations are padded on the right.
         """
         device = self._model.device
         ids, wanted = (_right_padded(tokens, self._pad_token, device) for tokens in (inputs, targets))
-        own = _rows_of(cache, torch.tensor(rows, device=device))
-        own_mask = None if mask is None else mask[torch.tensor(rows, device=device), :-1]
+        rows_cache = _rows_of(cache, torch.tensor(rows, device=device))
+        rows_mask = None if mask is None else mask[torch.tensor(rows, device=device), :-1]
         logprobs, greedy = [], []
         with self._handle.generation_phase(rows=rows):
             for tokens, target in zip(
                 torch.split(ids, _TOKENS, dim=1), torch.split(wanted, _TOKENS, dim=1), strict=True
             ):
-                if own_mask is not None:
-                    own_mask = torch.cat([own_mask, own_mask.new_ones(tokens.shape)], dim=1)
-                logits = self._log_softmax(self._forward(tokens, own_mask, own))
+                if rows_mask is not None:
+                    rows_mask = torch.cat([rows_mask, rows_mask.new_ones(tokens.shape)], dim=1)
+                logits = self._log_softmax(self._forward(tokens, rows_mask, rows_cache))
                 logprobs.append(logits.gather(2, target[..., None]).squeeze(2))
                 greedy.append(logits.argmax(dim=-1) == target)
         return torch.cat(logprobs, dim=1), torch.cat(greedy, dim=1)
 
     def _last_tokens(
-        self, inputs: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]], requests: Sequence[Continuation]
+        self, inputs: Sequence[tuple[int, ...]], indices: Sequence[Sequence[int]], continuations: Sequence[Continuation]
     ) -> Iterator[Score]:
         cache = DynamicCache()
-        before = max(len(requests[index].continuation) for own in indices for index in own) - 1
-        alone = len(inputs[0]) == 1  # nothing comes before the last token: it is its own prompt
+        before = max(len(continuations[index].tokens) for index in chain.from_iterable(indices)) - 1
+        alone = len(inputs[0]) == 1  # the last token is the only one, so it is also the prompt
         ids, mask = pad(inputs, self._pad_token, self._model.device)
         prompt, last = (ids, ids) if alone else (ids[:, :-1], ids[:, -1:])
         with self._handle.prompt_phase():
-            first = self._forward(
+            prompt_logits = self._forward(
                 prompt, None if mask is None else mask[:, : prompt.shape[1]], cache, keep=max(1, before)
             )
         if alone:
             cache.crop(-1)
         with self._handle.generation_phase():
-            second = self._forward(last, mask, cache)
-        logits = self._log_softmax(second if before == 0 else torch.cat([first, second], dim=1))
-        for row, own in enumerate(indices):
-            for index in own:
-                targets = torch.tensor(requests[index].continuation, device=logits.device)
-                own_logits = logits[row, -len(targets) :]
-                logprobs = own_logits.gather(1, targets[:, None])
-                yield Score(index, float(logprobs.sum()), bool((own_logits.argmax(dim=-1) == targets).all()))
+            last_logits = self._forward(last, mask, cache)
+        logits = self._log_softmax(last_logits if before == 0 else torch.cat([prompt_logits, last_logits], dim=1))
+        for row, of_prompt in enumerate(indices):
+            for index in of_prompt:
+                targets = torch.tensor(continuations[index].tokens, device=logits.device)
+                target_logits = logits[row, -len(targets) :]
+                logprobs = target_logits.gather(1, targets[:, None])
+                yield Score(index, float(logprobs.sum()), bool((target_logits.argmax(dim=-1) == targets).all()))
 
     def _forward(self, tokens: Tensor, mask: Tensor | None, cache: Cache, keep: int | None = None) -> Tensor:
-        """The model's logits for new tokens after those in the cache, of the last `keep` positions or of all."""
+        """Run new tokens after those in the cache. Returns the logits of the last `keep` positions, or of all."""
         arguments: dict[str, Any] = {}
         if mask is not None:
             arguments["attention_mask"] = mask
@@ -185,7 +188,7 @@ class Scorer:
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], size: int) -> Iterator[Sequence[tuple[int, ...]]]:
-    """So many at a time; those of a single token on their own, as they are treated differently."""
+    """Batches of `size` prompts. Prompts of a single token, which come last, get separate batches."""
     longer = sum(len(prompt) > 1 for prompt in prompts)
     for part in (prompts[:longer], prompts[longer:]):
         for at in range(0, len(part), size):
@@ -194,16 +197,15 @@ def _batches(prompts: Sequence[tuple[int, ...]], size: int) -> Iterator[Sequence
 
 def _right_padded(tokens: Sequence[tuple[int, ...]], pad_token: int, device: torch.device) -> Tensor:
     longest = max(map(len, tokens))
-    return torch.tensor([[*own, *[pad_token] * (longest - len(own))] for own in tokens], device=device)
+    return torch.tensor([[*sequence, *[pad_token] * (longest - len(sequence))] for sequence in tokens], device=device)
 
 
 def _rows_of(cache: DynamicCache | Cache, rows: Tensor) -> Cache:
-    """A cache of some of the sequences, in that order; the given one stays as it is."""
+    """A cache of the given rows, in this order. The given cache is not changed."""
     if cache.get_seq_length() == 0:
         return DynamicCache()
     chosen = copy.copy(cache)
-    chosen.layers = [
-        copy.copy(layer) for layer in cache.layers
-    ]  # a layer replaces its tensors, it does not write in them
+    # Shallow copies are enough, as a layer replaces its tensors instead of writing into them.
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)  # type: ignore[attr-defined, unused-ignore]
     return chosen

@@ -1,4 +1,4 @@
-"""The jobs of a sweep that are tasks of the harness."""
+"""The jobs of a sweep that run tasks of the harness."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from griffin.integrations.lm_eval.evaluate import TaskResult, evaluate
 from griffin.integrations.lm_eval.generating import Shared
 from griffin.methods import METHODS
 
-_ROUNDING = 1e-6  # a metric is the mean of its values if they differ by no more, as a share
+_ROUNDING = 1e-6  # a metric counts as the mean of its values up to this relative or absolute difference
 
 
 def task_jobs(
@@ -39,10 +39,10 @@ def task_jobs(
     max_length: int | None = None,
     answers: Path | None = None,
 ) -> list[Job]:
-    """A job for each task and config; of tasks with free answers one for all configs, as they share the prompt phase.
+    """Make the jobs. A task with generated answers is one job for all configs, which share its prompt phase.
 
     Args:
-        answers: a folder to keep such a task's answers in as they come.
+        answers: a folder in which such a task keeps its answers while it runs.
 
     The other arguments are those of `evaluate`.
     """
@@ -55,7 +55,7 @@ def task_jobs(
             path = None if answers is None else answers / f"{task}.partial.jsonl"
             shared = Shared([config_of(key) for key in keys], path, tick, [fingerprint(model), versions()])
         for key in keys:
-            found = evaluate(
+            results = evaluate(
                 model,
                 tokenizer,
                 config_of(key),
@@ -68,10 +68,10 @@ def task_jobs(
                 seed=key.seed,
                 shared=shared,
             )
-            yield measured(found[task], key.seed)
+            yield measured(results[task], key.seed)
 
     def key(task: str, config: GriffinConfig) -> Key:
-        own_phase = None if config.density == 1.0 or task in GENERATED else phase
+        task_phase = None if config.density == 1.0 or task in GENERATED else phase
         source = "hub" if data is None else f"files {_digest(task, data)}"
         return key_of(
             config,
@@ -80,34 +80,34 @@ def task_jobs(
             source=source,
             prompt=max_length,
             limit=limit,
-            phase=own_phase,
+            phase=task_phase,
             batch_size=batch_size,
         )
 
     jobs = []
     for task in tasks:
         keys = [key(task, config) for config in configs]
-        together = tuple(own for own in keys if task in GENERATED and not _unstructured(own))
-        alone = [Job((own,), measure) for own in keys if own not in together]
+        together = tuple(of_task for of_task in keys if task in GENERATED and not _unstructured(of_task))
+        alone = [Job((of_task,), measure) for of_task in keys if of_task not in together]
         jobs += [Job(together, measure), *alone] if together else alone
     return jobs
 
 
 @cache
 def _digest(task: str, data: Path) -> str:
-    """8 hex digits of the rows: other files are other examples."""
+    """8 hex digits that identify the rows, as other files hold other examples."""
     rows = json.dumps(load(task, data), sort_keys=True)
     return hashlib.sha256(rows.encode()).hexdigest()[:8]
 
 
 def measured(result: TaskResult, seed: int) -> CellResult:
-    """The cell of a task: every metric with its interval over the examples, where it is a mean of theirs."""
+    """The cell of a task. A metric that is a mean over the examples has an interval."""
     metrics = {}
     for name, value in result.metrics.items():
         better = result.higher_is_better[name]
-        found = _interval(name, result, seed)
-        if found is not None and math.isclose(found.value, value, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
-            metrics[name] = Metric(value, found.low, found.high, better)
+        interval = _interval(name, result, seed)
+        if interval is not None and math.isclose(interval.value, value, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+            metrics[name] = Metric(value, interval.low, interval.high, better)
         else:
             metrics[name] = Metric(value, higher_is_better=better)
     return CellResult(
@@ -133,5 +133,5 @@ def _interval(name: str, result: TaskResult, seed: int) -> Interval | None:
 
 
 def _unstructured(key: Key) -> bool:
-    """Whether a cell's method keeps single weights: its statistic is gathered by a prompt phase of its own."""
+    """Whether a cell's method keeps single weights, so that it needs a separate prompt phase."""
     return key.method in METHODS and METHODS[key.method].select is None

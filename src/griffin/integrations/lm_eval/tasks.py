@@ -1,9 +1,8 @@
-"""The tasks: files in `tasks/`, each the harness's own task (named by `harness`) with what is changed of it.
+"""The tasks. Each file in `tasks/` names a task file of the harness and changes some of its settings.
 
-A file's keys are those of the harness's task files, and three more: `harness`, the harness's file that it starts from;
-`harness_functions: false`, where that file's functions cannot be imported; `local`, changes for rows from local files.
-The folder of local files comes as `data` in the harness's metadata (`--metadata data=DIR`); without it the rows come
-from the Hub.
+A file has the keys of the harness's task files and three more: `harness` names the harness's file, `harness_functions:
+false` says that its functions cannot be imported, and `local` holds changes for rows from local files. The harness's
+metadata give the folder of local files as `data` (`--metadata data=DIR`); without it the rows come from the Hub.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from griffin.integrations.lm_eval import TASK_FILES, TASKS, data
 
 
 class GriffinTask(ConfigurableTask):  # type: ignore[misc]
-    """A task of the harness, with rows from local files if its metadata names a folder of them as `data`.
+    """A task of the harness, with rows from local files if its metadata has their folder as `data`.
 
     Raises:
         ValueError: a local file is missing or malformed.
@@ -32,27 +31,27 @@ class GriffinTask(ConfigurableTask):  # type: ignore[misc]
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        own = {name: value for name, value in config.items() if name != "class"}
-        local = own.pop("local", {})
-        settings = _of_harness(own.pop("harness", None), own.pop("harness_functions", True))
-        metadata = settings.get("metadata", {}) | own.get("metadata", {})
-        settings |= own | {"metadata": metadata}
+        given = {name: value for name, value in config.items() if name != "class"}
+        local = given.pop("local", {})
+        settings = _of_harness(given.pop("harness", None), given.pop("harness_functions", True))
+        metadata = settings.get("metadata", {}) | given.get("metadata", {})
+        settings |= given | {"metadata": metadata}
         folder = metadata.get("data")
         self._rows = None if folder is None else data.load(settings["task"], Path(folder).expanduser())
         if self._rows is not None:
             settings |= {"training_split": None, "validation_split": None, "test_split": "test", **local}
-            # Of one split the harness leaves the row that is asked out of the examples it shows.
+            # With one split for both, the harness leaves the tested row out of the few-shot examples.
             settings["fewshot_split"] = "shots" if "shots" in self._rows else "test"
         super().__init__(config=settings)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Take the rows that were read from local files, or load them from the Hub."""
+        """Use the rows from local files, or load them from the Hub."""
         if self._rows is not None:
             self.dataset = {split: datasets.Dataset.from_list(rows) for split, rows in self._rows.items()}
             return
         try:
             super().download(dataset_kwargs, **kwargs)
-        except Exception as error:  # whatever datasets, fsspec or the network raise
+        except Exception as error:  # datasets, fsspec and the network may raise anything
             reason = " ".join(str(error).split())[:200]
             raise GriffinError(
                 f"the rows of task {self.config.task} cannot be loaded from the Hub ({reason}); check the network, or "
@@ -61,12 +60,12 @@ class GriffinTask(ConfigurableTask):  # type: ignore[misc]
 
 
 def manager(metadata: dict[str, Any]) -> TaskManager:
-    """A task manager that knows these tasks alone."""
+    """A task manager with only these tasks."""
     return TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=metadata)
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise `ValueError` for a name that is none of the tasks of this room."""
+    """Raise `ValueError` for a name that is not in `TASKS`."""
     for name in names:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)

@@ -1,8 +1,8 @@
 """One thread owns the model: it takes requests from a bounded queue and generates their answers token by token.
 
 Between two steps the thread drops cancelled requests and admits new ones. Prompts run in chunks, with a step of the
-running answers after each chunk, so a long prompt does not stall them. A request is admitted only when all of its
-answers fit within `max_sequences` and the key/value memory, both of which it then holds until it ends.
+running answers after each chunk, so a long prompt does not stall them. A prompt is admitted only when all of its
+answers fit within `max_sequences` and the key/value memory, and each answer keeps its share until it ends.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Running:
 
 
 class Engine:
-    """Runs a model in a thread that no other thread may interrupt.
+    """Runs one model in a dedicated thread.
 
     Args:
         model: the model, in eval mode. No other code may use it until `close`.
