@@ -9,8 +9,8 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """$GRIFFIN_CACHE, else the platform's cache folder (on Linux $XDG_CACHE_HOME or ~/.cache) with /griffin."""
-    if own := os.environ.get("GRIFFIN_CACHE"):
-        return Path(own).expanduser()
+    if named := os.environ.get("GRIFFIN_CACHE"):
+        return Path(named).expanduser()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg).expanduser() / "griffin"
     if sys.platform == "win32":

@@ -154,15 +154,15 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     count = getattr(text_config, "decoder_layers", None) or getattr(text_config, "num_hidden_layers", None)
     paths = {id(module): path for path, module in model.named_modules()}
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    found = [modules for modules in lists if len(modules) == count]
-    if not found:
+    matching = [modules for modules in lists if len(modules) == count]
+    if not matching:
         lengths = sorted({len(modules) for modules in lists})
         name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
         raise ValueError(
             f"{name}: found no list of {count} decoder layers (lists of modules here have lengths {lengths}); "
             "GRIFFIN needs a Transformers decoder with its layers in one nn.ModuleList"
         )
-    return paths[id(found[0])], found[0]
+    return paths[id(matching[0])], matching[0]
 
 
 def _block_of(index: int, path: str, layer: nn.Module, candidates: Sequence[Layout], name: str) -> FFBlock:

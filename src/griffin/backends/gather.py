@@ -36,14 +36,16 @@ class GatherFF:
         assert dynamic is None, "resolve refuses it"
         self._reserve(len(experts), experts[0].shape[0])
         assert self._out is not None
-        for n, own in enumerate(experts):
-            own_rows = torch.cat([own, own + self._block.width]) if self._block.layout.fused else own
+        for n, expert_set in enumerate(experts):
+            own_rows = (
+                torch.cat([expert_set, expert_set + self._block.width]) if self._block.layout.fused else expert_set
+            )
             for projection, weight, bias in zip(self._block.inputs, self._weights, self._biases, strict=True):
                 full, full_bias = rows(projection)
                 torch.index_select(full.detach(), 0, own_rows, out=weight[n])
                 if bias is not None and full_bias is not None:
                     torch.index_select(full_bias.detach(), 0, own_rows, out=bias[n, 0])
-            torch.index_select(rows(self._block.output)[0].detach(), 1, own, out=self._out[n])
+            torch.index_select(rows(self._block.output)[0].detach(), 1, expert_set, out=self._out[n])
 
     def refresh(self) -> bool:
         """See `SparseFF.refresh`. Every selection copies from the weights as they are."""

@@ -244,5 +244,5 @@ def ff_records(block: FFBlock) -> tuple[Tensor, Tensor | None]:
     if addresses != [i * row for i in range(len(packed))] or any(part.stride() != (record, 1) for part in packed):
         raise ValueError(f"{block.path}: gate, up and down do not lie in one record; load or convert the model again")
     records = first.as_strided((d_ff, record), (record, 1))
-    own = block.inputs[0].scales
-    return records, own[0].as_strided((d_ff, len(packed)), (len(packed), 1)) if isinstance(own, Tensor) else None
+    scales = block.inputs[0].scales
+    return records, scales[0].as_strided((d_ff, len(packed)), (len(packed), 1)) if isinstance(scales, Tensor) else None

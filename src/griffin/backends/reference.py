@@ -86,8 +86,8 @@ class ReferenceFF:
     def _sketched(self, format: str, x: Tensor) -> Tensor:
         """Gates of the experts from the sketch."""
         weight, bias = self._sketch_of(format, x), getattr(self._block.inputs[0], "bias", None)
-        own = None if bias is None else bias[: self._block.width]
-        return self._each(x, lambda part, e: F.linear(part, weight[e], None if own is None else own[e]))
+        bias_part = None if bias is None else bias[: self._block.width]
+        return self._each(x, lambda part, e: F.linear(part, weight[e], None if bias_part is None else bias_part[e]))
 
     def _sketch_of(self, format: str, like: Tensor) -> Tensor:
         if self._sketch is None or self._sketch[0] != format:
@@ -106,8 +106,8 @@ class ReferenceFF:
         assert name is not None
         values = ACTIVATIONS[name](gate).abs().float()
         weights = dynamic.weights.to(gate.device)
-        own = torch.stack([weights[row if len(weights) > 1 else 0][e] for row, e in enumerate(self._experts)])
-        scores = values.view(len(own), -1, own.shape[1]) * own[:, None]
+        set_weights = torch.stack([weights[row if len(weights) > 1 else 0][e] for row, e in enumerate(self._experts)])
+        scores = values.view(len(set_weights), -1, set_weights.shape[1]) * set_weights[:, None]
         kept = torch.zeros_like(scores).scatter_(2, scores.topk(dynamic.split.chosen).indices, 1.0)
         return kept.view(gate.shape).to(gate.dtype)
 
@@ -115,7 +115,7 @@ class ReferenceFF:
         if len(self._experts) == 1:
             return project(x, self._experts[0])
         parts = split_rows(x, len(self._experts))
-        return torch.cat([project(part, own) for part, own in zip(parts, self._experts, strict=True)]).view(
+        return torch.cat([project(part, experts) for part, experts in zip(parts, self._experts, strict=True)]).view(
             *x.shape[:-1], -1
         )
 

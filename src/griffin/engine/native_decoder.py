@@ -69,15 +69,18 @@ class Caches:
         first = layers[0]
         for layer in layers:
             for (keys, values), (like, _) in zip(layer, first, strict=True):
-                if any((own.stride(), own.dtype) != (like.stride(), first[0][0].dtype) for own in (keys, values)):
+                if any(
+                    (states.stride(), states.dtype) != (like.stride(), first[0][0].dtype) for states in (keys, values)
+                ):
                     raise ValueError("the cache's layers differ in shape; start with a fresh cache")
         addresses = [
-            [row.data_ptr() for layer in layers for own in layer for row in own[which].unbind()] for which in range(2)
+            [row.data_ptr() for layer in layers for states in layer for row in states[which].unbind()]
+            for which in range(2)
         ]
         tables = [(ctypes.c_void_p * len(table))(*table) for table in addresses]
         self._kept = tables
-        self._sequences = torch.tensor([own[0].shape[0] for own in first])
-        strides = torch.tensor([own[0].stride(1) * own[0].element_size() for own in first])
+        self._sequences = torch.tensor([states[0].shape[0] for states in first])
+        strides = torch.tensor([states[0].stride(1) * states[0].element_size() for states in first])
         self._strides = strides.repeat_interleave(self._sequences)
         self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
         self._struct = abi.CacheStruct(
@@ -234,9 +237,9 @@ class NativeDecoder:
         parameters = self._config.rope_parameters
         kinds: list[str | None] = [None] if "rope_type" in parameters else list(parameters)
         for kind in kinds:
-            own = parameters if kind is None else parameters[kind]
-            if own["rope_type"] not in _FIXED_ROPES:
-                raise UnsupportedError(f"the native step does not know rotary embeddings of type {own['rope_type']}")
+            rope = parameters if kind is None else parameters[kind]
+            if rope["rope_type"] not in _FIXED_ROPES:
+                raise UnsupportedError(f"the native step does not know rotary embeddings of type {rope['rope_type']}")
         if len(kinds) > 2:
             raise UnsupportedError(f"the native step knows two kinds of rotary embedding, found {kinds}")
         return kinds

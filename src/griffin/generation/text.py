@@ -22,10 +22,10 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
     """
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     limit = context_length(model)
-    for own in ids:
-        if limit is not None and len(own) >= limit:
+    for tokens in ids:
+        if limit is not None and len(tokens) >= limit:
             raise ValueError(
-                f"the prompt has {len(own)} tokens, but the model's context is {limit}, answer included; "
+                f"the prompt has {len(tokens)} tokens, but the model's context is {limit}, answer included; "
                 "shorten the prompt"
             )
     return ids
@@ -46,10 +46,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
             encoded = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=True)
         else:
             encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    own = [int(token) for token in encoded["input_ids"]]
-    if not own:
+    tokens = [int(token) for token in encoded["input_ids"]]
+    if not tokens:
         raise ValueError("the prompt has no tokens")
-    return own
+    return tokens
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -66,11 +66,11 @@ def pad(ids: Sequence[Sequence[int]], pad_token: int, device: torch.device) -> t
         Returns input_ids (B, S), int64, and the attention mask (B, S), int64, or `None` where there is no padding.
     """
     longest = max(map(len, ids))
-    padded = [[pad_token] * (longest - len(own)) + list(own) for own in ids]
+    padded = [[pad_token] * (longest - len(tokens)) + list(tokens) for tokens in ids]
     input_ids = torch.tensor(padded, device=device)
-    if all(len(own) == longest for own in ids):
+    if all(len(tokens) == longest for tokens in ids):
         return input_ids, None
-    lengths = torch.tensor([len(own) for own in ids], device=device)
+    lengths = torch.tensor([len(tokens) for tokens in ids], device=device)
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
     return input_ids, mask.long()
 
@@ -120,11 +120,11 @@ class Answer:
     def _release(self, new: _Run) -> str:
         runs = [*self._held, new]
         shown, written = _shown(runs), "".join(run.text for run in runs)
-        found = [at for stop in self._stop if (at := shown.find(stop)) >= 0]
+        positions = [at for stop in self._stop if (at := shown.find(stop)) >= 0]
         if shown != written:
-            found += [len(_shown(_cut(runs, at)[0])) for stop in self._stop if (at := _find(runs, stop)) >= 0]
-        if found:
-            self.stopped, text, self._held = True, shown[: min(found)], []
+            positions += [len(_shown(_cut(runs, at)[0])) for stop in self._stop if (at := _find(runs, stop)) >= 0]
+        if positions:
+            self.stopped, text, self._held = True, shown[: min(positions)], []
         else:
             keep = max((_overlap(shown, stop) for stop in self._stop), default=0)
             at = _place(runs, len(shown) - keep)

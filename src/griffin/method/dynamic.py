@@ -144,15 +144,21 @@ def _split(
         chosen = min(experts, math.floor(left / (neuron - first)))
         return Split(experts, chosen, gate, math.ceil(experts * sizes[gate] + chosen * (neuron - first)))
 
-    def loss(own: Split) -> float:
-        chosen, left_out, not_experts = own.chosen / width, 1 - own.chosen / width, 1 - own.experts / width
+    def loss(candidate: Split) -> float:
+        chosen, left_out, not_experts = (
+            candidate.chosen / width,
+            1 - candidate.chosen / width,
+            1 - candidate.experts / width,
+        )
         scale, power, of_chosen = _NOT_EXPERTS
         for_all: float = scale * not_experts**power * chosen**of_chosen
         for_token: float = _LEFT_OUT[0] * left_out ** _LEFT_OUT[1]
-        return for_all + for_token + noise[own.gate]
+        return for_all + for_token + noise[candidate.gate]
 
-    found = [spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first]
-    possible = [own for own in found if own.chosen >= 1]
+    candidates = [
+        spent(gate, share) for gate, size in sizes.items() for share in _SHARES if gate is None or size < first
+    ]
+    possible = [candidate for candidate in candidates if candidate.chosen >= 1]
     return min(possible, key=loss) if possible else Split(1, 1, None, math.ceil(neuron))
 
 

@@ -59,18 +59,18 @@ class Profile:
     @property
     def digest(self) -> str:
         """8 hex digits that tell it from other profiles of its model."""
-        found = hashlib.sha256(json.dumps([dict(self.losses), list(self.energies)], sort_keys=True).encode())
-        for own in (*self.energies.values(), *self.ups.values()):
-            found.update(own.contiguous().numpy().tobytes())
-        return found.hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps([dict(self.losses), list(self.energies)], sort_keys=True).encode())
+        for values in (*self.energies.values(), *self.ups.values()):
+            digest.update(values.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:8]
 
     def fits(self, model: nn.Module, blocks: Sequence[FFBlock]) -> bool:
         """Whether it is this model's, in whatever format its weights are stored."""
-        widths = {layer: own.shape[0] for layer, own in self.energies.items()}
+        widths = {layer: values.shape[0] for layer, values in self.energies.items()}
         if widths != {block.layer: block.width for block in blocks}:
             return False
-        own = sample(model)
-        return float((own - self.embeddings).abs().max()) <= _CLOSE * float(self.embeddings.std())
+        values = sample(model)
+        return float((values - self.embeddings).abs().max()) <= _CLOSE * float(self.embeddings.std())
 
     def added_to(self, statistics: Statistics) -> Statistics:
         """New statistics with this profile as pseudo-tokens of every sequence."""
@@ -112,10 +112,12 @@ class Profile:
         Raises:
             GriffinError: it cannot be written.
         """
-        tensors = {f"energies.{layer}": own.bfloat16() for layer, own in self.energies.items()}
-        tensors |= {f"ups.{layer}": own.bfloat16() for layer, own in self.ups.items()}
+        tensors = {f"energies.{layer}": values.bfloat16() for layer, values in self.energies.items()}
+        tensors |= {f"ups.{layer}": values.bfloat16() for layer, values in self.ups.items()}
         tensors["embeddings"] = self.embeddings
-        losses = {name: {str(density): loss for density, loss in own.items()} for name, own in self.losses.items()}
+        losses = {
+            name: {str(density): loss for density, loss in values.items()} for name, values in self.losses.items()
+        }
         metadata = {"griffin_profile": _FORMAT, "about": json.dumps(dict(self.about)), "losses": json.dumps(losses)}
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -143,8 +145,8 @@ class Profile:
             if metadata.get("griffin_profile") != _FORMAT:
                 raise ValueError(f"{path} is no profile of this version of griffin; make it again: griffin profile")
             losses = {
-                name: {float(density): float(loss) for density, loss in own.items()}
-                for name, own in json.loads(metadata["losses"]).items()
+                name: {float(density): float(loss) for density, loss in by_density.items()}
+                for name, by_density in json.loads(metadata["losses"]).items()
             }
             return cls(
                 _by_layer("energies", tensors), _by_layer("ups", tensors), tensors["embeddings"],
@@ -155,8 +157,8 @@ class Profile:
 
 
 def _by_layer(name: str, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    found = {int(key.partition(".")[2]): own for key, own in tensors.items() if key.startswith(f"{name}.")}
-    return dict(sorted(found.items()))
+    layers = {int(key.partition(".")[2]): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    return dict(sorted(layers.items()))
 
 
 @torch.no_grad()
@@ -175,13 +177,13 @@ def find(model: nn.Module, blocks: Sequence[FFBlock], path: str | None = None) -
         ValueError: the file is none, or another model's.
     """
     if path is not None:
-        own = Profile.load(Path(path).expanduser())
-        if not own.fits(model, blocks):
+        given = Profile.load(Path(path).expanduser())
+        if not given.fits(model, blocks):
             raise ValueError(
-                f"{path} is the profile of another model ({own.about.get('model', 'unknown')}, {len(own.energies)} "
+                f"{path} is the profile of another model ({given.about.get('model', 'unknown')}, {len(given.energies)} "
                 f"layers); make one for this model: griffin profile"
             )
-        return own
+        return given
     for folder in (SHIPPED, cache_folder() / MADE_HERE):
         for file in sorted(folder.glob("*.safetensors")):
             known = _known(file, file.stat().st_mtime_ns)

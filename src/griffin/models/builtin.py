@@ -193,9 +193,9 @@ def read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 def _check_sha256(row: Builtin, path: Path, expected: str) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
         raise GriffinError(
-            f"{row.name}: {path.name} has SHA-256 {found}, expected {expected}; "
+            f"{row.name}: {path.name} has SHA-256 {actual}, expected {expected}; "
             "the download is damaged or altered: run `pip cache purge` and try again"
         )

@@ -68,9 +68,9 @@ def made_once(
 def is_complete(folder: Path, identity: Mapping[str, object]) -> bool:
     """Whether `folder` carries a manifest of this identity, and every file at the size it lists."""
     try:
-        found = json.loads(read_text(folder / MANIFEST))
-        sizes = found.pop("sizes_bytes")
-        return bool(sizes) and found == dict(identity) and sizes == _sizes_bytes(folder)
+        manifest = json.loads(read_text(folder / MANIFEST))
+        sizes = manifest.pop("sizes_bytes")
+        return bool(sizes) and manifest == dict(identity) and sizes == _sizes_bytes(folder)
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
 

@@ -69,7 +69,7 @@ def _projections(model: nn.Module, blocks: list[FFBlock]) -> list[tuple[nn.Modul
     head = get_head() if callable(get_head) else None
     layers = decoder_layers(model)[1]
     wanted = {id(module) for module in layers.modules()} | {id(head)}
-    found = []
+    projections = []
     for parent in model.modules():
         for name, module in parent.named_children():
             if id(module) not in wanted:
@@ -78,13 +78,13 @@ def _projections(model: nn.Module, blocks: list[FFBlock]) -> list[tuple[nn.Modul
                 raise ValueError(f"{name} is patched: GRIFFIN is attached to this model; call detach() first")
             if is_plain(module):
                 if id(module) not in in_blocks:
-                    found.append((parent, name, module))
+                    projections.append((parent, name, module))
             elif module is head or isinstance(module, nn.Linear) or "Linear" in type(module).__name__:
                 raise ValueError(
                     f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain Linear or Conv1D of "
                     "floating-point weights; load the model unquantised and without adapters"
                 )
-    return found
+    return projections
 
 
 def _replace_block(block: FFBlock, weights: str, fill: bool) -> None:
@@ -97,10 +97,10 @@ def _replace_block(block: FFBlock, weights: str, fill: bool) -> None:
     each = n - 1 if block.layout.fused else 1
     for i, (name, projection) in enumerate(zip(block.layout.inputs, block.inputs, strict=True)):
         part = slice(i * each, (i + 1) * each)
-        own = None if scales_by_part is None else scales_by_part[part]
-        setattr(block.module, name, QuantisedLinear(by_part[part], own, length=d, bias=rows(projection)[1]))
-    own = None if scales_by_part is None else scales_by_part[n - 1 :]
-    output = QuantisedLinear(by_part[n - 1 :], own, length=d, bias=out_bias, transposed=True)
+        part_scales = None if scales_by_part is None else scales_by_part[part]
+        setattr(block.module, name, QuantisedLinear(by_part[part], part_scales, length=d, bias=rows(projection)[1]))
+    part_scales = None if scales_by_part is None else scales_by_part[n - 1 :]
+    output = QuantisedLinear(by_part[n - 1 :], part_scales, length=d, bias=out_bias, transposed=True)
     setattr(block.module, block.layout.output, output)
 
 

@@ -25,8 +25,8 @@ def check_gguf(path: Path) -> str:
         GriffinError: it is no GGUF file, ends before its header, metadata or tensors do, or is one of several parts.
     """
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {found}; expected a .gguf file")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {problem}; expected a .gguf file")
     named = _PART.fullmatch(path.name)
     hint = f" (its name says that it is part {int(named[2])} of {int(named[3])})" if named else ""
     try:
@@ -63,11 +63,11 @@ def _number(reader: GGUFReader, key: str) -> int | None:
 
 def _split(path: Path, number: int, parts: int) -> str:
     """What to say of a file whose metadata calls it part `number` of `parts`: they have to be joined first."""
-    found = f"{path} is part {number} of {parts} of a model; expected a model in one file"
+    problem = f"{path} is part {number} of {parts} of a model; expected a model in one file"
     named = _PART.fullmatch(path.name)
     if named is None or int(named[3]) != parts:
         return (
-            f"{found}; give the parts their own names again (NAME-00001-of-{parts:05}.gguf and so on) and join them: "
+            f"{problem}; give the parts their own names again (NAME-00001-of-{parts:05}.gguf and so on) and join them: "
             f"llama-gguf-split --merge NAME-00001-of-{parts:05}.gguf NAME.gguf"
         )
     names = [f"{named[1]}-{part:05}-of-{named[3]}{named[4]}" for part in range(1, parts + 1)]
@@ -79,7 +79,7 @@ def _split(path: Path, number: int, parts: int) -> str:
     else:
         todo = f"all are in {path.parent}: join them"
     first, whole = path.parent / names[0], path.parent / f"{named[1]}{named[4]}"
-    return f"{found}; {todo}: llama-gguf-split --merge {first} {whole}"
+    return f"{problem}; {todo}: llama-gguf-split --merge {first} {whole}"
 
 
 class _BoundedReader(GGUFReader):  # type: ignore[misc, unused-ignore]

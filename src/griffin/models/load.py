@@ -140,8 +140,8 @@ def _plain(
         with progress(f"loading {name}"):
             return _from_folder(path, dtype)
     if not on_hub:
-        found = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{name} {found}; expected {_EXPECTED}")
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{name} {problem}; expected {_EXPECTED}")
     with progress(f"loading {name}", hub_bars=True):
         return _from_hub(name, dtype, revision, token)
 
@@ -347,13 +347,13 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except Exception as error:  # torch has no one type for this: RuntimeError, AssertionError, NotImplementedError
         raise ValueError(f"device is {device!r}, which is not there; expected one of {_devices()}") from error
-    if found.type == "meta":
+    if chosen.type == "meta":
         raise ValueError(f"device is 'meta', which holds no weights; expected one of {_devices()}")
-    return found
+    return chosen
 
 
 def _devices() -> str:

@@ -90,11 +90,11 @@ def read_packed(folder: Path, weights: str, dtype: torch.dtype | None) -> Loaded
 
 def stored(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a state_dict, each once where modules share one."""
-    found: dict[int, str] = {}
+    keys: dict[int, str] = {}
     state = model.state_dict()
     for key, tensor in state.items():
-        found.setdefault((tensor.data_ptr() if tensor.numel() else id(tensor)), key)
-    return {key: state[key].detach() for key in found.values()}
+        keys.setdefault((tensor.data_ptr() if tensor.numel() else id(tensor)), key)
+    return {key: state[key].detach() for key in keys.values()}
 
 
 def sha256_of(path: Path) -> str:

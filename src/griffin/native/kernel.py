@@ -132,8 +132,10 @@ def union(experts: Tensor | Sequence[Tensor], d_ff: int) -> tuple[Tensor, Tensor
     Raises ValueError for an expert outside 0..d_ff-1.
     """
     if not isinstance(experts, Tensor):  # a smaller set names its last expert again, which changes no union
-        most = max(own.shape[0] for own in experts)
-        experts = torch.stack([torch.cat([own, own[-1:].expand(most - own.shape[0])]) for own in experts])
+        most = max(row_experts.shape[0] for row_experts in experts)
+        experts = torch.stack(
+            [torch.cat([row_experts, row_experts[-1:].expand(most - row_experts.shape[0])]) for row_experts in experts]
+        )
     if experts.dim() != 2 or experts.dtype not in (torch.int32, torch.int64) or not 1 <= experts.shape[0] <= MAX_ROWS:
         raise ValueError(f"experts: {tuple(experts.shape)} {experts.dtype}, expected (1..{MAX_ROWS}, k) int32 or int64")
     experts = experts.contiguous()

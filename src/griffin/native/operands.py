@@ -78,10 +78,10 @@ def ff_block(gate: Tensor | None, up: Tensor, down: Tensor, *, activation: str, 
     """
     format = _float_format("up", up)
     parts = {"gate": gate, "up": up, "down": down}
-    found = {name: part for name, part in parts.items() if part is not None}
-    for name, part in found.items():
+    given = {name: part for name, part in parts.items() if part is not None}
+    for name, part in given.items():
         packing.check_rows(name, part, up.shape, up.dtype)
-    weights = tuple(found.values())
+    weights = tuple(given.values())
     return _block(format, up.shape[1], weights, (), weights, activation, **biases)
 
 

@@ -148,11 +148,11 @@ def use_float32_gemm(model: nn.Module) -> int:
     Returns:
         How many were made.
     """
-    found = [
+    linears = [
         module
         for module in model.modules()
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and not fast(module.weight.dtype)
     ]
-    for module in found:
+    for module in linears:
         module.__class__ = Float32GemmLinear
-    return len(found)
+    return len(linears)

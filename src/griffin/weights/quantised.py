@@ -99,9 +99,9 @@ class QuantisedLinear(nn.Module):
                 if self.transposed:
                     packing.unpack_rows(rows, scales, block, d=self._length, begin=begin)
                 else:
-                    own = slice(begin, begin + block.shape[0])
-                    own_scales = None if scales is None else scales[own]
-                    packing.unpack_rows(rows[own], own_scales, block, d=self._length)
+                    span = slice(begin, begin + block.shape[0])
+                    own_scales = None if scales is None else scales[span]
+                    packing.unpack_rows(rows[span], own_scales, block, d=self._length)
 
             float32_gemm.multiply(x, read, target, bias=bias, transposed=self.transposed)
 
@@ -125,13 +125,13 @@ class QuantisedLinear(nn.Module):
         """L2 norm of every row, a tensor (n,) of float32 a part. Dequantises a block at a time."""
         norms, step = [], max(1, float32_gemm.BLOCK_VALUES // self._length)
         for p, part in enumerate(self.packed):
-            scales, own = self._scales(p), []
+            scales, part_norms = self._scales(p), []
             for at in range(0, part.shape[0], step):
                 block = part[at : at + step]
                 out = torch.empty(block.shape[0], self._length)
                 packing.unpack_rows(block, None if scales is None else scales[at : at + step], out, d=self._length)
-                own.append(torch.linalg.vector_norm(out, dim=1))
-            norms.append(torch.cat(own))
+                part_norms.append(torch.linalg.vector_norm(out, dim=1))
+            norms.append(torch.cat(part_norms))
         return norms
 
     def reset(self) -> None:
@@ -165,5 +165,5 @@ class QuantisedLinear(nn.Module):
 
 def prompt_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a model of `dtype` multiplies prompts."""
-    own = any(isinstance(module, float32_gemm.Float32GemmLinear | QuantisedLinear) for module in model.modules())
-    return float32_gemm.product_dtype(dtype) if own else dtype
+    converted = any(isinstance(module, float32_gemm.Float32GemmLinear | QuantisedLinear) for module in model.modules())
+    return float32_gemm.product_dtype(dtype) if converted else dtype

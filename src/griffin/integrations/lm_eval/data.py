@@ -119,7 +119,7 @@ def _xsum(folder: Path) -> Splits:
 
 
 def _cnn_dailymail(folder: Path) -> Splits:
-    """The row with the shortest article is the few-shot example, as it takes little of the window. It is not tested."""
+    """The row with the shortest article is the few-shot example, as it fits the window best; it is not tested."""
     path = folder / "cnn_dailymail" / "cnn_dailymail_test.csv"
     rows = []
     csv.field_size_limit(sys.maxsize)

@@ -64,7 +64,7 @@ def coqa_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
 
 
 def _leave_one_out_mean(score: Callable[[str, str], float], golds: Sequence[str], answer: str) -> float:
-    """The mean, over each gold left out in turn, of the best score among the others, as for humans."""
+    """Mean over the golds, each left out in turn, of the best score among the others."""
     if len(golds) == 1:
         return score(golds[0], answer)
     scores = [score(gold, answer) for gold in golds]
