@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server with continuous batching, every request with its own experts and density.
+"""An OpenAI-compatible server with continuous batching. Every request has its own experts and density.
 
-The only room that imports fastapi, uvicorn and prometheus_client.
+Only this package imports fastapi, uvicorn and prometheus_client.
 """
