@@ -1,4 +1,4 @@
-// Rows of input, prepared once a call for the weight format and shared by all threads.
+// Rows of input, prepared once a call for the weight formats that they meet, and the products of weight rows with them.
 #pragma once
 #include "griffin_native.h"
 #include "kernels.h"
@@ -9,11 +9,13 @@ constexpr int element_size(int type) { return type == GRIFFIN_F32 ? 4 : 2; }
 
 class Inputs {
  public:
-  static int64_t bytes(int d, int rows) { return round_up(rows * (d_padded(d) * 8 + d_padded(d) / 4), 64); }
-  Inputs(const griffin_io& io, int format, int d, void* memory);
+  static int64_t bytes(int d, int rows) { return round_up(rows * d_padded(d) * 9, 64); }
+  Inputs(const griffin_io& io, int d, void* memory);
+  // That rows of this matrix will meet the inputs.
+  void meet(const griffin_matrix& matrix);
   void prepare(int thread, int threads);  // this thread's share of the rows; after a barrier they may be used
   const Input& operator[](int r) const { return input_[r]; }
-  DotFn dot() const { return dot_; }
+  bool bf16() const { return bf16_; }  // bf16 weights meet x in bf16
 
  private:
   static int64_t d_padded(int d) { return round_up(d, kPad); }
@@ -21,13 +23,35 @@ class Inputs {
   const Kernels& kernels_;
   const griffin_io& io_;
   const int d_;
-  const bool integer_;  // weights meet x in integers
-  const bool bf16_;     // weights meet x in bf16
-  DotFn dot_;
-  float *f32_, *lane_scale_, *group_scale_, *group_sum8_;
-  uint16_t* bf16_rows_;
-  int8_t* q_;
+  const bool bf16_;
+  bool wants_f32_ = false, wants_bf16_ = false, wants_grouped_[2] = {};
   Input input_[GRIFFIN_MAX_ROWS];
 };
+
+// The rows of a matrix, for products with prepared inputs.
+class Rows {
+ public:
+  Rows(const griffin_matrix& matrix, const Inputs& inputs);
+  // out[i * n + at] = <row o[i], input rows[at]> for i < m (1 or 2), n (1..kMaxRows); without the bias. `next`: rows that
+  // will be wanted soon.
+  void dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const;
+  // The same for row o of two matrices: out[at] is a's product, out[n + at] b's.
+  static void dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next);
+  int64_t row_bytes() const { return row_bytes_; }  // of weights and scales
+  float bias(int64_t o) const { return matrix_.bias ? matrix_.bias[o] : 0.f; }
+
+ private:
+  const uint8_t* row(int64_t o) const { return static_cast<const uint8_t*>(matrix_.weight) + o * matrix_.stride; }
+
+  const griffin_matrix& matrix_;
+  const Inputs& inputs_;
+  RowPlan plan_ = {};
+  DotFn dot_ = nullptr;
+  GroupedDotFn grouped_ = nullptr;
+  int64_t row_bytes_;
+};
+
+// Bytes that one row (of a neuron-major matrix, one neuron) is, its share of the scales of a group included.
+int64_t row_bytes(const griffin_matrix& matrix);
 
 }  // namespace griffin

@@ -3,7 +3,7 @@
 // set1, load, store, fma, add, sum, prefetch, and load<format>(row, i) / load_tail<format>(row, i, count) giving kWidth
 // floats from a row. Nothing else is assumed.
 
-template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : kFormat == 3 ? 1 : 2; }
+template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : 2; }
 
 template <class V, int kFormat> struct FloatDot {
   static constexpr int kMaxN = V::kMaxN;
@@ -108,38 +108,7 @@ void axpy_rows(float* acc, const uint8_t* const* w, const float* z, int n, int, 
   }
 }
 
-// The three below are plain loops: the unit's compiler flags make vectors of them.
-float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_scale, float* group_sum8) {
-  float sum128 = 0;
-  for (int g = 0; g < d_pad / kGroup; g++) {
-    const float* xg = x + g * kGroup;
-    uint32_t top = 0;  // of |x|, as bits: they order as the values do
-    for (int i = 0; i < kGroup; i++) {
-      const uint32_t bits = bits_of(xg[i]) & 0x7fffffffu;
-      top = bits > top ? bits : top;
-    }
-    const bool finite = top < 0x7f800000u;
-    const float scale = finite ? float_of(top) / 127.f : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
-    // 127 / max rather than 1 / scale: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
-    const float inverse = finite && top > 0x0da24260u ? 127.f / float_of(top) : 0.f;
-    int32_t total = 0;
-    if (finite) {
-      for (int i = 0; i < kGroup; i++) {
-        const int32_t value = (int32_t)__builtin_rintf(xg[i] * inverse);
-        q[g * kGroup + i] = (int8_t)value;
-        total += value;
-      }
-    } else {
-      memset(q + g * kGroup, 0, kGroup);
-    }
-    for (int i = 0; i < 8; i++) lane_scale[g * 8 + i] = scale;
-    group_scale[g] = scale;
-    group_sum8[g] = 8.f * scale * (float)total;
-    sum128 += 128.f * scale * (float)total;
-  }
-  return sum128;
-}
-
+// The two below are plain loops: the unit's compiler flags make vectors of them.
 void reduce_parts(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count) {
   float block[64];
   for (int c = 0; c < count; c += 64) {

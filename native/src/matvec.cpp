@@ -25,26 +25,21 @@ struct Call {
 
 // Rows begin..end of one matrix.
 void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
-  const griffin_matrix& matrix = *product.matrix;
-  const uint8_t* const base = static_cast<const uint8_t*>(matrix.weight);
+  const Rows w(*product.matrix, x);
+  int all[GRIFFIN_MAX_ROWS];
+  for (int r = 0; r < rows; r++) all[r] = r;
   for (int64_t o = begin; o < end; o += 2) {
     const int m = end - o >= 2 ? 2 : 1;
     const int64_t ahead = o + kRowsAhead + 2 <= end ? o + kRowsAhead : o;
-    const uint8_t* const w[2] = {base + o * matrix.stride, base + (o + m - 1) * matrix.stride};
-    const uint8_t* const next[2] = {base + ahead * matrix.stride, base + (ahead + m - 1) * matrix.stride};
+    const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
     for (int first = 0; first < rows; first += kMaxRows) {
       const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
-      const Input* in[kMaxRows];
       float out[2 * kMaxRows];
-      for (int r = 0; r < n; r++) in[r] = &x[first + r];
-      x.dot()(w, m, in, n, matrix.d_in, out, next);
-      for (int i = 0; i < m; i++) {
-        const float scale = matrix.scale ? matrix.scale[o + i] : 1.f;
-        const float bias = matrix.bias ? matrix.bias[o + i] : 0.f;
+      w.dot(own, m, all + first, n, out, next);
+      for (int i = 0; i < m; i++)
         for (int r = 0; r < n; r++)
           store(static_cast<char*>(product.y) + (first + r) * product.y_stride, product.bf16, o + i,
-                out[i * n + r] * scale + bias);
-      }
+                out[i * n + r] + w.bias(o + i));
     }
   }
 }
@@ -70,10 +65,11 @@ void multiply_part(const Product* products, int count, const Inputs& x, int rows
 using namespace griffin;
 
 extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads) {
-  if (!matrix || !io || threads < 1 || !valid_io(*io) || !valid_matrix(*matrix)) return GRIFFIN_BAD_ARGUMENT;
+  if (!matrix || !io || threads < 1 || !valid_io(*io) || !valid_rows(*matrix)) return GRIFFIN_BAD_ARGUMENT;
   void* const memory = scratch(Inputs::bytes(matrix->d_in, io->rows));
   if (!memory) return GRIFFIN_NO_MEMORY;
-  Call call{matrix, io, Inputs(*io, matrix->format, matrix->d_in, memory), {}};
+  Call call{matrix, io, Inputs(*io, matrix->d_in, memory), {}};
+  call.inputs.meet(*matrix);
   parallel(
       threads,
       [](void* data, int thread, int team) {

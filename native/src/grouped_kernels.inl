@@ -1,0 +1,313 @@
+// Products with weights in groups (grouped.h), written once over a vector type B; every instruction set's unit includes
+// this inside its anonymous namespace. B provides integer vectors I of kBytes bytes and float vectors F of kBytes / 4.
+
+// The four fields of the planes of 2 bits, put together.
+template <class B, int kPairs> inline void fields_of(const typename B::I* plane, typename B::I* field) {
+  using I = typename B::I;
+  if constexpr (kPairs == 1) {
+    const I low = B::set1(3);
+    field[0] = B::both(plane[0], low), field[1] = B::both(B::template right<2>(plane[0]), low);
+    field[2] = B::both(B::template right<4>(plane[0]), low), field[3] = B::both(B::template right<6>(plane[0]), low);
+  } else {
+    // nibbles of the two highest planes: fields 0 and 2 in `even`, 1 and 3 in `odd`
+    const I even = B::template select<0xCC>(B::template left<2>(plane[0]), plane[1]);
+    const I odd = B::template select<0xCC>(plane[0], B::template right<2>(plane[1]));
+    if constexpr (kPairs == 2) {
+      const I low = B::set1(15);
+      field[0] = B::both(even, low), field[1] = B::both(odd, low);
+      field[2] = B::both(B::template right<4>(even), low), field[3] = B::both(B::template right<4>(odd), low);
+    } else if constexpr (kPairs == 3) {
+      const I low = B::set1(63), z = plane[2];
+      field[0] = B::both(B::template select<0xFC>(B::template left<2>(even), z), low);
+      field[1] = B::both(B::template select<0xFC>(B::template left<2>(odd), B::template right<2>(z)), low);
+      field[2] = B::both(B::template select<0xFC>(B::template right<2>(even), B::template right<4>(z)), low);
+      field[3] = B::both(B::template select<0xFC>(B::template right<2>(odd), B::template right<6>(z)), low);
+    } else {
+      const I even2 = B::template select<0xCC>(B::template left<2>(plane[2]), plane[3]);
+      const I odd2 = B::template select<0xCC>(plane[2], B::template right<2>(plane[3]));
+      field[0] = B::template select<0xF0>(B::template left<4>(even), even2);
+      field[1] = B::template select<0xF0>(B::template left<4>(odd), odd2);
+      field[2] = B::template select<0xF0>(even, B::template right<4>(even2));
+      field[3] = B::template select<0xF0>(odd, B::template right<4>(odd2));
+    }
+  }
+}
+
+// The codes of a chunk's T = group / 4 steps, from the planes at `at` (kBits): vectors of one part of the lanes.
+// stride: bytes of a vector of this chunk, 4 for each of its groups. bits: bytes of a step of the plane of 1 bit.
+template <class B, int kBits, int kSteps>
+inline void unpack_steps(const uint8_t* const* at, int stride, int bits, int part, typename B::I* code) {
+  constexpr int kVectors = kSteps / 4, kPairs = kBits / 2;
+  for (int v = 0; v < kVectors; v++) {
+    typename B::I plane[4], field[4];
+    for (int p = 0; p < kPairs; p++) plane[p] = B::load(at[p] + v * stride + part * B::kBytes);
+    fields_of<B, kPairs>(plane, field);
+    for (int f = 0; f < 4; f++) {
+      const int step = v + f * kVectors;
+      if constexpr (kBits % 2)
+        code[step] = B::twice_and_bit(field[f], at[kPairs] + step * bits + part * (B::kBytes / 8));
+      else
+        code[step] = field[f];
+    }
+  }
+}
+
+// Super-scales and super-offsets of a row as floats, and where they come from.
+struct RowScales {
+  const RowPlan& p;
+  const uint8_t* row;
+  float supers[kMaxSupers + 16], super_offsets[kMaxSupers + 16];  // not initialised: 4 kB a row would show
+  RowScales(const RowPlan& plan, const uint8_t* from) : p(plan), row(from) {}
+};
+
+template <class B> inline void open_scales(RowScales& of) {
+  const RowPlan& p = of.p;
+  if (!has_supers(p.format)) return;
+  for (int i = 0; i < p.supers; i += B::kLanes) B::store(of.supers + i, B::halves((const uint16_t*)of.row + i));
+  of.supers[p.supers] = 0;
+  if (p.format.offset != GRIFFIN_OFFSET_SUB) return;
+  for (int i = 0; i < p.supers; i += B::kLanes)
+    B::store(of.super_offsets + i, B::halves((const uint16_t*)(of.row + p.offset) + i));
+  of.super_offsets[p.supers] = 0;
+}
+
+// A value of each span for each of the groups from g on.
+template <class B> inline typename B::F spread(typename B::F values, int each, int g) {
+  float from[B::kLanes], to[B::kLanes];
+  B::store(from, values);
+  for (int i = 0; i < B::kLanes; i++) to[i] = from[(g % each + i) / each];
+  return B::load_floats(to);
+}
+
+// s and m of the groups g .. g + kLanes, zero from `lanes` on.
+template <class B, int kGroup>
+inline void scales_at(const RowScales& of, int g, int lanes, typename B::F* s, typename B::F* m) {
+  const griffin_grouped& f = of.p.format;
+  const uint8_t* const row = of.row;
+  if (has_supers(f)) {
+    constexpr int kEach = kSuper / kGroup;  // 8 or 16 groups
+    const typename B::F super = B::template spread_supers<kEach>(of.supers, g);
+    *s = B::mul(super, f.scale == GRIFFIN_SCALE_SUB_UNSIGNED ? B::unsigned_bytes(row + of.p.sub + g)
+                                                             : B::signed_bytes((const int8_t*)row + of.p.sub + g));
+    *m = f.offset == GRIFFIN_OFFSET_SUB ? B::mul(B::template spread_supers<kEach>(of.super_offsets, g),
+                                                 B::unsigned_bytes(row + of.p.sub_offset + g))
+                                        : B::mul(*s, B::set1_float(f.zero));
+    return;
+  }
+  const int each = f.span / kGroup, at = each == 1 ? g : g / each;
+  *s = f.scale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)row + at) : B::halves((const uint16_t*)row + at);
+  if (f.offset == GRIFFIN_OFFSET_F16)
+    *m = B::minus_product(B::zero(), B::set1_float(1.f), B::halves((const uint16_t*)(row + of.p.offset) + at));
+  else if (f.offset == GRIFFIN_OFFSET_CODE)
+    *m = B::mul(*s, B::unsigned_bytes(row + of.p.offset + at));
+  else
+    *m = B::mul(*s, B::set1_float(f.zero));
+  if (each > 1) *s = spread<B>(*s, each, g), *m = spread<B>(*m, each, g);
+  if (lanes < B::kLanes) *s = B::first(*s, lanes), *m = B::first(*m, lanes);  // what lies behind may be no number
+}
+
+template <class B, int kBits, int kGroup, int N>
+void grouped_dot_n(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, float* out,
+                   const uint8_t* next) {
+  constexpr int kSteps = kGroup / 4, kParts = 64 / B::kBytes, kPlanes = (kBits + 1) / 2;
+  const uint8_t* at[4];
+  for (int i = 0; i < kPlanes; i++) at[i] = row + p.plane[i];
+  typename B::F acc[N];
+  for (int r = 0; r < N; r++) acc[r] = B::zero();
+  RowScales scales(p, row);
+  open_scales<B>(scales);
+  int64_t ahead = 0;
+  for (int g = 0; g < p.groups; g += kChunkGroups) {
+    const int lanes = p.groups - g < kChunkGroups ? p.groups - g : kChunkGroups;
+    for (int i = 0; i < kBits * kGroup / 32 + 1; i++, ahead += 64) B::prefetch(next + ahead);
+    for (int part = 0; part < kParts; part++) {
+      const int lane = g + part * B::kLanes;
+      if (part * B::kLanes >= lanes) break;
+      typename B::I code[kSteps];
+      unpack_steps<B, kBits, kSteps>(at, 4 * lanes, (lanes + 1) / 2, part, code);
+      typename B::F scale, offset;
+      scales_at<B, kGroup>(scales, lane, lanes - part * B::kLanes, &scale, &offset);
+      for (int r = 0; r < N; r++) {
+        const int8_t* const q = x[r]->q + (int64_t)g * kGroup + part * B::kBytes;
+        typename B::I even = B::none(), odd = B::none();
+        for (int t = 0; t < kSteps; t += 2) {
+          even = B::template dot<kBits>(even, code[t], B::load((const uint8_t*)q + 64 * t));
+          odd = B::template dot<kBits>(odd, code[t + 1], B::load((const uint8_t*)q + 64 * (t + 1)));
+        }
+        const typename B::F scaled = B::mul(scale, B::load_floats(x[r]->scale + lane));
+        acc[r] = B::fma(B::to_float(B::add(even, odd)), scaled, acc[r]);
+        acc[r] = B::minus_product(acc[r], offset, B::load_floats(x[r]->sum + lane));
+      }
+    }
+    for (int i = 0; i < kBits / 2; i++) at[i] += lanes * kGroup / 4;
+    if (kBits % 2) at[kPlanes - 1] += (lanes + 1) / 2 * kSteps;
+  }
+  for (int r = 0; r < N; r++) out[r] = B::sum(acc[r]);
+}
+
+template <class B, int kBits, int kGroup>
+void grouped_dot(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
+                 const uint8_t* next) {
+  for (int r = 0; r < n;) {
+    const int left = n - r;
+    const uint8_t* const ahead = r ? row : next;
+    if (left >= 4) grouped_dot_n<B, kBits, kGroup, 4>(p, row, x + r, out + r, ahead), r += 4;
+    else if (left >= 2) grouped_dot_n<B, kBits, kGroup, 2>(p, row, x + r, out + r, ahead), r += 2;
+    else grouped_dot_n<B, kBits, kGroup, 1>(p, row, x + r, out + r, ahead), r += 1;
+  }
+}
+
+// -- neuron-major ------------------------------------------------------------------------------------------------------
+
+// Four rows' vectors, byte by byte: out[i] has in its 16-byte block k the bytes 16 k + 4 i .. 16 k + 4 i + 3 of each.
+template <class B> inline void interleave(const typename B::I* row, typename B::I* out) {
+  const typename B::I low01 = B::low8(row[0], row[1]), high01 = B::high8(row[0], row[1]);
+  const typename B::I low23 = B::low8(row[2], row[3]), high23 = B::high8(row[2], row[3]);
+  out[0] = B::low16(low01, low23), out[1] = B::high16(low01, low23);
+  out[2] = B::low16(high01, high23), out[3] = B::high16(high01, high23);
+}
+
+// sums[c] = sum over the quads' neurons of code * z, for a chunk of n outputs.
+template <class B, int kBits>
+inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const int32_t* z, int quads, int begin, int n,
+                       int32_t* sums) {
+  using I = typename B::I;
+  constexpr int kPairs = kBits / 2;
+  const int bytes = n / 4, blocks = bytes / kFieldBlock;
+  for (int part = 0; part * B::kBytes < bytes; part++) {
+    I acc[4][4];
+    for (int f = 0; f < 4; f++)
+      for (int i = 0; i < 4; i++) acc[f][i] = B::none();
+    for (int q = 0; q < quads; q++) {
+      const uint8_t* const* const row = rows + 4 * q;
+      const int64_t at = begin / 4 + part * B::kBytes;
+      I plane[4][4], field[4][4], bit[4][4];  // [plane or field][i]
+      for (int w = 0; w < kPairs; w++) {
+        const I own[4] = {B::load(row[0] + p.plane[w] + at), B::load(row[1] + p.plane[w] + at),
+                          B::load(row[2] + p.plane[w] + at), B::load(row[3] + p.plane[w] + at)};
+        interleave<B>(own, plane[w]);
+      }
+      if constexpr (kBits % 2) {
+        for (int f = 0; f < 4; f++) {
+          I own[4];
+          for (int j = 0; j < 4; j++)
+            own[j] = B::twice_and_bit(B::none(), row[j] + p.plane[kPairs] +
+                                                     (begin + f * bytes + part * B::kBytes) / 8);
+          interleave<B>(own, bit[f]);
+        }
+      }
+      for (int i = 0; i < 4; i++) {
+        I own[4], code[4];
+        for (int w = 0; w < kPairs; w++) own[w] = plane[w][i];
+        fields_of<B, kPairs>(own, code);
+        for (int f = 0; f < 4; f++) field[f][i] = kBits % 2 ? B::add8(B::add8(code[f], code[f]), bit[f][i]) : code[f];
+      }
+      const I factor = B::set1_int(z[q]);
+      for (int f = 0; f < 4; f++)
+        for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
+    }
+    const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
+    for (int f = 0; f < 4; f++)
+      for (int i = 0; i < 4; i++) {
+        int32_t* const to = sums + f * bytes + 4 * blocks * i + part * B::kLanes;
+        if (valid == B::kLanes) {
+          B::store_int(to, acc[f][i]);
+        } else {
+          int32_t room[B::kLanes];
+          B::store_int(room, acc[f][i]);
+          memcpy(to, room, sizeof(int32_t) * valid);
+        }
+      }
+  }
+}
+
+// y[c] += factor * s[c] * sums[c] - z_sum * m[c] for the outputs begin .. begin + n of a group of neurons.
+template <class B>
+inline void add_scaled(const NeuronPlan& p, const uint8_t* scales, int group, int begin, int n, const int32_t* sums,
+                       float factor, float z_sum, float* y) {
+  const griffin_grouped& f = p.format;
+  const bool supers = has_supers(f);
+  const int64_t span = supers ? group * f.group / kSuper : group * f.group / f.span;
+  const uint8_t* const base = scales + span * p.super_stride;
+  const uint8_t* const sub = scales + p.sub + group * p.sub_stride;
+  const typename B::F by = B::set1_float(factor), total = B::set1_float(z_sum);
+  for (int c = begin; c < begin + n; c += B::kLanes) {
+    typename B::F s, m;
+    if (f.scale == GRIFFIN_SCALE_F32)
+      s = B::load_floats((const float*)base + c);
+    else
+      s = B::halves((const uint16_t*)base + c);
+    if (f.scale == GRIFFIN_SCALE_SUB_UNSIGNED) s = B::mul(s, B::unsigned_bytes(sub + c));
+    if (f.scale == GRIFFIN_SCALE_SUB_SIGNED) s = B::mul(s, B::signed_bytes((const int8_t*)sub + c));
+    if (f.offset == GRIFFIN_OFFSET_SUB)
+      m = B::mul(B::halves((const uint16_t*)(base + p.offset) + c), B::unsigned_bytes(sub + p.sub_offset + c));
+    else if (f.offset == GRIFFIN_OFFSET_F16)
+      m = B::minus_product(B::zero(), B::set1_float(1.f), B::halves((const uint16_t*)(base + p.offset) + c));
+    else if (f.offset == GRIFFIN_OFFSET_CODE)
+      m = B::mul(s, B::unsigned_bytes(base + p.offset + c));
+    else
+      m = B::mul(s, B::set1_float(f.zero));
+    typename B::F acc = B::load_floats(y + c);
+    acc = B::fma(B::to_float(B::load((const uint8_t*)(sums + (c - begin)))), B::mul(s, by), acc);
+    B::store(y + c, B::minus_product(acc, m, total));
+  }
+}
+
+template <class B, int kBits>
+void grouped_down(const NeuronPlan& p, const uint8_t* scales, int group, const uint8_t* const* rows, const int32_t* z,
+                  int quads, float factor, float z_sum, float* y, const uint8_t* const* ahead, int n_ahead) {
+  alignas(64) int32_t sums[256];
+  for (int begin = 0; begin < p.d; begin += 256) {
+    const int n = p.d - begin < 256 ? p.d - begin : 256;
+    for (int i = 0; i < n_ahead; i++)
+      for (int w = 0; w < (kBits + 1) / 2; w++) B::prefetch(ahead[i] + p.plane[w] + begin / 4);
+    chunk_sums<B, kBits>(p, rows, z, quads, begin, n, sums);
+    add_scaled<B>(p, scales, group, begin, n, sums, factor, z_sum, y);
+  }
+}
+
+// Quantise a row of d floats (a multiple of the group) to int8 in groups, in the order of the steps.
+template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, float* scale, float* sum) {
+  const int groups = d / kGroup, padded = (int)up_to(groups, kChunkGroups);
+  if (padded > groups) memset(q + (int64_t)(padded - kChunkGroups) * kGroup, 0, (size_t)kChunkGroups * kGroup);
+  for (int g = 0; g < groups; g++) {
+    const float* const from = x + (int64_t)g * kGroup;
+    uint32_t top = 0;  // of |x|, as bits: they order as the values do
+    for (int i = 0; i < kGroup; i++) {
+      const uint32_t bits = bits_of(from[i]) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+    const bool finite = top < 0x7f800000u;
+    const float s = finite ? float_of(top) / 127.f : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
+    // 127 / max rather than 1 / s: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
+    const float inverse = finite && top > 0x0da24260u ? 127.f / float_of(top) : 0.f;
+    int8_t own[kGroup] = {};
+    int32_t total = 0;
+    if (finite)
+      for (int i = 0; i < kGroup; i++) {
+        const int32_t value = (int32_t)__builtin_rintf(from[i] * inverse);
+        own[i] = (int8_t)value, total += value;
+      }
+    scale[g] = s, sum[g] = s * (float)total;
+    int8_t* const to = q + (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
+    for (int t = 0; t < kGroup / 4; t++) memcpy(to + 64 * t, own + 4 * t, 4);
+  }
+  for (int g = groups; g < padded; g++) scale[g] = sum[g] = 0;
+}
+
+inline void grouped_quantise(const float* x, int d, int group, int8_t* q, float* scale, float* sum) {
+  if (group == 16)
+    quantise_groups<16>(x, d, q, scale, sum);
+  else
+    quantise_groups<32>(x, d, q, scale, sum);
+}
+
+template <class B> constexpr GroupedKernels grouped_kernels() {
+  return {{{grouped_dot<B, 2, 16>, grouped_dot<B, 3, 16>, grouped_dot<B, 4, 16>, grouped_dot<B, 5, 16>,
+            grouped_dot<B, 6, 16>, nullptr, grouped_dot<B, 8, 16>},
+           {grouped_dot<B, 2, 32>, grouped_dot<B, 3, 32>, grouped_dot<B, 4, 32>, grouped_dot<B, 5, 32>,
+            grouped_dot<B, 6, 32>, nullptr, grouped_dot<B, 8, 32>}},
+          {grouped_down<B, 2>, grouped_down<B, 3>, grouped_down<B, 4>, grouped_down<B, 5>, grouped_down<B, 6>, nullptr,
+           grouped_down<B, 8>},
+          grouped_quantise};
+}
