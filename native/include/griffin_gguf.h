@@ -42,6 +42,10 @@ GRIFFIN_API int64_t griffin_grouped_bytes(const griffin_matrix* matrix, int64_t*
 GRIFFIN_API int griffin_pack_gguf(const griffin_matrix* matrix, int type, const void* blocks, const int64_t* row_order,
                                   int threads);
 GRIFFIN_API int griffin_pack_codes(const griffin_matrix* matrix, const griffin_codes* from, int threads);
+/* Fill `out`'s arrays from float weights (rows, d_in): with sub-scales and -offsets by a search for the least squares,
+ * weighted by `importance` (d_in,) if there is one (mean squares of the inputs); or symmetric, by the largest. */
+GRIFFIN_API int griffin_quantise(const griffin_grouped* format, const float* weight, int64_t rows, int64_t d_in,
+                                 const float* importance, const griffin_codes* out, int threads);
 /* The weights as float32 (exactly what the format says) or bf16 (that, rounded to nearest even), any format: n rows, of W
  * or, neuron-major, of neurons, those that `rows` names or all from `first` on. Columns begin..end: of a neuron-major
  * matrix (begin a multiple of 256), of others all. out_stride in values. */

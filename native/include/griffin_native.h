@@ -122,6 +122,7 @@ GRIFFIN_API int64_t griffin_ff_bytes(void); /* of weights and scales that feedfo
 /* -- one parallel region each ------------------------------------------------------------------------------------- */
 /* y = W_2[:,E] (act(W_g[E] x + b_g) * (W_1[E] x + b_1)) + b_2, ungated y = W_2[:,E] act(W_1[E] x + b_1) + b_2 */
 GRIFFIN_API int griffin_ff(const griffin_ff_block* block, const griffin_io* io, int threads);
+/* y = W x + bias. Grouped: any number of rows, and neuron-major too; else at most GRIFFIN_MAX_ROWS, rows of W. */
 GRIFFIN_API int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads);
 
 /* -- data --------------------------------------------------------------------------------------------------------- */

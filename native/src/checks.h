@@ -5,10 +5,10 @@
 
 namespace griffin {
 
-inline bool valid_io(const griffin_io& io) {
+inline bool valid_io(const griffin_io& io, int most = GRIFFIN_MAX_ROWS) {
   const bool types = (io.x_type == GRIFFIN_F32 || io.x_type == GRIFFIN_BF16) &&
                      (io.y_type == GRIFFIN_F32 || io.y_type == GRIFFIN_BF16);
-  return io.x && io.y && types && io.rows >= 1 && io.rows <= GRIFFIN_MAX_ROWS;
+  return io.x && io.y && types && io.rows >= 1 && io.rows <= most;
 }
 
 // Experts as griffin_io and griffin_experts have them.

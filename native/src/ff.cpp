@@ -150,22 +150,22 @@ class Part {
     for (int r = 0; r < rows_; r++) {
       const int n = listed_[r];
       if (!n) continue;
-      float largest = 0, poison = 0;
-      for (int i = 0; i < n; i++) largest = fmaxf(largest, fabsf(z_[r][i])), poison += z_[r][i] * 0.f;
-      const float inverse = largest > 1e-30f && poison == 0.f ? 127.f / largest : 0.f;
-      const float factor = largest / 127.f + poison;  // NaN where a z is not finite, which integers cannot say
       alignas(4) int8_t q[kListed] = {};
-      int total = 0;
-      for (int i = 0; i < n; i++) {
-        const int value = static_cast<int>(lrintf(z_[r][i] * inverse));
-        q[i] = static_cast<int8_t>(value), total += value;
-      }
+      int total;
+      const float factor = quantise_z(z_[r], n, q, &total);
       int32_t quads[kListed / 4];
       memcpy(quads, q, sizeof q);
       for (int i = n; i % 4; i++) down_[r][i] = down_[r][n - 1];
-      down(down_plan_, static_cast<const uint8_t*>(block_.down.scales), static_cast<int>(group_ / f.group), down_[r],
-           quads, (n + 3) / 4, factor, factor * static_cast<float>(total),
-           acc_ + r * accumulator_stride(block_.down.d_out), ahead, any ? 0 : n_ahead);
+      const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
+                                   static_cast<int>(group_ / f.group),
+                                   (n + 3) / 4,
+                                   down_[r],
+                                   quads,
+                                   factor,
+                                   factor * static_cast<float>(total),
+                                   ahead,
+                                   any ? 0 : n_ahead};
+      down(down_plan_, neurons, 0, down_plan_.d, acc_ + r * accumulator_stride(block_.down.d_out));
       any = true;
     }
     bytes_ += any * group_bytes_;

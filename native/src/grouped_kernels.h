@@ -14,11 +14,19 @@ struct GroupedInput {
 // out[r] = <row, x[r]>, r < n. `next`: a row that will be wanted soon (prefetched only).
 using GroupedDotFn = void (*)(const RowPlan&, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
                               const uint8_t* next);
-// y += sum over the neurons of a group of z * their rows, with z = factor * its int8: four rows and their int8 z in one
-// int32 a quad, z_sum = factor * their sum. Meanwhile the rows of `ahead` are prefetched.
-using GroupedDownFn = void (*)(const NeuronPlan&, const uint8_t* scales, int group, const uint8_t* const* rows,
-                               const int32_t* z, int quads, float factor, float z_sum, float* y,
-                               const uint8_t* const* ahead, int n_ahead);
+// Neurons of one group, four rows and their int8 z in one int32 a quad: z = factor * its int8, z_sum = factor * their sum.
+struct GroupOfNeurons {
+  const uint8_t* scales;
+  int group, quads;
+  const uint8_t* const* rows;
+  const int32_t* z;
+  float factor, z_sum;
+  const uint8_t* const* ahead;  // rows that are wanted next: prefetched
+  int n_ahead;
+};
+
+// y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
+using GroupedDownFn = void (*)(const NeuronPlan&, const GroupOfNeurons&, int begin, int end, float* y);
 
 struct GroupedKernels {
   GroupedDotFn dot[2][7];  // [group == 32][bits - 2]

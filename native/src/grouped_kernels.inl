@@ -254,15 +254,14 @@ inline void add_scaled(const NeuronPlan& p, const uint8_t* scales, int group, in
 }
 
 template <class B, int kBits>
-void grouped_down(const NeuronPlan& p, const uint8_t* scales, int group, const uint8_t* const* rows, const int32_t* z,
-                  int quads, float factor, float z_sum, float* y, const uint8_t* const* ahead, int n_ahead) {
+void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int end, float* y) {
   alignas(64) int32_t sums[256];
-  for (int begin = 0; begin < p.d; begin += 256) {
-    const int n = p.d - begin < 256 ? p.d - begin : 256;
-    for (int i = 0; i < n_ahead; i++)
-      for (int w = 0; w < (kBits + 1) / 2; w++) B::prefetch(ahead[i] + p.plane[w] + begin / 4);
-    chunk_sums<B, kBits>(p, rows, z, quads, begin, n, sums);
-    add_scaled<B>(p, scales, group, begin, n, sums, factor, z_sum, y);
+  for (int at = begin; at < end; at += 256) {
+    const int n = end - at < 256 ? end - at : 256;
+    for (int i = 0; i < of.n_ahead; i++)
+      for (int w = 0; w < (kBits + 1) / 2; w++) B::prefetch(of.ahead[i] + p.plane[w] + at / 4);
+    chunk_sums<B, kBits>(p, of.rows, of.z, of.quads, at, n, sums);
+    add_scaled<B>(p, of.scales, of.group, at, n, sums, of.factor, of.z_sum, y);
   }
 }
 

@@ -1,5 +1,6 @@
 #include "inputs.h"
 
+#include <math.h>
 #include <string.h>
 
 namespace griffin {
@@ -89,6 +90,18 @@ void Rows::dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, in
   for (int i = 0; i < n; i++) x[i] = &a.inputs_[rows[i]];
   const uint8_t *const w[2] = {a.row(o), b.row(o)}, *const ahead[2] = {a.row(next), b.row(next)};
   a.dot_(w, 2, x, n, a.matrix_.d_in, out, ahead);
+}
+
+float quantise_z(const float* z, int n, int8_t* q, int* total) {
+  float largest = 0, poison = 0;
+  for (int i = 0; i < n; i++) largest = fmaxf(largest, fabsf(z[i])), poison += z[i] * 0.f;
+  const float inverse = largest > 1e-30f && poison == 0.f ? 127.f / largest : 0.f;
+  *total = 0;
+  for (int i = 0; i < n; i++) {
+    const int value = static_cast<int>(lrintf(z[i] * inverse));
+    q[i] = static_cast<int8_t>(value), *total += value;
+  }
+  return largest / 127.f + poison;
 }
 
 int64_t row_bytes(const griffin_matrix& matrix) {

@@ -7,6 +7,8 @@ namespace griffin {
 
 constexpr int element_size(int type) { return type == GRIFFIN_F32 ? 4 : 2; }
 
+constexpr int kMaxInputs = 64;  // rows of input of a product that has more than one call's
+
 class Inputs {
  public:
   static int64_t bytes(int d, int rows) { return round_up(rows * d_padded(d) * 9, 64); }
@@ -25,7 +27,7 @@ class Inputs {
   const int d_;
   const bool bf16_;
   bool wants_f32_ = false, wants_bf16_ = false, wants_grouped_[2] = {};
-  Input input_[GRIFFIN_MAX_ROWS];
+  Input input_[kMaxInputs];
 };
 
 // The rows of a matrix, for products with prepared inputs.
@@ -50,6 +52,9 @@ class Rows {
   GroupedDotFn grouped_ = nullptr;
   int64_t row_bytes_;
 };
+
+// n values as int8, value = result * q; total: the sum of q. NaN where a value is not finite, which integers cannot say.
+float quantise_z(const float* z, int n, int8_t* q, int* total);
 
 // Bytes that one row (of a neuron-major matrix, one neuron) is, its share of the scales of a group included.
 int64_t row_bytes(const griffin_matrix& matrix);

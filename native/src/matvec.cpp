@@ -1,4 +1,6 @@
 // y = W x + b: each thread takes a contiguous share of W's rows, two at a time, so that both share the loads of x.
+#include <string.h>
+
 #include "checks.h"
 #include "parallel.h"
 #include "parts.h"
@@ -26,7 +28,7 @@ struct Call {
 // Rows begin..end of one matrix.
 void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
   const Rows w(*product.matrix, x);
-  int all[GRIFFIN_MAX_ROWS];
+  int all[kMaxInputs];
   for (int r = 0; r < rows; r++) all[r] = r;
   for (int64_t o = begin; o < end; o += 2) {
     const int m = end - o >= 2 ? 2 : 1;
@@ -62,14 +64,108 @@ void multiply_part(const Product* products, int count, const Inputs& x, int rows
 
 }  // namespace griffin
 
-using namespace griffin;
+namespace griffin {
+namespace {
 
-extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads) {
-  if (!matrix || !io || threads < 1 || !valid_io(*io) || !valid_rows(*matrix)) return GRIFFIN_BAD_ARGUMENT;
-  void* const memory = scratch(Inputs::bytes(matrix->d_in, io->rows));
+// y = W_2 z over all neurons: rows of z as int8 in groups of neurons, each thread its own columns.
+class NeuronProduct {
+ public:
+  static int64_t bytes(const griffin_matrix& m, int rows) {
+    const NeuronPlan p = neuron_plan(m.grouped, m.d_out, m.d_in);
+    return rows * (round_up(m.d_in, 64) + int64_t{p.groups} * 8 + p.d * 4) + 64;
+  }
+  NeuronProduct(const griffin_matrix& m, const griffin_io& io, void* memory)
+      : m_(m), io_(io), plan_(neuron_plan(m.grouped, m.d_out, m.d_in)), padded_(round_up(m.d_in, 64)) {
+    y_ = static_cast<float*>(memory);
+    factor_ = y_ + int64_t{io.rows} * plan_.d;
+    sum_ = factor_ + int64_t{io.rows} * plan_.groups;
+    q_ = reinterpret_cast<int8_t*>(sum_ + int64_t{io.rows} * plan_.groups);
+  }
+
+  // This thread's share of the rows; a barrier, then `multiply`.
+  void prepare(int thread, int threads) {
+    const int group = m_.grouped.group;
+    for (int r = thread; r < io_.rows; r += threads) {
+      const char* const z = static_cast<const char*>(io_.x) + r * io_.x_stride;
+      for (int g = 0; g < plan_.groups; g++) {
+        const int begin = g * group, n = m_.d_in - begin < group ? m_.d_in - begin : group;
+        float own[32];
+        if (io_.x_type == GRIFFIN_BF16)
+          kernels().widen(reinterpret_cast<const uint16_t*>(z) + begin, own, n);
+        else
+          memcpy(own, reinterpret_cast<const float*>(z) + begin, sizeof(float) * n);
+        int total;
+        int8_t* const q = q_ + r * padded_ + begin;
+        memset(q, 0, (begin + group <= padded_) * group);
+        const float factor = quantise_z(own, n, q, &total);
+        factor_[int64_t{r} * plan_.groups + g] = factor;
+        sum_[int64_t{r} * plan_.groups + g] = factor * static_cast<float>(total);
+      }
+    }
+  }
+
+  void multiply(int thread, int threads) {
+    const int chunks = (plan_.d + 255) / 256, group = m_.grouped.group;
+    const int begin = chunks * thread / threads * 256;
+    int end = chunks * (thread + 1) / threads * 256;
+    if (end > plan_.d) end = plan_.d;
+    if (begin >= end) return;
+    for (int r = 0; r < io_.rows; r++) memset(y_ + int64_t{r} * plan_.d + begin, 0, sizeof(float) * (end - begin));
+    const auto down = kernels().grouped->down[m_.grouped.bits - 2];
+    for (int g = 0; g < plan_.groups; g++) {
+      const int first = g * group, n = m_.d_in - first < group ? m_.d_in - first : group;
+      const uint8_t* rows[32];
+      for (int j = 0; j < (n + 3) / 4 * 4; j++)
+        rows[j] = static_cast<const uint8_t*>(m_.weight) + (first + (j < n ? j : 0)) * m_.stride;
+      for (int r = 0; r < io_.rows; r++) {
+        const int64_t at = int64_t{r} * plan_.groups + g;
+        int32_t quads[8];
+        memcpy(quads, q_ + r * padded_ + first, static_cast<size_t>((n + 3) / 4 * 4));
+        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales), g, (n + 3) / 4, rows, quads, factor_[at], sum_[at],
+                                nullptr, 0};
+        down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
+      }
+    }
+    const int stop = end < m_.d_out ? end : m_.d_out;
+    for (int r = 0; r < io_.rows; r++)
+      kernels().reduce(y_ + int64_t{r} * plan_.d + begin, 0, 1, m_.bias ? m_.bias + begin : nullptr,
+                       static_cast<char*>(io_.y) + r * io_.y_stride + begin * element_size(io_.y_type),
+                       io_.y_type == GRIFFIN_BF16, stop - begin);
+  }
+
+ private:
+  const griffin_matrix& m_;
+  const griffin_io& io_;
+  const NeuronPlan plan_;
+  const int64_t padded_;
+  float *y_, *factor_, *sum_;
+  int8_t* q_;
+};
+
+int neuron_product(const griffin_matrix& matrix, const griffin_io& io, int threads) {
+  void* const memory = scratch(NeuronProduct::bytes(matrix, io.rows));
   if (!memory) return GRIFFIN_NO_MEMORY;
-  Call call{matrix, io, Inputs(*io, matrix->d_in, memory), {}};
-  call.inputs.meet(*matrix);
+  struct Of {
+    NeuronProduct product;
+    Barrier barrier;
+  } call{NeuronProduct(matrix, io, memory), {}};
+  parallel(
+      threads,
+      [](void* data, int thread, int team) {
+        Of& c = *static_cast<Of*>(data);
+        c.product.prepare(thread, team);
+        c.barrier.wait(team);
+        c.product.multiply(thread, team);
+      },
+      &call);
+  return GRIFFIN_OK;
+}
+
+int row_product(const griffin_matrix& matrix, const griffin_io& io, int threads) {
+  void* const memory = scratch(Inputs::bytes(matrix.d_in, io.rows));
+  if (!memory) return GRIFFIN_NO_MEMORY;
+  Call call{&matrix, &io, Inputs(io, matrix.d_in, memory), {}};
+  call.inputs.meet(matrix);
   parallel(
       threads,
       [](void* data, int thread, int team) {
@@ -80,6 +176,28 @@ extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io
         multiply_part(&product, 1, c.inputs, c.io->rows, thread, team);
       },
       &call);
+  return GRIFFIN_OK;
+}
+
+}  // namespace
+}  // namespace griffin
+
+using namespace griffin;
+
+extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads) {
+  if (!matrix || !io || threads < 1 || !valid_matrix(*matrix)) return GRIFFIN_BAD_ARGUMENT;
+  const bool grouped = matrix->format == GRIFFIN_GROUPED;
+  griffin_io tile = *io;
+  if (grouped && io->rows > kMaxInputs) tile.rows = kMaxInputs;
+  if (!valid_io(tile, grouped ? kMaxInputs : GRIFFIN_MAX_ROWS) || (matrix->neuron_major && !grouped))
+    return GRIFFIN_BAD_ARGUMENT;
+  for (int first = 0; first < io->rows; first += tile.rows) {
+    tile.x = static_cast<const char*>(io->x) + first * io->x_stride;
+    tile.y = static_cast<char*>(io->y) + first * io->y_stride;
+    tile.rows = io->rows - first < kMaxInputs ? io->rows - first : kMaxInputs;
+    const int status = (matrix->neuron_major ? neuron_product : row_product)(*matrix, tile, threads);
+    if (status != GRIFFIN_OK) return status;
+  }
   count_call();
   return GRIFFIN_OK;
 }
