@@ -10,8 +10,8 @@
  *                    input: weight = s * code - m (griffin_grouped). Codes lie in planes of 2 bits, the highest first,
  *                    so that a weight's highest bits can be read without its lowest; where they lie, in src/grouped.h.
  *
- * Grouped rows are multiplied in integers: x is quantised to int8 in groups of the weights' size with scale
- * max|x| / 127, the products of a group are summed exactly, and groups are summed in float32. Where the output
+ * Grouped rows are multiplied in integers: x is quantised in groups of the weights' size with scale max|x| / 16256 (two
+ * bytes a value), the products of a group are summed exactly, and groups are summed in float32. Where the output
  * projection is grouped, so is z, over the neurons of a group that are computed. bf16 rows meet a bf16 x in the
  * instruction for it where there is one, and a float32 x in float32. */
 #ifndef GRIFFIN_NATIVE_H

@@ -141,8 +141,8 @@ class Part {
     }
   }
 
-  // The listed neurons are of one group: z is quantised to int8, their products with the codes are summed in integers
-  // and scaled once.
+  // The listed neurons are of one group: z is quantised too, its products with the codes are summed in integers and
+  // scaled once.
   void add_group(const uint8_t* const* ahead, int n_ahead) {
     const griffin_grouped& f = block_.down.grouped;
     const auto down = kernels_.grouped->down[f.bits - 2];
@@ -150,11 +150,9 @@ class Part {
     for (int r = 0; r < rows_; r++) {
       const int n = listed_[r];
       if (!n) continue;
-      alignas(4) int8_t q[kListed] = {};
+      int32_t quads[kListed / 2];
       int total;
-      const float factor = quantise_z(z_[r], n, q, &total);
-      int32_t quads[kListed / 4];
-      memcpy(quads, q, sizeof q);
+      const float factor = quantise_z(z_[r], n, quads, &total);
       for (int i = n; i % 4; i++) down_[r][i] = down_[r][n - 1];
       const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
                                    static_cast<int>(group_ / f.group),

@@ -43,6 +43,7 @@ struct B256 {
       return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
     }
   }
+  template <int n> static I left32(I v) { return _mm256_slli_epi32(v, n); }
   static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I low8(I a, I b) { return _mm256_unpacklo_epi8(a, b); }

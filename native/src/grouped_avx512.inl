@@ -44,6 +44,7 @@ struct B512 {
     }
 #endif
   }
+  template <int n> static I left32(I v) { return _mm512_slli_epi32(v, n); }
   static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I low8(I a, I b) { return _mm512_unpacklo_epi8(a, b); }

@@ -4,17 +4,23 @@
 
 namespace griffin {
 
-// A row of input as int8 in groups of the weights' size: x = scale * q. Padded to whole chunks with zeros.
+// The largest integer that inputs are quantised to: 128 high + low, high and low of 8 bits. With 8 bits alone the KL
+// divergence to the exact model is 0.003 to 0.006 (135M, 270M), with these 0.00002.
+constexpr float kWide = 127.f * 128.f;
+
+// A row of input in integers, in groups of the weights' size: x = scale * (128 high + low). Padded to whole chunks with
+// zeros.
 struct GroupedInput {
-  const int8_t* q;     // in the order of the steps (grouped.h): chunk, step, group, 4 values
+  const int8_t* q;     // in the order of the steps (grouped.h): chunk, step, high or low, group, 4 values
   const float* scale;  // one a group
-  const float* sum;    // scale * sum of q, one a group
+  const float* sum;    // scale * sum of the integers, one a group
 };
 
 // out[r] = <row, x[r]>, r < n. `next`: a row that will be wanted soon (prefetched only).
 using GroupedDotFn = void (*)(const RowPlan&, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
                               const uint8_t* next);
-// Neurons of one group, four rows and their int8 z in one int32 a quad: z = factor * its int8, z_sum = factor * their sum.
+// Neurons of one group, four rows a quad; their z = factor * (128 high + low), four high in one int32, four low in the
+// next; z_sum = factor * their integers' sum.
 struct GroupOfNeurons {
   const uint8_t* scales;
   int group, quads;

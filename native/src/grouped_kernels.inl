@@ -128,14 +128,14 @@ void grouped_dot_n(const RowPlan& p, const uint8_t* row, const GroupedInput* con
       typename B::F scale, offset;
       scales_at<B, kGroup>(scales, lane, lanes - part * B::kLanes, &scale, &offset);
       for (int r = 0; r < N; r++) {
-        const int8_t* const q = x[r]->q + (int64_t)g * kGroup + part * B::kBytes;
-        typename B::I even = B::none(), odd = B::none();
-        for (int t = 0; t < kSteps; t += 2) {
-          even = B::template dot<kBits>(even, code[t], B::load((const uint8_t*)q + 64 * t));
-          odd = B::template dot<kBits>(odd, code[t + 1], B::load((const uint8_t*)q + 64 * (t + 1)));
+        const uint8_t* const q = (const uint8_t*)x[r]->q + 2 * (int64_t)g * kGroup + part * B::kBytes;
+        typename B::I high = B::none(), low = B::none();
+        for (int t = 0; t < kSteps; t++) {
+          high = B::template dot<kBits>(high, code[t], B::load(q + 128 * t));
+          low = B::template dot<kBits>(low, code[t], B::load(q + 128 * t + 64));
         }
         const typename B::F scaled = B::mul(scale, B::load_floats(x[r]->scale + lane));
-        acc[r] = B::fma(B::to_float(B::add(even, odd)), scaled, acc[r]);
+        acc[r] = B::fma(B::to_float(B::add(B::template left32<7>(high), low)), scaled, acc[r]);
         acc[r] = B::minus_product(acc[r], offset, B::load_floats(x[r]->sum + lane));
       }
     }
@@ -202,9 +202,12 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
         fields_of<B, kPairs>(own, code);
         for (int f = 0; f < 4; f++) field[f][i] = kBits % 2 ? B::add8(B::add8(code[f], code[f]), bit[f][i]) : code[f];
       }
-      const I factor = B::set1_int(z[q]);
+      const I high = B::set1_int(z[2 * q]), low = B::set1_int(z[2 * q + 1]);
       for (int f = 0; f < 4; f++)
-        for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
+        for (int i = 0; i < 4; i++) {
+          const I sum = B::template dot<kBits>(B::none(), field[f][i], high);
+          acc[f][i] = B::template dot<kBits>(B::add(acc[f][i], B::template left32<7>(sum)), field[f][i], low);
+        }
     }
     const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
     for (int f = 0; f < 4; f++)
@@ -265,10 +268,10 @@ void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int 
   }
 }
 
-// Quantise a row of d floats (a multiple of the group) to int8 in groups, in the order of the steps.
+// Quantise a row of d floats (a multiple of the group) in groups, in the order of the steps.
 template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, float* scale, float* sum) {
   const int groups = d / kGroup, padded = (int)up_to(groups, kChunkGroups);
-  if (padded > groups) memset(q + (int64_t)(padded - kChunkGroups) * kGroup, 0, (size_t)kChunkGroups * kGroup);
+  if (padded > groups) memset(q + 2 * (int64_t)(padded - kChunkGroups) * kGroup, 0, 2 * (size_t)kChunkGroups * kGroup);
   for (int g = 0; g < groups; g++) {
     const float* const from = x + (int64_t)g * kGroup;
     uint32_t top = 0;  // of |x|, as bits: they order as the values do
@@ -277,19 +280,19 @@ template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, flo
       top = bits > top ? bits : top;
     }
     const bool finite = top < 0x7f800000u;
-    const float s = finite ? float_of(top) / 127.f : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
-    // 127 / max rather than 1 / s: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
-    const float inverse = finite && top > 0x0da24260u ? 127.f / float_of(top) : 0.f;
-    int8_t own[kGroup] = {};
+    const float s = finite ? float_of(top) / kWide : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
+    // kWide / max rather than 1 / s: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
+    const float inverse = finite && top > 0x0da24260u ? kWide / float_of(top) : 0.f;
+    int8_t high[kGroup] = {}, low[kGroup] = {};
     int32_t total = 0;
     if (finite)
       for (int i = 0; i < kGroup; i++) {
-        const int32_t value = (int32_t)__builtin_rintf(from[i] * inverse);
-        own[i] = (int8_t)value, total += value;
+        const int32_t value = (int32_t)__builtin_rintf(from[i] * inverse), h = (value + 64) >> 7;
+        high[i] = (int8_t)h, low[i] = (int8_t)(value - 128 * h), total += value;
       }
     scale[g] = s, sum[g] = s * (float)total;
-    int8_t* const to = q + (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
-    for (int t = 0; t < kGroup / 4; t++) memcpy(to + 64 * t, own + 4 * t, 4);
+    int8_t* const to = q + 2 * (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
+    for (int t = 0; t < kGroup / 4; t++) memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
   }
   for (int g = groups; g < padded; g++) scale[g] = sum[g] = 0;
 }

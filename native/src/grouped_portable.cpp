@@ -69,6 +69,11 @@ struct Portable {
     }
     return out;
   }
+  template <int n> static I left32(I v) {
+    I out;
+    for (int i = 0; i < 4; i++) out.set(i, (int32_t)((uint32_t)v.word(i) << n));
+    return out;
+  }
   static I add8(I a, I b) {
     return each([&](int i) { return a.at[i] + b.at[i]; });
   }

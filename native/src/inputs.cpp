@@ -15,7 +15,7 @@ Inputs::Inputs(const griffin_io& io, int d, void* memory)
     in.bf16 = reinterpret_cast<uint16_t*>(at), at += 2 * pad;
     for (int i = 0; i < 2; i++) {
       const int64_t groups = pad / (i ? 32 : 16);
-      in.grouped[i].q = reinterpret_cast<int8_t*>(at), at += pad;
+      in.grouped[i].q = reinterpret_cast<int8_t*>(at), at += 2 * pad;
       in.grouped[i].scale = reinterpret_cast<float*>(at), at += 4 * groups;
       in.grouped[i].sum = reinterpret_cast<float*>(at), at += 4 * groups;
     }
@@ -92,16 +92,19 @@ void Rows::dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, in
   a.dot_(w, 2, x, n, a.matrix_.d_in, out, ahead);
 }
 
-float quantise_z(const float* z, int n, int8_t* q, int* total) {
+float quantise_z(const float* z, int n, int32_t* quads, int* total) {
   float largest = 0, poison = 0;
   for (int i = 0; i < n; i++) largest = fmaxf(largest, fabsf(z[i])), poison += z[i] * 0.f;
-  const float inverse = largest > 1e-30f && poison == 0.f ? 127.f / largest : 0.f;
+  const float inverse = largest > 1e-30f && poison == 0.f ? kWide / largest : 0.f;
+  int8_t q[8][2][4] = {};
   *total = 0;
   for (int i = 0; i < n; i++) {
-    const int value = static_cast<int>(lrintf(z[i] * inverse));
-    q[i] = static_cast<int8_t>(value), *total += value;
+    const int value = static_cast<int>(lrintf(z[i] * inverse)), high = (value + 64) >> 7;
+    q[i / 4][0][i % 4] = static_cast<int8_t>(high), q[i / 4][1][i % 4] = static_cast<int8_t>(value - 128 * high);
+    *total += value;
   }
-  return largest / 127.f + poison;
+  memcpy(quads, q, sizeof(int32_t) * 2 * ((n + 3) / 4));
+  return largest / kWide + poison;
 }
 
 int64_t row_bytes(const griffin_matrix& matrix) {

@@ -11,7 +11,7 @@ constexpr int kMaxInputs = 64;  // rows of input of a product that has more than
 
 class Inputs {
  public:
-  static int64_t bytes(int d, int rows) { return round_up(rows * d_padded(d) * 9, 64); }
+  static int64_t bytes(int d, int rows) { return round_up(rows * d_padded(d) * 11, 64); }
   Inputs(const griffin_io& io, int d, void* memory);
   // That rows of this matrix will meet the inputs.
   void meet(const griffin_matrix& matrix);
@@ -53,8 +53,9 @@ class Rows {
   int64_t row_bytes_;
 };
 
-// n values as int8, value = result * q; total: the sum of q. NaN where a value is not finite, which integers cannot say.
-float quantise_z(const float* z, int n, int8_t* q, int* total);
+// n values (at most 32) as integers, value = result * (128 high + low), in quads as GroupOfNeurons has them, zero behind
+// the last; total: the integers' sum. NaN where a value is not finite, which integers cannot say.
+float quantise_z(const float* z, int n, int32_t* quads, int* total);
 
 // Bytes that one row (of a neuron-major matrix, one neuron) is, its share of the scales of a group included.
 int64_t row_bytes(const griffin_matrix& matrix);

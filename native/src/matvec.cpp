@@ -67,19 +67,19 @@ void multiply_part(const Product* products, int count, const Inputs& x, int rows
 namespace griffin {
 namespace {
 
-// y = W_2 z over all neurons: rows of z as int8 in groups of neurons, each thread its own columns.
+// y = W_2 z over all neurons: rows of z in integers, in groups of neurons, each thread its own columns.
 class NeuronProduct {
  public:
   static int64_t bytes(const griffin_matrix& m, int rows) {
     const NeuronPlan p = neuron_plan(m.grouped, m.d_out, m.d_in);
-    return rows * (round_up(m.d_in, 64) + int64_t{p.groups} * 8 + p.d * 4) + 64;
+    return rows * (int64_t{p.groups} * (8 + kQuads * 4) + p.d * 4) + 64;
   }
   NeuronProduct(const griffin_matrix& m, const griffin_io& io, void* memory)
-      : m_(m), io_(io), plan_(neuron_plan(m.grouped, m.d_out, m.d_in)), padded_(round_up(m.d_in, 64)) {
+      : m_(m), io_(io), plan_(neuron_plan(m.grouped, m.d_out, m.d_in)) {
     y_ = static_cast<float*>(memory);
     factor_ = y_ + int64_t{io.rows} * plan_.d;
     sum_ = factor_ + int64_t{io.rows} * plan_.groups;
-    q_ = reinterpret_cast<int8_t*>(sum_ + int64_t{io.rows} * plan_.groups);
+    quads_ = reinterpret_cast<int32_t*>(sum_ + int64_t{io.rows} * plan_.groups);
   }
 
   // This thread's share of the rows; a barrier, then `multiply`.
@@ -95,11 +95,9 @@ class NeuronProduct {
         else
           memcpy(own, reinterpret_cast<const float*>(z) + begin, sizeof(float) * n);
         int total;
-        int8_t* const q = q_ + r * padded_ + begin;
-        memset(q, 0, (begin + group <= padded_) * group);
-        const float factor = quantise_z(own, n, q, &total);
-        factor_[int64_t{r} * plan_.groups + g] = factor;
-        sum_[int64_t{r} * plan_.groups + g] = factor * static_cast<float>(total);
+        const int64_t at = int64_t{r} * plan_.groups + g;
+        factor_[at] = quantise_z(own, n, quads_ + at * kQuads, &total);
+        sum_[at] = factor_[at] * static_cast<float>(total);
       }
     }
   }
@@ -119,10 +117,8 @@ class NeuronProduct {
         rows[j] = static_cast<const uint8_t*>(m_.weight) + (first + (j < n ? j : 0)) * m_.stride;
       for (int r = 0; r < io_.rows; r++) {
         const int64_t at = int64_t{r} * plan_.groups + g;
-        int32_t quads[8];
-        memcpy(quads, q_ + r * padded_ + first, static_cast<size_t>((n + 3) / 4 * 4));
-        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales), g, (n + 3) / 4, rows, quads, factor_[at], sum_[at],
-                                nullptr, 0};
+        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales), g, (n + 3) / 4, rows,
+                                quads_ + at * kQuads, factor_[at], sum_[at], nullptr, 0};
         down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
       }
     }
@@ -136,10 +132,11 @@ class NeuronProduct {
  private:
   const griffin_matrix& m_;
   const griffin_io& io_;
+  static constexpr int kQuads = 16;  // int32 of a group's neurons
+
   const NeuronPlan plan_;
-  const int64_t padded_;
   float *y_, *factor_, *sum_;
-  int8_t* q_;
+  int32_t* quads_;
 };
 
 int neuron_product(const griffin_matrix& matrix, const griffin_io& io, int threads) {

@@ -203,6 +203,9 @@ def _known(path: Path, changed_ns: int) -> Profile | None:
 def format_of(block: FFBlock) -> str:
     """How an FF block's weights are stored, as a profile's losses name it."""
     if isinstance(block.output, QuantisedLinear):
-        return block.output.format
+        bits = sum(
+            projection.nbytes for projection in (*block.inputs, block.output) if isinstance(projection, QuantisedLinear)
+        )
+        return "int8" if 8 * bits > 6 * block.parameters else "int4"  # the nearest of the formats that it knows
     names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "bf16"}  # as many bits
     return names.get(rows(block.output)[0].dtype, "f32")

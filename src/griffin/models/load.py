@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from griffin.errors import GriffinError
 from griffin.layouts import find_ff_blocks
-from griffin.models import packed
 from griffin.models.builtin import BUILTIN, builtin_folder, read_gguf
 from griffin.models.cache_entry import one_line
 from griffin.models.convert import convert
@@ -35,7 +34,7 @@ from griffin.models.progress import progress
 from griffin.native import library
 from griffin.weights.float32_gemm import use_float32_gemm
 from griffin.weights.neuron_major import own_memory
-from griffin.weights.quantised import FLOATS, QUANTISED, WEIGHTS
+from griffin.weights.quantised import FLOATS, WEIGHTS, QuantisedLinear
 
 logger = logging.getLogger("griffin")
 
@@ -103,13 +102,10 @@ def load(
     on_hub = not (name in BUILTIN or name.lower().endswith(".gguf") or path.exists() or _looks_like_path(name))
     if revision is not None and not on_hub:
         raise ValueError(f"revision={revision!r} is for Hub models, {name} is none; leave it out")
-    if weights in QUANTISED and (name in BUILTIN or name.lower().endswith(".gguf")):
-        model, tokenizer = _packed(name, path, weights, wanted_dtype)
-    else:
-        model, tokenizer = _plain(name, path, on_hub, wanted_dtype, revision, token)
-        if weights is not None:
-            with progress(f"converting {name} to {weights}"):
-                convert(model, weights)
+    model, tokenizer = _plain(name, path, on_hub, wanted_dtype, revision, token)
+    if weights is not None:
+        with progress(f"converting {name} to {weights}"):
+            convert(model, weights)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -117,7 +113,7 @@ def load(
     model = _placed(model, wanted_device)
     with suppress(ValueError):  # a family whose FF blocks are not known
         for block in find_ff_blocks(model):
-            if not block.quantised:
+            if not isinstance(block.output, QuantisedLinear):
                 own_memory(block.output)
     if (count := use_float32_gemm(model)) > 0:
         logger.info(
@@ -144,20 +140,6 @@ def _plain(
         raise ValueError(f"{name} {problem}; expected {_EXPECTED}")
     with progress(f"loading {name}", hub_bars=True):
         return _from_hub(name, dtype, revision, token)
-
-
-def _packed(
-    name: str, path: Path, weights: str, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A built-in model or a GGUF file in 8 or 4 bits: quantised once, from bfloat16, and read from the cache."""
-    if name in BUILTIN:
-        label, sha256 = name, BUILTIN[name].gguf_sha256
-    else:
-        check_gguf(path)
-        label, sha256 = path.stem, packed.sha256_of(path)
-    folder = packed.packed_folder(label, sha256, weights, lambda: _plain(name, path, False, torch.bfloat16, None, None))
-    with progress(f"loading {name}"):
-        return packed.read_packed(folder, weights, dtype)
 
 
 def _for_weights(
