@@ -101,9 +101,7 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # the config's own checks
         text = " ".join(str(error).split())[:300]
-        raise GriffinError(
-            f"{file.path} is damaged: its metadata makes no {model_type} model: {text}; {AGAIN}"
-        ) from error
+        raise GriffinError(f"{file.path} is damaged: no {model_type} model can be made: {text}; {AGAIN}") from error
     return config
 
 
@@ -142,7 +140,7 @@ def _head_dim(keys: _Keys) -> int:
 
 def _rope(file: GgufFile, keys: _Keys) -> dict[str, Any]:
     gemma3 = keys.architecture == "gemma3"
-    rope = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 1e6 if gemma3 else 1e4)}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 1e6 if gemma3 else 1e4)}
     scaling = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
     if scaling == "yarn":
@@ -172,9 +170,7 @@ def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     if len(found) != len(smooth) or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise GriffinError(
-            f"{file.path}: the frequencies in rope_freqs.weight are not Llama 3's, which alone are known"
-        )
+        raise GriffinError(f"{file.path}: rope_freqs.weight does not hold Llama 3's frequencies, which alone are known")
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
@@ -220,6 +216,5 @@ class _Keys:
 
     def error(self, key: str, value: object, expected: str) -> GriffinError:
         found = "missing" if value is None else " ".join(str(value).split())[:80]
-        return GriffinError(
-            f"{self._path} is damaged: {self.architecture}.{key} is {found}, expected {expected}; {AGAIN}"
-        )
+        name = f"{self.architecture}.{key}"
+        return GriffinError(f"{self._path} is damaged: {name} is {found}, expected {expected}; {AGAIN}")

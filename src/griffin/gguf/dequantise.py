@@ -105,13 +105,13 @@ def _nibbles(packed: Bytes, width: int) -> Bytes:
 def _crumbs(packed: Bytes, width: int) -> Bytes:
     """Two bits a code: of every `width` bytes the lowest pairs, then the next ones. (blocks, bytes) -> (..., width)"""
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return (packed.reshape(len(packed), -1, 1, width) >> shifts & 3).reshape(len(packed), -1, width)
+    return (packed.reshape(len(packed), -1, 1, width) >> shifts & np.uint8(3)).reshape(len(packed), -1, width)
 
 
 def _bits(packed: Bytes, width: int) -> Bytes:
     """A bit a code: of every `width` bytes the lowest bits, then the next ones. (blocks, bytes) -> (..., width)"""
     shifts = np.arange(8, dtype=np.uint8)[:, None]
-    return (packed.reshape(len(packed), -1, 1, width) >> shifts & 1).reshape(len(packed), -1, width)
+    return (packed.reshape(len(packed), -1, 1, width) >> shifts & np.uint8(1)).reshape(len(packed), -1, width)
 
 
 def _fifth(blocks: Bytes, at: int) -> Bytes:

@@ -37,7 +37,7 @@ _VERSIONS = (2, 3)
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 # The types of values in the metadata, by number.
-_SCALARS = {
+_SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -157,7 +157,7 @@ class Part:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def read_into(self, out: Bytes, offset: int) -> None:
-        view = memoryview(out).cast("B")
+        view = out.data.cast("B")
         done = 0
         while done < len(view):
             try:
@@ -392,7 +392,7 @@ class _Header:
         self._strings += count
         if self._strings > MAX_STRINGS or 8 * count > self._end - self._at:
             raise _DamagedError(f"{key[:80]!r} claims {count:,} strings, more than there can be")
-        texts = []
+        texts: list[str] = []
         append, length_at, buffer, at = texts.append, _U64.unpack_from, self._buffer, self._at
         there = len(buffer)
         for _ in range(count):
@@ -421,9 +421,7 @@ class _Header:
                 raise _DamagedError(f"tensor {name[:80]!r} comes twice")
             names.add(name)
             if shape[-1] % kind.block:
-                raise _DamagedError(
-                    f"rows of tensor {name[:80]!r} have {shape[-1]} values, no multiple of {kind.block}"
-                )
+                raise _DamagedError(f"tensor {name[:80]!r} has rows of {shape[-1]} values, not in {kind.block}s")
             tensor = GgufTensor(name, kind, shape, start + offset, self._part)
             if offset % alignment:
                 raise _DamagedError(f"tensor {name[:80]!r} starts at {offset}, no multiple of {alignment}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from transformers import TOKENIZER_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.integrations.gguf import convert_gguf_tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
 from griffin.errors import GriffinError
 from griffin.gguf.reader import AGAIN, GgufFile
@@ -66,7 +66,9 @@ def tokenizer_of(file: GgufFile, config: PreTrainedConfig) -> PreTrainedTokenize
         kind = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
         if not (isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)):
             kind = PreTrainedTokenizerFast
-        tokenizer: PreTrainedTokenizerBase = kind(tokenizer_object=backend, **given, **more)
+        tokenizer: PreTrainedTokenizerBase = kind(  # type: ignore[no-untyped-call, unused-ignore]
+            tokenizer_object=backend, **given, **more
+        )
     except Exception as error:  # transformers and tokenizers raise whatever a garbled vocabulary makes them
         text = " ".join(str(error).split())[:300]
         raise GriffinError(f"{file.path}: its tokenizer cannot be made: {text}; {AGAIN}") from error
