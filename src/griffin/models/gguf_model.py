@@ -147,7 +147,9 @@ def _by_transformers(
             f"file only; join them: llama-gguf-split --merge {file.paths[0]} {whole}"
         )
     path, architecture = file.path, file.architecture
-    logger.info("%s: griffin's own reader does not know %s; transformers reads it, which takes longer", path, reason)
+    logger.warning(
+        "%s: griffin's reader does not know %s; transformers dequantises it, which takes longer", path, reason
+    )
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         with redirect_stderr(io.StringIO()):  # transformers draws this one bar whatever its own switch says

