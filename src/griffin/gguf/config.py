@@ -164,7 +164,7 @@ def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     """The rope scaling of Llama 3, of which a file has the result only: what each frequency is divided by."""
     tensor = file.tensors["rope_freqs.weight"]
     found = dequantise(tensor.read(), tensor.type)
-    factor = float(found.max())
+    factor = round(float(found.max()), 3)
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     turns = _LLAMA3["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]

@@ -202,9 +202,10 @@ class GgufFile:
         try:
             with _told(opened):
                 header = _Header(opened)
+                count, number = header.count("split.count"), header.count("split.no") + 1
             self.version = header.version
-            if (count := header.count("split.count")) > 1:
-                self._parts, header = self._all(opened, header, count)
+            if count > 1:
+                self._parts, header = self._all(opened, header, number, count)
             self.metadata: Mapping[str, Any] = header.metadata
             self.tensors: dict[str, GgufTensor] = header.tensors
         except BaseException:
@@ -248,9 +249,8 @@ class GgufFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _all(self, opened: Part, header: _Header, count: int) -> tuple[list[Part], _Header]:
+    def _all(self, opened: Part, header: _Header, number: int, count: int) -> tuple[list[Part], _Header]:
         """All parts in order, and the first one's header with all tensors."""
-        number = header.count("split.no") + 1
         parts: list[Part] = []
         headers: list[_Header] = []
         for index, path in enumerate(_names(opened.path, number, count)):
