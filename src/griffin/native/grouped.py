@@ -31,10 +31,10 @@ class Format:
         name: as messages and tables show it.
         bits: of a code: 2, 3, 4, 5, 6 or 8.
         group: weights of a group along the input: 16 or 32.
-        scale: where a group's scale comes from: "sub unsigned" or "sub signed" (a float16 for 256 weights times a byte of
-            the group's own), or "f16" or "f32" for `span` weights.
-        offset: where its offset comes from: "none" (`s * zero`), "sub" (a float16 for 256 weights times an unsigned byte
-            of the group's own), "f16" (minus a float16) or "code" (s times an unsigned byte), for `span` weights.
+        scale: where a group's scale comes from: "sub unsigned" or "sub signed" (a float16 for 256 weights times a byte
+            of the group's own), or "f16" or "f32" for `span` weights.
+        offset: where its offset comes from: "none" (`s * zero`), "sub" (a float16 for 256 weights times an unsigned
+            byte of the group's own), "f16" (minus a float16) or "code" (s times an unsigned byte), for `span` weights.
         zero: with offset "none": the code that means 0.
         span: weights that share a scale of their own: the group's or a multiple, at most 256.
     """
@@ -236,8 +236,8 @@ def from_codes(
 
     Shapes, all of rows of W, n = in rounded up to whole groups:
         codes: (out, n) uint8
-        scale: (out, n / span rounded up) float16 or float32 as the format says; with sub-scales (out, n / 256 rounded up)
-            float16
+        scale: (out, n / span rounded up) float16 or float32 as the format says; with sub-scales (out, n / 256 rounded
+            up) float16
         offset: as many, float16 or (offset "code") uint8; None where the format has none
         sub, sub_offset: (out, n / group) uint8 (signed bytes as they are); None where the format has none
 

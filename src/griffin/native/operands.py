@@ -79,7 +79,8 @@ def matrix(weight: Tensor, bias: Tensor | None = None, *, neuron_major: bool = F
         weight: (out, in), or neuron-major (in, out): `down_proj.weight.T` of a transposed storage.
         bias: (out,), copied to float32 if it is not, or None.
 
-    Raises ValueError for another dtype than float32, bfloat16, float16, a device that is not the CPU, or rows with gaps.
+    Raises ValueError for another dtype than float32, bfloat16, float16, a device that is not the CPU, or rows with
+    gaps.
     """
     if weight.dtype not in _FLOAT_FORMATS:
         raise ValueError(f"weight: {weight.dtype}, expected one of {', '.join(map(str, _FLOAT_FORMATS))}")

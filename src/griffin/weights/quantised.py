@@ -6,6 +6,7 @@ groups of the weights' size, and the products of a group are summed exactly. No 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,8 +70,8 @@ class QuantisedLinear(_Quantised):
     """`y = x W^T + b` over packed parts of `W`, for inference.
 
     Args:
-        parts: one, or two for a fused gate and up (the gate's outputs come first). Neuron-major for the output projection
-            of an FF block.
+        parts: one, or two for a fused gate and up (the gate's outputs come first). Neuron-major for the output
+            projection of an FF block.
         bias: (out_features,) or None; kept as it is.
 
     Raises:
@@ -149,19 +150,22 @@ class QuantisedEmbedding(_Quantised):
 
     Args:
         packed: (V, D).
-        scale: what a row is multiplied by (Gemma's square root of D).
+        scale: what a row is multiplied by (Gemma's square root of D), a scalar tensor; None: 1.
         dtype: of the result.
     """
 
-    def __init__(self, packed: Packed, *, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+    embed_scale: Tensor | None
+
+    def __init__(self, packed: Packed, *, scale: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__((packed,))
         self.num_embeddings, self.embedding_dim = packed.d_out, packed.d_in
-        self.scale, self.dtype = scale, dtype
+        self.register_buffer("embed_scale", scale, persistent=False)
+        self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """Shapes: ids (...,) int64; returns (..., D)."""
         found = self.parts[0].unpack(ids.reshape(-1), dtype=self.dtype).view(*ids.shape, self.embedding_dim)
-        return found if self.scale == 1.0 else found * self.scale
+        return found if self.embed_scale is None else found * self.embed_scale.to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -170,6 +174,12 @@ class QuantisedEmbedding(_Quantised):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
+
+
+def quantised_format(model: nn.Module) -> str | None:
+    """The formats of a model's quantised projections, such as "Q4_K+Q6_K", the most frequent first; `None`: it has none."""
+    names = Counter(part.format.name for m in model.modules() if isinstance(m, QuantisedLinear) for part in m.parts)
+    return "+".join(name for name, _ in names.most_common()) or None
 
 
 def prompt_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
