@@ -18,7 +18,7 @@ _FLOAT_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix W (out, in) as the library sees it; keeps its tensors alive. Make one by `matrix` or `packed_matrix`."""
+    """One matrix W (out, in) as the library sees it; with its tensors. Made by `matrix` or `packed_matrix`."""
 
     d_in: int
     d_out: int

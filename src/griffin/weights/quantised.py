@@ -97,7 +97,7 @@ class QuantisedLinear(_Quantised):
     def matrices(self) -> list[operands.Matrix]:
         """The parts as the native library sees them; biases are in them."""
         if self._matrices is None:
-            biases = [None] * len(self.parts) if self.bias is None else self.bias.split([p.d_out for p in self.parts])
+            biases = [None] * len(self.parts) if self.bias is None else torch.split(self.bias, [p.d_out for p in self.parts])
             self._matrices = [operands.packed_matrix(*pair) for pair in zip(self.parts, biases, strict=True)]
         return self._matrices
 
@@ -177,7 +177,7 @@ class QuantisedEmbedding(_Quantised):
 
 
 def quantised_format(model: nn.Module) -> str | None:
-    """The formats of a model's quantised projections, such as "Q4_K+Q6_K", the most frequent first; `None`: it has none."""
+    """Formats of a model's quantised projections, the most frequent first ("Q4_K+Q6_K"); `None`: it has none."""
     names = Counter(part.format.name for m in model.modules() if isinstance(m, QuantisedLinear) for part in m.parts)
     return "+".join(name for name, _ in names.most_common()) or None
 
