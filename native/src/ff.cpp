@@ -150,17 +150,17 @@ class Part {
     for (int r = 0; r < rows_; r++) {
       const int n = listed_[r];
       if (!n) continue;
-      int32_t quads[kListed / 2];
+      int32_t quads[kListed / 4];
       int total;
       const float factor = quantise_z(z_[r], n, quads, &total);
       for (int i = n; i % 4; i++) down_[r][i] = down_[r][n - 1];
       const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
                                    static_cast<int>(group_ / f.group),
                                    (n + 3) / 4,
+                                   total,
                                    down_[r],
                                    quads,
                                    factor,
-                                   factor * static_cast<float>(total),
                                    ahead,
                                    any ? 0 : n_ahead};
       down(down_plan_, neurons, 0, down_plan_.d, acc_ + r * accumulator_stride(block_.down.d_out));

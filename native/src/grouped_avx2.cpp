@@ -45,6 +45,7 @@ struct B256 {
   }
   template <int n> static I left32(I v) { return _mm256_slli_epi32(v, n); }
   static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
+  static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I low8(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm256_unpackhi_epi8(a, b); }
@@ -76,6 +77,7 @@ struct B256 {
     return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(set1_int(n), places)));
   }
   static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+  static void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 };
 
 #include "grouped_kernels.inl"

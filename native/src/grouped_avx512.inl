@@ -46,6 +46,7 @@ struct B512 {
   }
   template <int n> static I left32(I v) { return _mm512_slli_epi32(v, n); }
   static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
+  static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I low8(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
@@ -73,6 +74,7 @@ struct B512 {
   }
   static F first(F v, int n) { return _mm512_maskz_mov_ps((__mmask16)((1u << n) - 1), v); }
   static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+  static void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 };
 
 #include "grouped_kernels.inl"

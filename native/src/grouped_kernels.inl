@@ -119,7 +119,7 @@ void grouped_dot_n(const RowPlan& p, const uint8_t* row, const GroupedInput* con
   int64_t ahead = 0;
   for (int g = 0; g < p.groups; g += kChunkGroups) {
     const int lanes = p.groups - g < kChunkGroups ? p.groups - g : kChunkGroups;
-    for (int i = 0; i < kBits * kGroup / 32 + 1; i++, ahead += 64) B::prefetch(next + ahead);
+    for (int i = 0; i < kBits * kGroup / 32 + 1; i++, ahead += 64) B::prefetch_far(next + ahead);
     for (int part = 0; part < kParts; part++) {
       const int lane = g + part * B::kLanes;
       if (part * B::kLanes >= lanes) break;
@@ -167,10 +167,26 @@ template <class B> inline void interleave(const typename B::I* row, typename B::
   out[2] = B::low16(high01, high23), out[3] = B::high16(high01, high23);
 }
 
+// Rows that will be wanted, a few lines at a time (a burst would wait for the memory), into the second-level cache.
+// Measured, half of the rows: 2.0x as fast as into the first level, whose misses are few at a time, and which makes the
+// hardware fetch what follows.
+struct Ahead {
+  const uint8_t* const* row;
+  int rows, lines, at, each;  // lines of a row, the next one, lines a step
+  Ahead(const uint8_t* const* of, int n, int64_t bytes, int steps)
+      : row(of), rows(n), lines((int)(bytes / 64)), at(0), each((n * lines + steps - 1) / (steps ? steps : 1)) {}
+  template <class B> void step() {
+    for (int i = 0; i < each && rows; i++) {
+      B::prefetch_far(*row + 64 * at);
+      if (++at == lines) at = 0, row++, rows--;
+    }
+  }
+};
+
 // sums[c] = sum over the quads' neurons of code * z, for a chunk of n outputs.
 template <class B, int kBits>
 inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const int32_t* z, int quads, int begin, int n,
-                       int32_t* sums) {
+                       int32_t* sums, Ahead& ahead) {
   using I = typename B::I;
   constexpr int kPairs = kBits / 2;
   const int bytes = n / 4, blocks = bytes / kFieldBlock;
@@ -180,6 +196,7 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
       for (int i = 0; i < 4; i++) acc[f][i] = B::none();
     for (int q = 0; q < quads; q++) {
       const uint8_t* const* const row = rows + 4 * q;
+      ahead.step<B>();
       const int64_t at = begin / 4 + part * B::kBytes;
       I plane[4][4], field[4][4], bit[4][4];  // [plane or field][i]
       for (int w = 0; w < kPairs; w++) {
@@ -202,12 +219,9 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
         fields_of<B, kPairs>(own, code);
         for (int f = 0; f < 4; f++) field[f][i] = kBits % 2 ? B::add8(B::add8(code[f], code[f]), bit[f][i]) : code[f];
       }
-      const I high = B::set1_int(z[2 * q]), low = B::set1_int(z[2 * q + 1]);
+      const I factor = B::set1_int(z[q]);
       for (int f = 0; f < 4; f++)
-        for (int i = 0; i < 4; i++) {
-          const I sum = B::template dot<kBits>(B::none(), field[f][i], high);
-          acc[f][i] = B::template dot<kBits>(B::add(acc[f][i], B::template left32<7>(sum)), field[f][i], low);
-        }
+        for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
     }
     const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
     for (int f = 0; f < 4; f++)
@@ -224,47 +238,70 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
   }
 }
 
-// y[c] += factor * s[c] * sums[c] - z_sum * m[c] for the outputs begin .. begin + n of a group of neurons.
-template <class B>
-inline void add_scaled(const NeuronPlan& p, const uint8_t* scales, int group, int begin, int n, const int32_t* sums,
-                       float factor, float z_sum, float* y) {
+// y[c] += factor * (s[c] * sums[c] - total * m[c]) for the outputs begin .. begin + n of a group of neurons.
+template <class B, int kScale, int kOffset>
+inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int n, const int32_t* sums, float* y) {
   const griffin_grouped& f = p.format;
-  const bool supers = has_supers(f);
-  const int64_t span = supers ? group * f.group / kSuper : group * f.group / f.span;
-  const uint8_t* const base = scales + span * p.super_stride;
-  const uint8_t* const sub = scales + p.sub + group * p.sub_stride;
-  const typename B::F by = B::set1_float(factor), total = B::set1_float(z_sum);
+  const int64_t span = of.group * f.group / (kScale <= GRIFFIN_SCALE_SUB_SIGNED ? kSuper : f.span);
+  const uint8_t* const base = of.scales + span * p.super_stride;
+  const uint8_t* const sub = of.scales + p.sub + of.group * p.sub_stride;
+  const typename B::F factor = B::set1_float(of.factor), z_sum = B::set1_float(of.factor * (float)of.total);
+  const typename B::I zero = B::set1_int(of.total * f.zero);
   for (int c = begin; c < begin + n; c += B::kLanes) {
-    typename B::F s, m;
-    if (f.scale == GRIFFIN_SCALE_F32)
-      s = B::load_floats((const float*)base + c);
-    else
-      s = B::halves((const uint16_t*)base + c);
-    if (f.scale == GRIFFIN_SCALE_SUB_UNSIGNED) s = B::mul(s, B::unsigned_bytes(sub + c));
-    if (f.scale == GRIFFIN_SCALE_SUB_SIGNED) s = B::mul(s, B::signed_bytes((const int8_t*)sub + c));
-    if (f.offset == GRIFFIN_OFFSET_SUB)
-      m = B::mul(B::halves((const uint16_t*)(base + p.offset) + c), B::unsigned_bytes(sub + p.sub_offset + c));
-    else if (f.offset == GRIFFIN_OFFSET_F16)
-      m = B::minus_product(B::zero(), B::set1_float(1.f), B::halves((const uint16_t*)(base + p.offset) + c));
-    else if (f.offset == GRIFFIN_OFFSET_CODE)
-      m = B::mul(s, B::unsigned_bytes(base + p.offset + c));
-    else
-      m = B::mul(s, B::set1_float(f.zero));
+    typename B::F s = kScale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)base + c)
+                                                  : B::halves((const uint16_t*)base + c);
+    if (kScale == GRIFFIN_SCALE_SUB_UNSIGNED) s = B::mul(s, B::unsigned_bytes(sub + c));
+    if (kScale == GRIFFIN_SCALE_SUB_SIGNED) s = B::mul(s, B::signed_bytes((const int8_t*)sub + c));
+    typename B::I sum = B::load((const uint8_t*)(sums + (c - begin)));
     typename B::F acc = B::load_floats(y + c);
-    acc = B::fma(B::to_float(B::load((const uint8_t*)(sums + (c - begin)))), B::mul(s, by), acc);
-    B::store(y + c, B::minus_product(acc, m, total));
+    if (kOffset == GRIFFIN_OFFSET_NONE) {
+      sum = B::subtract(sum, zero);
+    } else if (kOffset == GRIFFIN_OFFSET_SUB) {
+      const typename B::F m = B::mul(B::halves((const uint16_t*)(base + p.offset) + c),
+                                     B::unsigned_bytes(sub + p.sub_offset + c));
+      acc = B::minus_product(acc, m, z_sum);
+    } else if (kOffset == GRIFFIN_OFFSET_F16) {
+      acc = B::fma(B::halves((const uint16_t*)(base + p.offset) + c), z_sum, acc);
+    } else {
+      acc = B::minus_product(acc, B::mul(s, B::unsigned_bytes(base + p.offset + c)), z_sum);
+    }
+    B::store(y + c, B::fma(B::to_float(sum), B::mul(s, factor), acc));
   }
+}
+
+template <class B>
+inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int n, const int32_t* sums, float* y) {
+  const int scale = p.format.scale, offset = p.format.offset;
+  if (scale == GRIFFIN_SCALE_SUB_UNSIGNED && offset == GRIFFIN_OFFSET_SUB)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_SUB>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_SUB_SIGNED && offset == GRIFFIN_OFFSET_NONE)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_SUB_SIGNED)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_SUB>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_SUB_UNSIGNED)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_F16) {
+    if (offset == GRIFFIN_OFFSET_NONE)
+      return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+    if (offset == GRIFFIN_OFFSET_F16)
+      return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_F16>(p, of, begin, n, sums, y);
+    return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_CODE>(p, of, begin, n, sums, y);
+  }
+  if (offset == GRIFFIN_OFFSET_NONE)
+    return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+  if (offset == GRIFFIN_OFFSET_F16)
+    return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_F16>(p, of, begin, n, sums, y);
+  return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_CODE>(p, of, begin, n, sums, y);
 }
 
 template <class B, int kBits>
 void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int end, float* y) {
   alignas(64) int32_t sums[256];
+  Ahead ahead(of.ahead, of.n_ahead, p.bytes, of.quads * ((end - begin + 255) / 256));
   for (int at = begin; at < end; at += 256) {
     const int n = end - at < 256 ? end - at : 256;
-    for (int i = 0; i < of.n_ahead; i++)
-      for (int w = 0; w < (kBits + 1) / 2; w++) B::prefetch(of.ahead[i] + p.plane[w] + at / 4);
-    chunk_sums<B, kBits>(p, of.rows, of.z, of.quads, at, n, sums);
-    add_scaled<B>(p, of.scales, of.group, at, n, sums, of.factor, of.z_sum, y);
+    chunk_sums<B, kBits>(p, of.rows, of.z, of.quads, at, n, sums, ahead);
+    add_scaled<B>(p, of, at, n, sums, y);
   }
 }
 

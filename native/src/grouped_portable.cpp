@@ -77,6 +77,11 @@ struct Portable {
   static I add8(I a, I b) {
     return each([&](int i) { return a.at[i] + b.at[i]; });
   }
+  static I subtract(I a, I b) {
+    I out;
+    for (int i = 0; i < 4; i++) out.set(i, a.word(i) - b.word(i));
+    return out;
+  }
   static I add(I a, I b) {
     I out;
     for (int i = 0; i < 4; i++) out.set(i, a.word(i) + b.word(i));
@@ -130,6 +135,7 @@ struct Portable {
     return floats([&](int i) { return i < n ? v.at[i] : 0.f; });
   }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+  static void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 };
 
 #include "grouped_kernels.inl"

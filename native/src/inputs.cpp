@@ -95,16 +95,15 @@ void Rows::dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, in
 float quantise_z(const float* z, int n, int32_t* quads, int* total) {
   float largest = 0, poison = 0;
   for (int i = 0; i < n; i++) largest = fmaxf(largest, fabsf(z[i])), poison += z[i] * 0.f;
-  const float inverse = largest > 1e-30f && poison == 0.f ? kWide / largest : 0.f;
-  int8_t q[8][2][4] = {};
+  const float inverse = largest > 1e-30f && poison == 0.f ? 127.f / largest : 0.f;
+  int8_t q[32] = {};
   *total = 0;
   for (int i = 0; i < n; i++) {
-    const int value = static_cast<int>(lrintf(z[i] * inverse)), high = (value + 64) >> 7;
-    q[i / 4][0][i % 4] = static_cast<int8_t>(high), q[i / 4][1][i % 4] = static_cast<int8_t>(value - 128 * high);
-    *total += value;
+    const int value = static_cast<int>(lrintf(z[i] * inverse));
+    q[i] = static_cast<int8_t>(value), *total += value;
   }
-  memcpy(quads, q, sizeof(int32_t) * 2 * ((n + 3) / 4));
-  return largest / kWide + poison;
+  memcpy(quads, q, static_cast<size_t>((n + 3) / 4 * 4));
+  return largest / 127.f + poison;
 }
 
 int64_t row_bytes(const griffin_matrix& matrix) {

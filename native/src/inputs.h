@@ -53,8 +53,8 @@ class Rows {
   int64_t row_bytes_;
 };
 
-// n values (at most 32) as integers, value = result * (128 high + low), in quads as GroupOfNeurons has them, zero behind
-// the last; total: the integers' sum. NaN where a value is not finite, which integers cannot say.
+// n values (at most 32) as int8, value = result * q, four in an int32, zero behind the last; total: their sum. NaN where a
+// value is not finite, which integers cannot say.
 float quantise_z(const float* z, int n, int32_t* quads, int* total);
 
 // Bytes that one row (of a neuron-major matrix, one neuron) is, its share of the scales of a group included.

@@ -72,14 +72,14 @@ class NeuronProduct {
  public:
   static int64_t bytes(const griffin_matrix& m, int rows) {
     const NeuronPlan p = neuron_plan(m.grouped, m.d_out, m.d_in);
-    return rows * (int64_t{p.groups} * (8 + kQuads * 4) + p.d * 4) + 64;
+    return rows * (int64_t{p.groups} * (4 + 4 + kQuads * 4) + p.d * 4) + 64;
   }
   NeuronProduct(const griffin_matrix& m, const griffin_io& io, void* memory)
       : m_(m), io_(io), plan_(neuron_plan(m.grouped, m.d_out, m.d_in)) {
     y_ = static_cast<float*>(memory);
     factor_ = y_ + int64_t{io.rows} * plan_.d;
-    sum_ = factor_ + int64_t{io.rows} * plan_.groups;
-    quads_ = reinterpret_cast<int32_t*>(sum_ + int64_t{io.rows} * plan_.groups);
+    total_ = reinterpret_cast<int32_t*>(factor_ + int64_t{io.rows} * plan_.groups);
+    quads_ = total_ + int64_t{io.rows} * plan_.groups;
   }
 
   // This thread's share of the rows; a barrier, then `multiply`.
@@ -94,10 +94,8 @@ class NeuronProduct {
           kernels().widen(reinterpret_cast<const uint16_t*>(z) + begin, own, n);
         else
           memcpy(own, reinterpret_cast<const float*>(z) + begin, sizeof(float) * n);
-        int total;
         const int64_t at = int64_t{r} * plan_.groups + g;
-        factor_[at] = quantise_z(own, n, quads_ + at * kQuads, &total);
-        sum_[at] = factor_[at] * static_cast<float>(total);
+        factor_[at] = quantise_z(own, n, quads_ + at * kQuads, total_ + at);
       }
     }
   }
@@ -117,8 +115,8 @@ class NeuronProduct {
         rows[j] = static_cast<const uint8_t*>(m_.weight) + (first + (j < n ? j : 0)) * m_.stride;
       for (int r = 0; r < io_.rows; r++) {
         const int64_t at = int64_t{r} * plan_.groups + g;
-        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales), g, (n + 3) / 4, rows,
-                                quads_ + at * kQuads, factor_[at], sum_[at], nullptr, 0};
+        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales), g, (n + 3) / 4, total_[at], rows,
+                                quads_ + at * kQuads, factor_[at], nullptr, 0};
         down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
       }
     }
@@ -132,11 +130,11 @@ class NeuronProduct {
  private:
   const griffin_matrix& m_;
   const griffin_io& io_;
-  static constexpr int kQuads = 16;  // int32 of a group's neurons
+  static constexpr int kQuads = 8;  // int32 of a group's neurons
 
   const NeuronPlan plan_;
-  float *y_, *factor_, *sum_;
-  int32_t* quads_;
+  float *y_, *factor_;
+  int32_t *total_, *quads_;
 };
 
 int neuron_product(const griffin_matrix& matrix, const griffin_io& io, int threads) {
