@@ -211,8 +211,11 @@ def test_a_file_that_changes(path: Path) -> None:
             tensor.data[0] = 1
         assert file.unchanged()
         file.check_unchanged()
+        other = GgufFile(path)
         os.truncate(path, path.stat().st_size - 1)
         assert not file.unchanged()
+        message_of(lambda: other.tensors["one"].data, "has become shorter")
+        other.close()
         message_of(file.check_unchanged, "has changed while it was read")
         message_of(tensor.read, "has become shorter while it was read")
     with GgufFile(file_of(path)) as file:
@@ -461,10 +464,26 @@ def test_models_of_every_family(path: Path, case: str) -> None:
     assert tokenizer.chat_template == "{{ messages[0].content }}"
 
 
+def sentencepiece(writer: gguf.GGUFWriter) -> None:
+    """Llama's and Gemma's kind of vocabulary in place of the other."""
+    for name in [name for name in writer.kv_data[0] if name.startswith("tokenizer.")]:
+        del writer.kv_data[0][name]
+    tokens = ["<unk>", "<s>", "</s>", "\u2581", *map(chr, range(97, 97 + 26)), "ab", "abc", "\u2581abc", "  "]
+    tokens += [f"<0x{byte:02X}>" for byte in range(VOCABULARY - len(tokens))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(VOCABULARY)])
+    writer.add_token_types([2, 3, 3, *[1] * 31, *[6] * (VOCABULARY - 34)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 @pytest.mark.parametrize("case", SUPPORTED_BY_TRANSFORMERS)
-def test_models_are_transformers(path: Path, case: str) -> None:
+def test_models_are_transformers(path: Path, case: str, kind: str) -> None:
     """Transformers' own loader gives the same weights, vocabulary and ids."""
-    write_model(path, model_of(case))
+    write_model(path, model_of(case), sentencepiece if kind == "sentencepiece" else lambda writer: None)
     model, tokenizer = read_gguf(path, torch.bfloat16)
     with GgufFile(path) as file:
         expected_model, expected = gguf_model._by_transformers(file, torch.bfloat16, "a test")
@@ -571,11 +590,14 @@ def replaced(name: str, add: Callable[[gguf.GGUFWriter], None]) -> Callable[[ggu
     [
         ("llama.block_count", lambda w: None, ("llama.block_count is missing, expected a count",)),
         ("llama.block_count", lambda w: w.add_block_count(2**31), ("llama.block_count is 2147483648",)),
+        ("llama.block_count", lambda w: w.add_block_count(2**31 - 1), ("expected no more than the 21 tensors",)),
         ("llama.block_count", lambda w: w.add_block_count(9), ("claims 9 layers",)),
+        ("llama.attention.key_length", lambda w: w.add_key_length(7), ("key_length is 7, expected pairs",)),
         ("llama.block_count", lambda w: w.add_string("llama.block_count", "two"), ("llama.block_count is two",)),
         ("llama.embedding_length", lambda w: w.add_embedding_length(64), ("embeddings of shape (99, 32)",)),
         ("llama.feed_forward_length", lambda w: w.add_feed_forward_length(48), ("the shape (64, 32), expected (48",)),
         ("llama.attention.head_count", lambda w: w.add_head_count(0), ("head_count is 0",)),
+        ("llama.attention.head_count_kv", lambda w: w.add_head_count_kv(0), ("head_count_kv is 0",)),
         ("llama.attention.head_count_kv", lambda w: w.add_head_count_kv([1, 2]), ("head_count_kv is [1 2]",)),
         ("llama.attention.layer_norm_rms_epsilon", lambda w: w.add_layer_norm_rms_eps(float("nan")), ("is nan",)),
         ("tokenizer.ggml.tokens", lambda w: None, ("has no vocabulary",)),
@@ -591,6 +613,16 @@ def test_metadata_that_does_not_fit(
 ) -> None:
     write_model(path, model_of("llama"), replaced(name, add))
     message_of(lambda: read_gguf(path, torch.float32), str(path), *parts)
+
+
+def test_sizes_that_no_machine_has_room_for(path: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            writer.kv_data[0].pop(f"llama.{name}")
+            writer.add_uint32(f"llama.{name}", 2**31 - 2)
+
+    write_model(path, model_of("llama"), change)
+    message_of(lambda: read_gguf(path, torch.float32), "has the shape (32, 32), expected (8589934584, 32)")
 
 
 def test_missing_weights(path: Path) -> None:

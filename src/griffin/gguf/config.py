@@ -39,7 +39,9 @@ def why_not(file: GgufFile) -> str | None:
         return f"rope scaling {scaling!r}"
     if not keys.get("rope.scaling.finetuned", True) and architecture == "granite":
         return "attention without positions"
-    known = {source.tensor for source in sources(architecture, keys.integer("block_count"), 1, 1)}
+    if (layers := keys.integer("block_count")) > len(file.tensors):
+        raise keys.error("block_count", layers, f"no more than the {len(file.tensors)} tensors")
+    known = {source.tensor for source in sources(architecture, layers, 1, 1)}
     for name in file.tensors:
         if name.rpartition(".")[0] not in known and not name.endswith(IGNORED):
             return f"tensor {name[:80]!r}"
@@ -135,7 +137,10 @@ def _head_dim(keys: _Keys) -> int:
     default = keys.integer("embedding_length") // keys.integer("attention.head_count")
     if keys.architecture == "llama":  # whose older files say it there only
         default = keys.integer("rope.dimension_count", default)
-    return keys.integer("attention.key_length", default)
+    head_dim = keys.integer("attention.key_length", default)
+    if head_dim < 2 or head_dim % 2:
+        raise keys.error("attention.key_length", head_dim, "pairs to rotate")
+    return head_dim
 
 
 def _rope(file: GgufFile, keys: _Keys) -> dict[str, Any]:
@@ -164,12 +169,14 @@ def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     """The rope scaling of Llama 3, of which a file has the result only: what each frequency is divided by."""
     tensor = file.tensors["rope_freqs.weight"]
     found = dequantise(tensor.read(), tensor.type)
+    if len(found) != head_dim // 2:
+        raise GriffinError(f"{file.path} is damaged: rope_freqs.weight has {len(found)} values; {AGAIN}")
     factor = round(float(found.max()), 3)
     frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
     turns = _LLAMA3["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    if len(found) != len(smooth) or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+    if not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise GriffinError(f"{file.path}: rope_freqs.weight does not hold Llama 3's frequencies, which alone are known")
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
@@ -195,7 +202,7 @@ class _Keys:
         value = self.get(key, default)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
             value = value[0].item()
-        least = 1 if default is None else 0
+        least = 0 if default == 0 else 1
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
             raise self.error(key, value, "a count")
         return value

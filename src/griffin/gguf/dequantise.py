@@ -16,7 +16,7 @@ import numpy.typing as npt
 from griffin.gguf import types
 from griffin.gguf.types import TensorType
 
-_STEP = 1 << 16  # values that are dequantised at once: what they need fits a core's cache
+_STEP = 1 << 17  # values that are dequantised at once: what they need fits a core's cache
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -147,16 +148,21 @@ class Part:
     def mapped(self) -> Bytes:
         """The whole file, read-only."""
         if self._map is None:
-            self._map = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
+            try:
+                self._map = mmap.mmap(self.file.fileno(), self.size, access=mmap.ACCESS_READ)
+            except ValueError as error:
+                raise self._shorter() from error
         return np.frombuffer(self._map, np.uint8)
 
     def forget(self, offset: int, nbytes: int) -> None:
+        """Drop the mapped pages that lie within these bytes."""
         page = mmap.PAGESIZE
         first, last = -(-offset // page) * page, (offset + nbytes) // page * page
         if self._map is not None and last > first and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def read_into(self, out: Bytes, offset: int) -> None:
+        """Fill `out` with the bytes at an offset; raises GriffinError where the file ends before."""
         view = out.data.cast("B")
         done = 0
         while done < len(view):
@@ -165,12 +171,15 @@ class Part:
             except OSError as error:
                 raise GriffinError(f"{self.path} cannot be read: {error.strerror}; check its disk") from error
             if count == 0:
-                raise GriffinError(f"{self.path} has become shorter while it was read; load it again when it is whole")
+                raise self._shorter()
             done += count
+
+    def _shorter(self) -> GriffinError:
+        return GriffinError(f"{self.path} has become shorter while it was read; load it again when it is whole")
 
 
 def _pread_into(file: BinaryIO, view: memoryview, offset: int) -> int:
-    """Read at an offset, from any thread; returns how many bytes."""
+    """Read at an offset; returns how many bytes. Where the system has `preadv`, several threads may."""
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [view], offset)
     file.seek(offset)
@@ -302,24 +311,23 @@ def _names(path: Path, number: int, count: int) -> list[Path]:
     return paths
 
 
-class _told:  # noqa: N801  (a context manager, used like a function)
+@contextmanager
+def _told(part: Part) -> Iterator[None]:
     """Turns what the parser raises into errors that name the file."""
-
-    def __init__(self, part: Part) -> None:
-        self._part = part
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, (_DamagedError, UnicodeDecodeError, OSError)):
-            return
-        path = self._part.path
-        named = _PART.fullmatch(path.name)
-        hint = f" (its name says that it is part {int(named[2])} of {int(named[3])})" if named else ""
-        if isinstance(error, OSError):
-            raise GriffinError(f"{path} cannot be read: {error.strerror}; check its disk") from error
+    path = part.path
+    try:
+        yield
+    except OSError as error:
+        raise GriffinError(f"{path} cannot be read: {error.strerror}; check its disk") from error
+    except (_DamagedError, UnicodeDecodeError) as error:
         text = "a name or text in it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise GriffinError(f"{path} is damaged or cut off ({self._part.size} bytes){hint}: {text}; {AGAIN}") from error
+        damage = f"is damaged or cut off ({part.size} bytes)"
+        raise GriffinError(f"{path} {damage}{_part_hint(path)}: {text}; {AGAIN}") from error
+
+
+def _part_hint(path: Path) -> str:
+    named = _PART.fullmatch(path.name)
+    return f" (its name says that it is part {int(named[2])} of {int(named[3])})" if named else ""
 
 
 class _Header:
@@ -355,9 +363,8 @@ class _Header:
         magic = self._part.file.read(4)
         self._part.file.seek(0)
         if magic != b"GGUF":
-            named = _PART.fullmatch(path.name)
-            hint = f" (its name says that it is part {int(named[2])} of {int(named[3])})" if named else ""
-            raise GriffinError(f"{path} is no GGUF file{hint}: it starts with {magic!r}, expected b'GGUF'; {AGAIN}")
+            says = f"it starts with {magic!r}, expected b'GGUF'"
+            raise GriffinError(f"{path} is no GGUF file{_part_hint(path)}: {says}; {AGAIN}")
         self._take(4)
         version = self._u32()
         if version not in _VERSIONS:

@@ -11,6 +11,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_t
 from griffin.errors import GriffinError
 from griffin.gguf.reader import AGAIN, GgufFile
 
+_PREFIX = "tokenizer.ggml."
 _LISTS = ("tokens", "scores", "token_type", "merges")
 _KEYS = {
     "tokenizer_type": "model",
@@ -34,7 +35,7 @@ def tokenizer_of(file: GgufFile, config: PreTrainedConfig) -> PreTrainedTokenize
     Raises:
         GriffinError: there is no vocabulary, it does not fit the embeddings, is damaged or of an unknown kind.
     """
-    ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items() if "r.ggml." in key}
+    ggml = {key.removeprefix(_PREFIX): value for key, value in file.metadata.items() if key.startswith(_PREFIX)}
     tokens = ggml.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         raise GriffinError(f"{file.path} has no vocabulary; fetch a file with one, or pass the model's original folder")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -35,7 +35,8 @@ from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear
 
 logger = logging.getLogger("griffin")
 
-_STEP_BYTES = 1 << 20  # that are read and dequantised at once
+_STEP = 1 << 18  # values that are read and dequantised at once
+_PIECE = 1 << 15  # values that torch converts with one thread: on a busy machine its threads wait for each other
 
 
 def read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -157,36 +158,25 @@ def fill(model: PreTrainedModel, file: GgufFile) -> None:
         GriffinError: the file has become shorter.
     """
     named = dict(_sources(file, model.config))
-
-    def fill_one(item: tuple[str, Tensor]) -> None:
-        name, parameter = item
-        _fill(parameter.data, file.tensors[_tensor(named[name], name)], named[name])
-
-    with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads()))) as pool:
-        for _ in pool.map(fill_one, model.named_parameters()):
-            pass
+    for name, parameter in model.named_parameters():
+        _fill(parameter, file.tensors[_tensor(named[name], name)], named[name])
 
 
 def _fill(parameter: Tensor, tensor: GgufTensor, source: Source) -> None:
-    matrix = parameter.reshape(tensor.rows, -1)
-    target = None
-    if source.heads is not None:  # also of a bias, whose values are a file's only row
-        rows = parameter.shape[0]
-        target = torch.from_numpy(row_order(rows, source.heads)).argsort()
-        if parameter.dim() == 1:
-            values = torch.from_numpy(dequantise(tensor.read(), tensor.type))
-            parameter[target] = values.to(parameter.dtype)
-            return
-    step = max(1, _STEP_BYTES // tensor.row_bytes)
-    for start in range(0, tensor.rows, step):
-        stop = min(start + step, tensor.rows)
-        values = torch.from_numpy(dequantise(tensor.read(start, stop), tensor.type)).view(stop - start, -1)
-        if source.offset:
-            values -= source.offset
-        if target is None:
-            matrix[start:stop] = values
-        else:
-            matrix[target[start:stop]] = values.to(matrix.dtype)
+    if parameter.dim() == 1:
+        order = slice(None) if source.heads is None else row_order(len(parameter), source.heads)
+        parameter.copy_(torch.from_numpy((dequantise(tensor.read(), tensor.type) - source.offset)[order]))
+        return
+    rows, columns = parameter.shape
+    whole = None if source.heads is None else tensor.read()[row_order(rows, source.heads)]
+    step, piece = (max(1, values // columns) for values in (_STEP, _PIECE))
+    data, values = np.empty((step, tensor.row_bytes), np.uint8), np.empty((step, columns), np.float32)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        read = tensor.read(start, stop, data[: stop - start]) if whole is None else whole[start:stop]
+        dequantised = torch.from_numpy(dequantise(read, tensor.type, values[: stop - start])).view(-1, columns)
+        for target, part in zip(*(torch.split(of, piece) for of in (parameter[start:stop], dequantised)), strict=True):
+            target.copy_(part)
 
 
 def _sources(file: GgufFile, config: PreTrainedConfig) -> Iterator[tuple[str, Source]]:
