@@ -1,4 +1,4 @@
-"""GGUF files of Llama-type models and shapes, for `compare_llamacpp.py`: every matrix in one type, no tokenizer."""
+"""GGUF files for `compare_llamacpp.py`, of Llama-type models and shapes: every matrix in one type, no tokenizer."""
 
 from __future__ import annotations
 
@@ -132,6 +132,12 @@ def write_gguf(file: Path, model: PreTrainedModel, layers: int, weights: str) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def format_of(file: Path) -> str:
+    """The file's own word for its format, such as Q4_K_M."""
+    entry = gguf.GGUFReader(file).fields.get("general.file_type")
+    return "unknown" if entry is None else FileType(entry.contents()).name.removeprefix("MOSTLY_")
 
 
 def bytes_per_token(file: Path) -> int:
