@@ -29,7 +29,7 @@ Then pass `--llama-bench build/bin/llama-bench`; `--gguf` needs the other two be
 On machines with AMX gcc 12 drops stores to the tile configuration, and Q8_0 and Q4_0 die of SIGILL or SIGSEGV (upstream
 pull request 26954): put `__asm__ volatile("" : : "r"(&tc) : "memory");` before `_tile_loadconfig(&tc)` in ggml's AMX
 source. A build without AMX would be slower, which is no fair baseline. Time on a quiet machine only: llama.cpp's
-threads spin, and beside any other load it falls to a fraction of its speed.
+threads spin, and beside any other load it falls to a fraction of its speed: compare its rounds, which are in the output.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
             bench.tell_variation()
             name = what.stem if args.gguf else what
             about[f"llama_cpp_rounds_{name}"] = [round(speed, 2) for speed in bench.generation]
+            about[f"llama_cpp_prompt_rounds_{name}"] = [round(speed, 1) for speed in bench.prompt]
             about[f"read_bandwidth_{name}"] = read
         table = gguf_speed.table(rows) if args.gguf else _table(rows)
     about = {"date": f"{begin:%Y-%m-%d %H:%M} UTC", "load_average": load} | machine.machine() | about

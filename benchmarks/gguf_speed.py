@@ -143,7 +143,7 @@ def table(rows: Sequence[SpeedRow]) -> Table:
         made.add_column(name, justify="right")
     for row in rows:
         made.add_row(
-            f"{row.file}, {row.file_mb:.0f} MB",
+            row.file,
             row.engine,
             f"{row.density:g}",
             f"{row.load_s:.2f}",
