@@ -29,7 +29,7 @@ Then pass `--llama-bench build/bin/llama-bench`; `--gguf` needs the other two be
 On machines with AMX gcc 12 drops stores to the tile configuration, and Q8_0 and Q4_0 die of SIGILL or SIGSEGV (upstream
 pull request 26954): put `__asm__ volatile("" : : "r"(&tc) : "memory");` before `_tile_loadconfig(&tc)` in ggml's AMX
 source. A build without AMX would be slower, which is no fair baseline. Time on a quiet machine only: llama.cpp's
-threads spin, and beside any other load it falls to a fraction of its speed: compare its rounds, which are in the output.
+threads spin, and beside any other load it falls to a fraction of its speed; its rounds are in the output.
 """
 
 from __future__ import annotations
