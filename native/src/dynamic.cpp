@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "activation.h"
 #include "experts.h"
 #include "half.h"
 #include "parallel.h"
@@ -80,12 +79,17 @@ void Dynamic::gate(const Inputs& x, int thread, int threads) {
         const float bias = bias_ ? bias_[j[p]] : 0.f;
         for (int r = 0; r < n; r++) {
           const int64_t at = (first + r) * stride_ + i + p;
-          const bool wanted = !io_.row_mask || (io_.row_mask[i + p] >> (first + r) & 1);
-          gates_[at] = activate(block_.activation, out[p * n + r] + bias);
-          scores_[at] =
-              wanted ? fabsf(gates_[at]) * dynamic_.weight[(first + r) * dynamic_.weight_stride + j[p]] : -1.f;
+          gates_[at] = out[p * n + r] + bias;
         }
       }
+    }
+  }
+  for (int r = 0; r < io_.rows; r++) {
+    float *const gates = gates_ + r * stride_, *const scores = scores_ + r * stride_;
+    kernels().activate(block_.activation, gates + begin, nullptr, gates + begin, static_cast<int>(end - begin));
+    for (int64_t i = begin; i < end; i++) {
+      const bool wanted = !io_.row_mask || (io_.row_mask[i] >> r & 1);
+      scores[i] = wanted ? fabsf(gates[i]) * dynamic_.weight[r * dynamic_.weight_stride + expert[i]] : -1.f;
     }
   }
   count_ff_bytes((end - begin) * w.row_bytes());

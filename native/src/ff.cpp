@@ -7,7 +7,6 @@
 
 #include <optional>
 
-#include "activation.h"
 #include "checks.h"
 #include "experts.h"
 #include "parallel.h"
@@ -18,10 +17,18 @@ namespace {
 
 constexpr int kExperts = 8;     // whose float down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
-constexpr int kListed = 32;     // experts of a visit: kExperts, or those of a group of neurons
+constexpr int kVisit = 32;      // experts of a visit at most: kExperts, or those of a group of neurons
+constexpr int kRowsAhead = 6;   // rows to the grouped one that is prefetched
 
 // Off the 4096-byte multiples that share a cache set.
 int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
+
+// Experts that are visited together: neurons, and which rows of input want each.
+struct Visit {
+  int n = 0;
+  int64_t neuron[kVisit];
+  uint32_t mask[kVisit];
+};
 
 class Part {
  public:
@@ -31,83 +38,116 @@ class Part {
     if (!grouped_) return;
     const griffin_grouped& f = block.down.grouped;
     down_plan_ = neuron_plan(f, block.down.d_out, block.down.d_in);
+    group_shift_ = f.group == 32 ? 5 : 4;
     group_bytes_ = has_supers(f) ? down_plan_.sub_stride + down_plan_.super_stride * f.group / kSuper
                                  : down_plan_.super_stride * f.group / f.span;
   }
 
-  // How many of the experts from `i` on (their neurons: at(i), at(i + 1), ...) are visited together.
-  template <class At> int64_t visit(int64_t i, int64_t end, int chunk, const At& at) const {
-    int64_t last = i + 1;
+  // The experts i, i + 1, ... (their neurons: at(i), ...; their rows: mask(i), ...) that are visited together.
+  template <class At, class Mask>
+  void visit(int64_t i, int64_t end, int chunk, const At& at, const Mask& mask, Visit& out) const {
+    out.n = 0;
     if (!grouped_) {
-      last = i + chunk;
-    } else {
-      const int group = block_.down.grouped.group;
-      const int64_t own = at(i) / group;
-      while (last < end && last < i + kListed && at(last) / group == own) last++;
+      for (; i < end && out.n < chunk; i++) out.neuron[out.n] = at(i), out.mask[out.n++] = mask(i);
+      return;
     }
-    return last < end ? last : end;
+    const int64_t own = i < end ? at(i) >> group_shift_ : 0;
+    for (; i < end && out.n < kVisit; i++) {
+      const int64_t j = at(i);
+      if (j >> group_shift_ != own) return;
+      out.neuron[out.n] = j, out.mask[out.n++] = mask(i);
+    }
   }
 
-  // gate and up products of neuron j for the rows in `mask`; the down row joins the lists of the rows it matters to.
-  void enter(int64_t j, int64_t next_j, uint32_t mask) {
-    bool listed = false;
-    in_passes(mask, [&](const int* rows, int n) {
-      float out[2 * kMaxRows];
-      if (gated())
-        Rows::dot_both(up_, gate_, j, rows, n, out, next_j);
-      else
-        up_.dot(&j, 1, rows, n, out, &next_j);
-      for (int i = 0; i < n; i++) {
-        const float up = out[i] + up_.bias(j);
-        const float z = gated() ? activate(block_.activation, out[n + i] + gate_.bias(j)) * up
-                                : activate(block_.activation, up);
-        listed |= list(rows[i], j, z);
-      }
-    });
-    bytes_ += up_.row_bytes() + (gated() ? gate_.row_bytes() : 0) + listed * down_bytes_;
-  }
-
-  // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride].
-  // Without a gate, that is act(up), and z itself.
-  void enter(const int64_t* j, const int64_t* next_j, int m, uint32_t mask, const float* const* gates, int64_t stride) {
-    bool listed[2] = {};
-    if (!gated()) {
-      for (int i = 0; i < m; i++)
-        for (int r = 0; r < rows_; r++)
-          if (mask >> r & 1) listed[i] |= list(r, j[i], gates[i][r * stride]);
-    } else {
-      in_passes(mask, [&](const int* rows, int n) {
+  // z of the visit's neurons, and the lists of their down rows. `next` is visited after it.
+  void enter(const Visit& visit, const Visit& next) {
+    memset(first_, 0, sizeof first_[0] * rows_), memset(second_, 0, sizeof second_[0] * rows_);
+    const bool streams = up_.grouped() && gate_.grouped();
+    if (streams) {
+      stream(up_, gated() ? second_ : first_, visit, gated() ? gate_ : up_, gated() ? visit : next);
+      if (gated()) stream(gate_, first_, visit, up_, next);
+    }
+    for (int s = 0; s < visit.n; s++) {
+      bytes_ += up_.row_bytes() + (gated() ? gate_.row_bytes() : 0);
+      if (streams) continue;
+      const int64_t j = visit.neuron[s], ahead = after(visit, next, s + (rows_ == 1 ? 1 : 2));
+      in_passes(visit.mask[s], [&](const int* rows, int n) {
         float out[2 * kMaxRows];
-        up_.dot(j, m, rows, n, out, next_j);
-        for (int i = 0; i < m; i++)
-          for (int at = 0; at < n; at++)
-            listed[i] |= list(rows[at], j[i], gates[i][rows[at] * stride] * (out[i * n + at] + up_.bias(j[i])));
+        if (gated())
+          Rows::dot_both(up_, gate_, j, rows, n, out, ahead);
+        else
+          up_.dot(&j, 1, rows, n, out, &ahead);
+        for (int i = 0; i < n; i++) {
+          (gated() ? second_ : first_)[rows[i]][s] = out[i] + up_.bias(j);
+          if (gated()) first_[rows[i]][s] = out[n + i] + gate_.bias(j);
+        }
       });
-      bytes_ += m * up_.row_bytes();
     }
-    bytes_ += (listed[0] + listed[1]) * down_bytes_;
+    for (int r = 0; r < rows_; r++) {
+      float z[kVisit];
+      kernels_.activate(block_.activation, first_[r], gated() ? second_[r] : nullptr, z, visit.n);
+      list(r, visit, z);
+    }
+    count_down();
+  }
+
+  // The same for neurons whose gates are known: row r's act(gate) of the visit's s-th is gates[r * stride + place[s]].
+  // Without a gate, that is act(up), and z itself.
+  void enter(const Visit& visit, const Visit& next, const float* gates, int64_t stride, const int32_t* place) {
+    memset(second_, 0, sizeof second_[0] * rows_);
+    if (gated() && up_.grouped()) stream(up_, second_, visit, up_, next);
+    if (gated() && !up_.grouped()) {
+      for (int s = 0; s < visit.n; s += 2) {  // two neurons at a time share the loads of x, if they are for the same rows
+        const int m = s + 1 < visit.n && visit.mask[s] == visit.mask[s + 1] ? 2 : 1;
+        const int64_t ahead[2] = {after(visit, next, s + 2), after(visit, next, s + 3)};
+        in_passes(visit.mask[s], [&](const int* rows, int n) {
+          float out[2 * kMaxRows];
+          up_.dot(visit.neuron + s, m, rows, n, out, ahead);
+          for (int i = 0; i < m; i++)
+            for (int at = 0; at < n; at++) second_[rows[at]][s + i] = out[i * n + at] + up_.bias(visit.neuron[s + i]);
+        });
+        s -= 2 - m;
+      }
+    }
+    if (gated()) bytes_ += visit.n * up_.row_bytes();
+    for (int r = 0; r < rows_; r++) {
+      float z[kVisit];
+      for (int s = 0; s < visit.n; s++) {
+        const float gate = visit.mask[s] >> r & 1 ? gates[r * stride + place[s]] : 0.f;
+        z[s] = gated() ? gate * second_[r][s] : gate;
+      }
+      list(r, visit, z);
+    }
+    count_down();
   }
 
   // Bytes of weights and scales that were read.
   int64_t bytes() const { return bytes_; }
 
-  const uint8_t* down_row(int64_t j) const {
-    return static_cast<const uint8_t*>(block_.down.weight) + j * block_.down.stride;
-  }
-
-  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the experts that come next, `ahead`,
-  // are prefetched, as gate and up rows are in `enter`: in either phase the memory is kept at work on the other
-  // neurons.
-  void leave(const uint8_t* const* ahead, int n_ahead) {
+  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the next visit are prefetched, as gate
+  // and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
+  void leave(const Visit& next) {
+    const uint8_t* ahead[kVisit];
+    for (int s = 0; s < next.n; s++) ahead[s] = down_row(next.neuron[s]);
     if (grouped_)
-      add_group(ahead, n_ahead);
+      add_group(ahead, next.n);
     else
-      add_rows(ahead, n_ahead);
+      add_rows(ahead, next.n);
     memset(listed_, 0, sizeof listed_);
   }
 
  private:
   bool gated() const { return block_.gate.weight != nullptr; }
+
+  const uint8_t* down_row(int64_t j) const {
+    return static_cast<const uint8_t*>(block_.down.weight) + j * block_.down.stride;
+  }
+
+  // The neuron that is s-th from the visit's first on.
+  static int64_t after(const Visit& visit, const Visit& next, int s) {
+    if (s < visit.n) return visit.neuron[s];
+    return s - visit.n < next.n ? next.neuron[s - visit.n] : visit.neuron[0];
+  }
 
   // use(rows, n): the rows of input in `mask`, as many at a time as a product takes.
   template <class Use> void in_passes(uint32_t mask, const Use& use) const {
@@ -118,13 +158,38 @@ class Part {
       use(wanted + first, count - first < kMaxRows ? count - first : kMaxRows);
   }
 
-  // Neuron j's down row joins row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
-  bool list(int r, int64_t j, float z) {
-    if (z == 0.f) return false;
-    group_ = j;
-    z_[r][listed_[r]] = z;
-    down_[r][listed_[r]++] = down_row(j);
-    return true;
+  // Products and biases of a grouped matrix's rows, one row after the other; `then` and its visit come next.
+  void stream(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
+    for (int s = 0; s < visit.n; s++) {
+      const int ahead = s + kRowsAhead, over = ahead - visit.n;
+      const uint8_t* const prefetched = ahead < visit.n  ? of.row(visit.neuron[ahead])
+                                        : over < next.n ? then.row(next.neuron[over])
+                                                         : of.row(visit.neuron[s]);
+      const int64_t j = visit.neuron[s];
+      in_passes(visit.mask[s], [&](const int* rows, int n) {
+        float products[kMaxRows];
+        of.dot(j, rows, n, products, prefetched);
+        for (int i = 0; i < n; i++) out[rows[i]][s] = products[i] + of.bias(j);
+      });
+    }
+  }
+
+  // The visit's down rows join row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
+  void list(int r, const Visit& visit, const float* z) {
+    int n = 0;
+    for (int s = 0; s < visit.n; s++) {
+      if (z[s] == 0.f) continue;
+      any_ |= 1u << s;
+      z_[r][n] = z[s];
+      down_[r][n++] = down_row(visit.neuron[s]);
+    }
+    listed_[r] = n;
+    group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
+  }
+
+  void count_down() {
+    bytes_ += __builtin_popcount(any_) * down_bytes_ + (any_ ? group_bytes_ : 0);
+    any_ = 0;
   }
 
   void add_rows(const uint8_t* const* ahead, int n_ahead) {
@@ -144,29 +209,19 @@ class Part {
   // The listed neurons are of one group: z is quantised too, its products with the codes are summed in integers and
   // scaled once.
   void add_group(const uint8_t* const* ahead, int n_ahead) {
-    const griffin_grouped& f = block_.down.grouped;
-    const auto down = kernels_.grouped->down[f.bits - 2];
-    bool any = false;
+    const auto down = kernels_.grouped->down[block_.down.grouped.bits - 2];
     for (int r = 0; r < rows_; r++) {
       const int n = listed_[r];
       if (!n) continue;
-      int32_t quads[kListed / 4];
+      int32_t quads[kVisit / 4];
       int total;
       const float factor = quantise_z(z_[r], n, quads, &total);
       for (int i = n; i % 4; i++) down_[r][i] = down_[r][n - 1];
-      const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
-                                   static_cast<int>(group_ / f.group),
-                                   (n + 3) / 4,
-                                   total,
-                                   down_[r],
-                                   quads,
-                                   factor,
-                                   ahead,
-                                   any ? 0 : n_ahead};
+      const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales), group_, (n + 3) / 4, total, down_[r],
+                                   quads, factor, ahead, n_ahead};
       down(down_plan_, neurons, 0, down_plan_.d, acc_ + r * accumulator_stride(block_.down.d_out));
-      any = true;
+      n_ahead = 0;  // the first row of input prefetches for all
     }
-    bytes_ += any * group_bytes_;
   }
 
   const griffin_ff_block& block_;
@@ -177,10 +232,13 @@ class Part {
   const int64_t down_bytes_;
   const int rows_;
   float* const acc_;
-  int64_t bytes_ = 0, group_bytes_ = 0, group_ = 0;  // group_: a neuron of the listed group
+  int64_t bytes_ = 0, group_bytes_ = 0;
+  int group_shift_ = 0, group_ = 0;  // the listed neurons' group
+  uint32_t any_ = 0;                 // which of the visit some row has listed
   int listed_[GRIFFIN_MAX_ROWS] = {};
-  float z_[GRIFFIN_MAX_ROWS][kListed];
-  const uint8_t* down_[GRIFFIN_MAX_ROWS][kListed];
+  float first_[GRIFFIN_MAX_ROWS][kVisit], second_[GRIFFIN_MAX_ROWS][kVisit];  // what is activated, its factor
+  float z_[GRIFFIN_MAX_ROWS][kVisit];
+  const uint8_t* down_[GRIFFIN_MAX_ROWS][kVisit];
 };
 
 bool valid(const griffin_ff_block& block, const griffin_io& io) {
@@ -216,35 +274,25 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const In
   const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
   const Experts expert{io};
   const int32_t* const places = chosen ? chosen->places : nullptr;
-  const auto at = [&](int64_t i) { return expert[places ? places[i] : i]; };
-  // Measured: rows of several kilobytes are best taken in small groups, several inputs in large ones.
-  const int chunk = io.rows == 1 ? 4 : kExperts, distance = io.rows == 1 ? 1 : 2;
+  const uint16_t* const masks = chosen ? chosen->masks : io.row_mask;
   const uint32_t all = (1u << io.rows) - 1;
+  const auto at = [&](int64_t i) { return expert[places ? places[i] : i]; };
+  const auto mask = [&](int64_t i) { return masks ? masks[i] & all : all; };
+  const int chunk = io.rows == 1 ? 4 : kExperts;  // measured: several inputs want large visits
   Part part(block, x, io.rows, mine);
-  for (int64_t i = begin; i < end;) {
-    const int64_t last = part.visit(i, end, chunk, at);
-    if (!chosen) {
-      for (; i < last; i++) {
-        const int64_t j = at(i);
-        part.enter(j, i + distance < end ? at(i + distance) : j, io.row_mask ? io.row_mask[i] & all : all);
-      }
-    } else {
-      const auto mask = [&](int64_t place) { return chosen->masks ? chosen->masks[place] & all : all; };
-      while (i < last) {  // two neurons at a time share the loads of x, if they are for the same rows
-        const int m = i + 1 < last && mask(i) == mask(i + 1) ? 2 : 1;
-        const int64_t p[2] = {places[i], places[i + m - 1]}, j[2] = {expert[p[0]], expert[p[1]]};
-        const int64_t next[2] = {i + 2 < end ? at(i + 2) : j[0], i + 3 < end ? at(i + 3) : j[0]};
-        const float* const gates[2] = {chosen->gates + p[0], chosen->gates + p[1]};
-        part.enter(j, next, m, mask(i), gates, chosen->stride);
-        i += m;
-      }
-    }
-    const uint8_t* ahead[kListed];
-    int n_ahead = 0;
-    if (last < end)
-      for (const int64_t stop = part.visit(last, end, chunk, at); last + n_ahead < stop; n_ahead++)
-        ahead[n_ahead] = part.down_row(at(last + n_ahead));
-    part.leave(ahead, n_ahead);
+  Visit visits[2];
+  part.visit(begin, end, chunk, at, mask, visits[0]);
+  int64_t i = begin;
+  for (int v = 0; i < end; v ^= 1) {
+    const Visit& visit = visits[v];
+    Visit& next = visits[v ^ 1];
+    part.visit(i + visit.n, end, chunk, at, mask, next);
+    if (chosen)
+      part.enter(visit, next, chosen->gates, chosen->stride, places + i);
+    else
+      part.enter(visit, next);
+    part.leave(next);
+    i += visit.n;
   }
   count_ff_bytes(part.bytes());
 }

@@ -38,10 +38,13 @@ template <class B, int kPairs> inline void fields_of(const typename B::I* plane,
 template <class B, int kBits, int kSteps>
 inline void unpack_steps(const uint8_t* const* at, int stride, int bits, int part, typename B::I* code) {
   constexpr int kVectors = kSteps / 4, kPairs = kBits / 2;
+#pragma GCC unroll 2
   for (int v = 0; v < kVectors; v++) {
     typename B::I plane[4], field[4];
+#pragma GCC unroll 4
     for (int p = 0; p < kPairs; p++) plane[p] = B::load(at[p] + v * stride + part * B::kBytes);
     fields_of<B, kPairs>(plane, field);
+#pragma GCC unroll 4
     for (int f = 0; f < 4; f++) {
       const int step = v + f * kVectors;
       if constexpr (kBits % 2)
@@ -54,20 +57,16 @@ inline void unpack_steps(const uint8_t* const* at, int stride, int bits, int par
 
 // Super-scales and super-offsets of a row as floats, and where they come from.
 struct RowScales {
-  const RowPlan& p;
-  const uint8_t* row;
   float supers[kMaxSupers + 16], super_offsets[kMaxSupers + 16];  // not initialised: 4 kB a row would show
-  RowScales(const RowPlan& plan, const uint8_t* from) : p(plan), row(from) {}
 };
 
-template <class B> inline void open_scales(RowScales& of) {
-  const RowPlan& p = of.p;
+template <class B> inline void open_scales(const RowPlan& p, const uint8_t* row, RowScales& of) {
   if (!has_supers(p.format)) return;
-  for (int i = 0; i < p.supers; i += B::kLanes) B::store(of.supers + i, B::halves((const uint16_t*)of.row + i));
+  for (int i = 0; i < p.supers; i += B::kLanes) B::store(of.supers + i, B::halves((const uint16_t*)row + i));
   of.supers[p.supers] = 0;
   if (p.format.offset != GRIFFIN_OFFSET_SUB) return;
   for (int i = 0; i < p.supers; i += B::kLanes)
-    B::store(of.super_offsets + i, B::halves((const uint16_t*)(of.row + p.offset) + i));
+    B::store(of.super_offsets + i, B::halves((const uint16_t*)(row + p.offset) + i));
   of.super_offsets[p.supers] = 0;
 }
 
@@ -81,41 +80,44 @@ template <class B> inline typename B::F spread(typename B::F values, int each, i
 
 // s and m of the groups g .. g + kLanes, zero from `lanes` on.
 template <class B, int kGroup>
-inline void scales_at(const RowScales& of, int g, int lanes, typename B::F* s, typename B::F* m) {
-  const griffin_grouped& f = of.p.format;
-  const uint8_t* const row = of.row;
+inline void scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of, int g, int lanes, typename B::F* s,
+                      typename B::F* m) {
+  const griffin_grouped& f = p.format;
   if (has_supers(f)) {
     constexpr int kEach = kSuper / kGroup;  // 8 or 16 groups
     const typename B::F super = B::template spread_supers<kEach>(of.supers, g);
-    *s = B::mul(super, f.scale == GRIFFIN_SCALE_SUB_UNSIGNED ? B::unsigned_bytes(row + of.p.sub + g)
-                                                             : B::signed_bytes((const int8_t*)row + of.p.sub + g));
+    *s = B::mul(super, f.scale == GRIFFIN_SCALE_SUB_UNSIGNED ? B::unsigned_bytes(row + p.sub + g)
+                                                             : B::signed_bytes((const int8_t*)row + p.sub + g));
     *m = f.offset == GRIFFIN_OFFSET_SUB ? B::mul(B::template spread_supers<kEach>(of.super_offsets, g),
-                                                 B::unsigned_bytes(row + of.p.sub_offset + g))
+                                                 B::unsigned_bytes(row + p.sub_offset + g))
                                         : B::mul(*s, B::set1_float(f.zero));
     return;
   }
   const int each = f.span / kGroup, at = each == 1 ? g : g / each;
   *s = f.scale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)row + at) : B::halves((const uint16_t*)row + at);
   if (f.offset == GRIFFIN_OFFSET_F16)
-    *m = B::minus_product(B::zero(), B::set1_float(1.f), B::halves((const uint16_t*)(row + of.p.offset) + at));
+    *m = B::minus_product(B::zero(), B::set1_float(1.f), B::halves((const uint16_t*)(row + p.offset) + at));
   else if (f.offset == GRIFFIN_OFFSET_CODE)
-    *m = B::mul(*s, B::unsigned_bytes(row + of.p.offset + at));
+    *m = B::mul(*s, B::unsigned_bytes(row + p.offset + at));
   else
     *m = B::mul(*s, B::set1_float(f.zero));
   if (each > 1) *s = spread<B>(*s, each, g), *m = spread<B>(*m, each, g);
   if (lanes < B::kLanes) *s = B::first(*s, lanes), *m = B::first(*m, lanes);  // what lies behind may be no number
 }
 
+// A row with N inputs.
 template <class B, int kBits, int kGroup, int N>
-void grouped_dot_n(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, float* out,
-                   const uint8_t* next) {
+void grouped_dot_of(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, float* out,
+                    const uint8_t* next) {
+  using I = typename B::I;
+  using F = typename B::F;
   constexpr int kSteps = kGroup / 4, kParts = 64 / B::kBytes, kPlanes = (kBits + 1) / 2;
   const uint8_t* at[4];
+  F acc[N];
   for (int i = 0; i < kPlanes; i++) at[i] = row + p.plane[i];
-  typename B::F acc[N];
-  for (int r = 0; r < N; r++) acc[r] = B::zero();
-  RowScales scales(p, row);
-  open_scales<B>(scales);
+  for (int n = 0; n < N; n++) acc[n] = B::zero();
+  RowScales scales;
+  open_scales<B>(p, row, scales);
   int64_t ahead = 0;
   for (int g = 0; g < p.groups; g += kChunkGroups) {
     const int lanes = p.groups - g < kChunkGroups ? p.groups - g : kChunkGroups;
@@ -123,37 +125,41 @@ void grouped_dot_n(const RowPlan& p, const uint8_t* row, const GroupedInput* con
     for (int part = 0; part < kParts; part++) {
       const int lane = g + part * B::kLanes;
       if (part * B::kLanes >= lanes) break;
-      typename B::I code[kSteps];
+      I code[kSteps];
+      F scale, offset;
       unpack_steps<B, kBits, kSteps>(at, 4 * lanes, (lanes + 1) / 2, part, code);
-      typename B::F scale, offset;
-      scales_at<B, kGroup>(scales, lane, lanes - part * B::kLanes, &scale, &offset);
-      for (int r = 0; r < N; r++) {
-        const uint8_t* const q = (const uint8_t*)x[r]->q + 2 * (int64_t)g * kGroup + part * B::kBytes;
-        typename B::I high = B::none(), low = B::none();
+      scales_at<B, kGroup>(p, row, scales, lane, lanes - part * B::kLanes, &scale, &offset);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        const uint8_t* const q = (const uint8_t*)x[n]->q + 2 * (int64_t)g * kGroup + part * B::kBytes;
+        // Two chains each, as a long one fills the scheduler with what waits for it.
+        I high[2] = {B::none(), B::none()}, low[2] = {B::none(), B::none()};
+#pragma GCC unroll 8
         for (int t = 0; t < kSteps; t++) {
-          high = B::template dot<kBits>(high, code[t], B::load(q + 128 * t));
-          low = B::template dot<kBits>(low, code[t], B::load(q + 128 * t + 64));
+          high[t % 2] = B::template dot<kBits>(high[t % 2], code[t], B::load(q + 128 * t));
+          low[t % 2] = B::template dot<kBits>(low[t % 2], code[t], B::load(q + 128 * t + 64));
         }
-        const typename B::F scaled = B::mul(scale, B::load_floats(x[r]->scale + lane));
-        acc[r] = B::fma(B::to_float(B::add(B::template left32<7>(high), low)), scaled, acc[r]);
-        acc[r] = B::minus_product(acc[r], offset, B::load_floats(x[r]->sum + lane));
+        const I sum = B::add(B::template left32<7>(B::add(high[0], high[1])), B::add(low[0], low[1]));
+        acc[n] = B::minus_product(acc[n], offset, B::load_floats(x[n]->sum + lane));
+        acc[n] = B::fma(B::to_float(sum), B::mul(scale, B::load_floats(x[n]->scale + lane)), acc[n]);
       }
     }
     for (int i = 0; i < kBits / 2; i++) at[i] += lanes * kGroup / 4;
     if (kBits % 2) at[kPlanes - 1] += (lanes + 1) / 2 * kSteps;
   }
-  for (int r = 0; r < N; r++) out[r] = B::sum(acc[r]);
+  for (int n = 0; n < N; n++) out[n] = B::sum(acc[n]);
 }
 
 template <class B, int kBits, int kGroup>
 void grouped_dot(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
                  const uint8_t* next) {
-  for (int r = 0; r < n;) {
-    const int left = n - r;
-    const uint8_t* const ahead = r ? row : next;
-    if (left >= 4) grouped_dot_n<B, kBits, kGroup, 4>(p, row, x + r, out + r, ahead), r += 4;
-    else if (left >= 2) grouped_dot_n<B, kBits, kGroup, 2>(p, row, x + r, out + r, ahead), r += 2;
-    else grouped_dot_n<B, kBits, kGroup, 1>(p, row, x + r, out + r, ahead), r += 1;
+  for (int r = 0; r < n; next = row) {
+    if (n - r >= 4)
+      grouped_dot_of<B, kBits, kGroup, 4>(p, row, x + r, out + r, next), r += 4;
+    else if (n - r >= 2)
+      grouped_dot_of<B, kBits, kGroup, 2>(p, row, x + r, out + r, next), r += 2;
+    else
+      grouped_dot_of<B, kBits, kGroup, 1>(p, row, x + r, out + r, next), r += 1;
   }
 }
 

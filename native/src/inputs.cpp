@@ -69,9 +69,7 @@ Rows::Rows(const griffin_matrix& matrix, const Inputs& inputs)
 
 void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const {
   if (grouped_) {
-    const GroupedInput* x[kMaxRows];
-    for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]].grouped[matrix_.grouped.group == 32];
-    for (int i = 0; i < m; i++) grouped_(plan_, row(o[i]), x, n, out + i * n, row(next[i]));
+    for (int i = 0; i < m; i++) dot(o[i], rows, n, out + i * n, row(next[i]));
     return;
   }
   const Input* x[kMaxRows];
@@ -79,6 +77,12 @@ void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, cons
   const uint8_t *w[2], *ahead[2];
   for (int i = 0; i < m; i++) w[i] = row(o[i]), ahead[i] = row(next[i]);
   dot_(w, m, x, n, matrix_.d_in, out, ahead);
+}
+
+void Rows::dot(int64_t o, const int* rows, int n, float* out, const uint8_t* next) const {
+  const GroupedInput* x[kMaxRows];
+  for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]].grouped[matrix_.grouped.group == 32];
+  grouped_(plan_, row(o), x, n, out, next);
 }
 
 void Rows::dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next) {

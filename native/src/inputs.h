@@ -37,14 +37,16 @@ class Rows {
   // out[i * n + at] = <row o[i], input rows[at]> for i < m (1 or 2), n (1..kMaxRows); without the bias. `next`: rows that
   // will be wanted soon.
   void dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const;
+  // A grouped matrix's row o; `next` may be any row, of another matrix too.
+  void dot(int64_t o, const int* rows, int n, float* out, const uint8_t* next) const;
   // The same for row o of two matrices: out[at] is a's product, out[n + at] b's.
   static void dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next);
+  bool grouped() const { return grouped_ != nullptr; }
+  const uint8_t* row(int64_t o) const { return static_cast<const uint8_t*>(matrix_.weight) + o * matrix_.stride; }
   int64_t row_bytes() const { return row_bytes_; }  // of weights and scales
   float bias(int64_t o) const { return matrix_.bias ? matrix_.bias[o] : 0.f; }
 
  private:
-  const uint8_t* row(int64_t o) const { return static_cast<const uint8_t*>(matrix_.weight) + o * matrix_.stride; }
-
   const griffin_matrix& matrix_;
   const Inputs& inputs_;
   RowPlan plan_ = {};

@@ -40,6 +40,8 @@ struct Kernels {
   void (*reduce)(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count);
   void (*widen)(const uint16_t* bf16, float* out, int count);
   float (*sum)(const float* data, int64_t count);
+  // out[i] = act(v[i]) * by[i], or act(v[i]) if `by` is null; activation: enum griffin_activation.
+  void (*activate)(int activation, const float* v, const float* by, float* out, int n);
   const GroupedKernels* grouped;
 };
 

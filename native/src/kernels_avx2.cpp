@@ -1,5 +1,6 @@
 // AVX2 with FMA and F16C.
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include "half.h"
@@ -52,6 +53,7 @@ const Kernels kAvx2 = {"avx2",
                        reduce_parts,
                        widen_bf16,
                        sum_floats<V>,
+                       activate_all,
                        &kGroupedAvx2};
 
 }  // namespace griffin

@@ -1,5 +1,6 @@
 // AVX-512 F/BW/DQ/VL.
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include "half.h"
@@ -45,6 +46,7 @@ const Kernels kAvx512 = {"avx512",
                          reduce_parts,
                          widen_bf16,
                          sum_floats<V>,
+                         activate_all,
                          &kGroupedAvx512};
 
 }  // namespace griffin

@@ -108,7 +108,42 @@ void axpy_rows(float* acc, const uint8_t* const* w, const float* z, int n, int, 
   }
 }
 
-// The two below are plain loops: the unit's compiler flags make vectors of them.
+// The ones below are plain loops: the unit's compiler flags make vectors of them.
+
+// e^x to a few units in the last place; a NaN stays one.
+inline float exponential(float x) {
+  x = x > 88.f ? 88.f : x;
+  x = x < -87.f ? -87.f : x;
+  const float n = __builtin_rintf(x * 1.44269504f);
+  const float f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f +
+                   1.6666665459e-1f) * f + 5.0000001201e-1f;
+  return (p * f * f + f + 1.f) * float_of((uint32_t)((int32_t)n + 127) << 23);
+}
+
+template <class Fn> inline void each_activation(const float* v, const float* by, float* out, int n, Fn f) {
+  if (by) {
+    for (int i = 0; i < n; i++) out[i] = f(v[i]) * by[i];
+  } else {
+    for (int i = 0; i < n; i++) out[i] = f(v[i]);
+  }
+}
+
+void activate_all(int activation, const float* v, const float* by, float* out, int n) {
+  switch (activation) {
+    case 0: return each_activation(v, by, out, n, [](float x) { return x / (1.f + exponential(-x)); });
+    case 1:
+      return each_activation(v, by, out, n,
+                             [](float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); });
+    case 2:  // (1 + tanh y) / 2 = 1 / (1 + exp(-2 y))
+      return each_activation(v, by, out, n, [](float x) {
+        return x / (1.f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+      });
+    case 3: return each_activation(v, by, out, n, [](float x) { return x < 0.f ? 0.f : x; });  // a NaN stays one
+    default: return each_activation(v, by, out, n, [](float x) { return x < 0.f ? 0.f : x * x; });
+  }
+}
+
 void reduce_parts(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count) {
   float block[64];
   for (int c = 0; c < count; c += 64) {

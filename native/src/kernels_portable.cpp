@@ -1,4 +1,5 @@
 // Any machine: eight floats in an array, which compilers turn into whatever vectors the target has (NEON, SSE2).
+#include <math.h>
 #include <string.h>
 
 #include "half.h"
@@ -61,6 +62,7 @@ const Kernels kPortable = {"portable",
                            reduce_parts,
                            widen_bf16,
                            sum_floats<V>,
+                           activate_all,
                            &kGroupedPortable};
 
 }  // namespace griffin

@@ -28,11 +28,12 @@ struct Call {
 // Rows begin..end of one matrix.
 void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
   const Rows w(*product.matrix, x);
+  const int rows_ahead = product.matrix->format == GRIFFIN_GROUPED ? 6 * kRowsAhead : kRowsAhead;
   int all[kMaxInputs];
   for (int r = 0; r < rows; r++) all[r] = r;
   for (int64_t o = begin; o < end; o += 2) {
     const int m = end - o >= 2 ? 2 : 1;
-    const int64_t ahead = o + kRowsAhead + 2 <= end ? o + kRowsAhead : o;
+    const int64_t ahead = o + rows_ahead + 2 <= end ? o + rows_ahead : o;
     const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
     for (int first = 0; first < rows; first += kMaxRows) {
       const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
