@@ -59,8 +59,8 @@ class Part {
         up_.dot(&j, 1, rows, n, out, &next_j);
       for (int i = 0; i < n; i++) {
         const float up = out[i] + up_.bias(j);
-        const float z = gated() ? activate(block_.activation, out[n + i] + gate_.bias(j)) * up
-                                : activate(block_.activation, up);
+        const float z =
+            gated() ? activate(block_.activation, out[n + i] + gate_.bias(j)) * up : activate(block_.activation, up);
         listed |= list(rows[i], j, z);
       }
     });

@@ -151,9 +151,12 @@ void grouped_dot(const RowPlan& p, const uint8_t* row, const GroupedInput* const
   for (int r = 0; r < n;) {
     const int left = n - r;
     const uint8_t* const ahead = r ? row : next;
-    if (left >= 4) grouped_dot_n<B, kBits, kGroup, 4>(p, row, x + r, out + r, ahead), r += 4;
-    else if (left >= 2) grouped_dot_n<B, kBits, kGroup, 2>(p, row, x + r, out + r, ahead), r += 2;
-    else grouped_dot_n<B, kBits, kGroup, 1>(p, row, x + r, out + r, ahead), r += 1;
+    if (left >= 4)
+      grouped_dot_n<B, kBits, kGroup, 4>(p, row, x + r, out + r, ahead), r += 4;
+    else if (left >= 2)
+      grouped_dot_n<B, kBits, kGroup, 2>(p, row, x + r, out + r, ahead), r += 2;
+    else
+      grouped_dot_n<B, kBits, kGroup, 1>(p, row, x + r, out + r, ahead), r += 1;
   }
 }
 
@@ -191,8 +194,7 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
         for (int f = 0; f < 4; f++) {
           I own[4];
           for (int j = 0; j < 4; j++)
-            own[j] = B::twice_and_bit(B::none(), row[j] + p.plane[kPairs] +
-                                                     (begin + f * bytes + part * B::kBytes) / 8);
+            own[j] = B::twice_and_bit(B::none(), row[j] + p.plane[kPairs] + (begin + f * bytes + part * B::kBytes) / 8);
           interleave<B>(own, bit[f]);
         }
       }
@@ -292,7 +294,8 @@ template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, flo
       }
     scale[g] = s, sum[g] = s * (float)total;
     int8_t* const to = q + 2 * (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
-    for (int t = 0; t < kGroup / 4; t++) memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
+    for (int t = 0; t < kGroup / 4; t++)
+      memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
   }
   for (int g = groups; g < padded; g++) scale[g] = sum[g] = 0;
 }

@@ -45,13 +45,9 @@ struct V {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2",
-                       {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
-                       nullptr,
-                       {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
-                       reduce_parts,
-                       widen_bf16,
-                       sum_floats<V>,
-                       &kGroupedAvx2};
+const Kernels kAvx2 = {"avx2",        {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
+                       nullptr,       {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
+                       reduce_parts,  widen_bf16,
+                       sum_floats<V>, &kGroupedAvx2};
 
 }  // namespace griffin

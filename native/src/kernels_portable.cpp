@@ -54,13 +54,10 @@ struct V {
 
 }  // namespace
 
-const Kernels kPortable = {"portable",
-                           {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
-                           nullptr,
-                           {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
-                           reduce_parts,
-                           widen_bf16,
-                           sum_floats<V>,
-                           &kGroupedPortable};
+const Kernels kPortable = {
+    "portable",    {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
+    nullptr,       {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
+    reduce_parts,  widen_bf16,
+    sum_floats<V>, &kGroupedPortable};
 
 }  // namespace griffin

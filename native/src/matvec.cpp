@@ -117,8 +117,15 @@ class NeuronProduct {
         rows[j] = static_cast<const uint8_t*>(m_.weight) + (first + (j < n ? j : 0)) * m_.stride;
       for (int r = 0; r < io_.rows; r++) {
         const int64_t at = int64_t{r} * plan_.groups + g;
-        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales), g, (n + 3) / 4, rows,
-                                quads_ + at * kQuads, factor_[at], sum_[at], nullptr, 0};
+        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales),
+                                g,
+                                (n + 3) / 4,
+                                rows,
+                                quads_ + at * kQuads,
+                                factor_[at],
+                                sum_[at],
+                                nullptr,
+                                0};
         down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
       }
     }
