@@ -58,7 +58,7 @@ def naive(model: Any, block: Any, split: dynamic.Split, prompt: torch.Tensor, x:
     z = F.silu(prompt @ gate.T) * ups
     statistic = (z / z.norm(dim=1, keepdim=True)).square().sum(dim=0).sqrt()
     experts = statistic.topk(split.experts).indices
-    read = gate if split.gate is None else operands.unpack(dynamic.sketch(block, split.gate))[0].to(gate.dtype)
+    read = gate if split.gate is None else dynamic.sketch(block, split.gate).unpack().to(gate.dtype)
     rows = []
     for token in x:
         gates = {int(j): F.silu(read[j] @ token) for j in experts}
@@ -324,7 +324,9 @@ def test_the_kernel_takes_exactly_k_a_row(rows: int, k: int) -> None:
     gate = torch.zeros(width, d)
     gate[::3, 0] = 1.0  # a third of the neurons have equal gates, the others zero
     up, down = torch.randn(width, d), torch.randn(width, d)
-    block = operands.ff_block(gate, up, down, activation="relu")
+    block = operands.ff_block(
+        operands.matrix(gate), operands.matrix(up), operands.matrix(down, neuron_major=True), activation="relu"
+    )
     x = torch.rand(rows, d) + 0.5
     y = kernel.ff(block, x, dynamic=operands.dynamic(block, torch.ones(width), k))
     active = torch.arange(0, width, 3)[:k]

@@ -27,7 +27,7 @@ typedef struct {
 
 typedef struct {
   int32_t n_layers, d_model, heads, kv_heads, head_size, vocabulary;
-  int32_t rotary; /* values of a head that are rotated, pairs (i, i + rotary / 2) */
+  int32_t rotary;        /* values of a head that are rotated, pairs (i, i + rotary / 2) */
   int32_t positions;     /* rows of the rotary tables; more than length - start of every sequence */
   float attention_scale; /* of q . k */
   float embedding_scale, residual_scale, logits_scale;

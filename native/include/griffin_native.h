@@ -32,12 +32,7 @@ enum { GRIFFIN_ABI = 6, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_GROUPED };
 /* Where a group's scale s comes from: a float16 for 256 weights times a byte of the group's own, or a value of its own
  * (for `span` weights). */
-enum griffin_scale {
-  GRIFFIN_SCALE_SUB_UNSIGNED,
-  GRIFFIN_SCALE_SUB_SIGNED,
-  GRIFFIN_SCALE_F16,
-  GRIFFIN_SCALE_F32
-};
+enum griffin_scale { GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_SCALE_F16, GRIFFIN_SCALE_F32 };
 /* Where its offset m comes from, weight = s * code - m: s * zero; a float16 for 256 weights times an unsigned byte of
  * the group's own; minus a float16; s times an unsigned byte (both for `span` weights). */
 enum griffin_offset { GRIFFIN_OFFSET_NONE, GRIFFIN_OFFSET_SUB, GRIFFIN_OFFSET_F16, GRIFFIN_OFFSET_CODE };
@@ -57,7 +52,7 @@ typedef struct {
   uint8_t scale;  /* enum griffin_scale */
   uint8_t offset; /* enum griffin_offset */
   uint16_t zero;  /* GRIFFIN_OFFSET_NONE: the code that means 0 */
-  uint16_t span;  /* weights that share a scale of their own: the group's or a multiple, at most 256 */
+  uint16_t span;  /* weights that share a scale of their own, a power of two from the group's to 256 */
 } griffin_grouped;
 
 /* One matrix W (out, in), for y = W x + bias; read only. Row-major: row o of W after the other. Neuron-major (an output

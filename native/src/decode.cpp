@@ -321,7 +321,7 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_e
     return false;
   if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize) return false;
   if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_size) return false;
-  if (!m.layers ||  !cache.keys || !cache.values || !cache.head_stride || !cache.length) return false;
+  if (!m.layers || !cache.keys || !cache.values || !cache.head_stride || !cache.length) return false;
   if (cache.type != GRIFFIN_F32 && cache.type != GRIFFIN_BF16) return false;
   if (!has_shape(m.head, m.vocabulary, m.d_model) || !has_shape(m.embedding, m.vocabulary, m.d_model)) return false;
   bool rope = false;

@@ -53,7 +53,9 @@ int64_t Dynamic::floats(const griffin_ff_block& block, const griffin_io& io, int
 
 Dynamic::Dynamic(const griffin_ff_block& block, const griffin_io& io, float* memory)
     : block_(block), io_(io), dynamic_(*io.dynamic), n_(experts(block, io)), stride_(round_up(n_, 16)),
-      rows_(dynamic_.gate.weight ? dynamic_.gate : block.gate.weight ? block.gate : block.up),
+      rows_(dynamic_.gate.weight ? dynamic_.gate
+            : block.gate.weight  ? block.gate
+                                 : block.up),
       bias_(block.gate.weight ? block.gate.bias : block.up.bias) {
   gates_ = memory;
   scores_ = gates_ + io.rows * stride_;

@@ -50,8 +50,7 @@ NeuronPlan neuron_plan(const griffin_grouped& f, int64_t d_out, int64_t neurons)
   } else {
     const int scale = f.scale == GRIFFIN_SCALE_F32 ? 4 : 2;
     p.offset = scale * p.d, p.sub_stride = p.d;
-    p.super_stride =
-        p.d * (scale + (f.offset == GRIFFIN_OFFSET_F16 ? 2 : f.offset == GRIFFIN_OFFSET_CODE ? 1 : 0));
+    p.super_stride = p.d * (scale + (f.offset == GRIFFIN_OFFSET_F16 ? 2 : f.offset == GRIFFIN_OFFSET_CODE ? 1 : 0));
     p.scale_bytes = p.super_stride * p.spans;
   }
   return p;

@@ -26,8 +26,8 @@ inline bool valid_grouped(const griffin_grouped& f) {
   if (!bits || (f.group != 16 && f.group != 32) || f.scale > GRIFFIN_SCALE_F32 || f.offset > GRIFFIN_OFFSET_CODE)
     return false;
   if ((f.offset == GRIFFIN_OFFSET_SUB) > has_supers(f)) return false;
-  if (has_supers(f)) return f.offset == GRIFFIN_OFFSET_NONE || f.offset == GRIFFIN_OFFSET_SUB;
-  return f.span >= f.group && f.span % f.group == 0;
+  if (f.span < f.group || f.span > kSuper || (f.span & (f.span - 1))) return false;
+  return !has_supers(f) || f.offset == GRIFFIN_OFFSET_NONE || f.offset == GRIFFIN_OFFSET_SUB;
 }
 
 }  // namespace
@@ -52,7 +52,7 @@ struct RowPlan {
 struct NeuronPlan {
   griffin_grouped format;
   int d, d_ff, groups, supers, spans;
-  int64_t plane[4], bytes;                      // of a neuron's row
+  int64_t plane[4], bytes;                       // of a neuron's row
   int64_t offset, sub, sub_offset, scale_bytes;  // within the scales
   int64_t super_stride, sub_stride;              // from one super-group's (or span's) vector, or group's, to the next
 };

@@ -25,9 +25,9 @@ struct B256 {
   static I twice_and_bit(I code, const uint8_t* bits) {
     int32_t word;
     memcpy(&word, bits, 4);
-    const I bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(word),
-                                        _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2,
-                                                         2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
+    const I bytes =
+        _mm256_shuffle_epi8(_mm256_set1_epi32(word), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2,
+                                                                      2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
     const I bit = _mm256_set1_epi64x((long long)0x8040201008040201ULL);
     const I set = _mm256_cmpeq_epi8(both(bytes, bit), bit);  // -1 where the bit is 1
     return _mm256_sub_epi8(_mm256_add_epi8(code, code), set);

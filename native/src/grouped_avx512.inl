@@ -20,9 +20,7 @@ struct B512 {
   template <int n> static I left(I v) { return _mm512_slli_epi16(v, n); }
   template <int n> static I right(I v) { return _mm512_srli_epi16(v, n); }
   // the bits of a where mask has ones, of b elsewhere
-  template <int mask> static I select(I a, I b) {
-    return _mm512_ternarylogic_epi32(set1((uint8_t)mask), a, b, 0xCA);
-  }
+  template <int mask> static I select(I a, I b) { return _mm512_ternarylogic_epi32(set1((uint8_t)mask), a, b, 0xCA); }
   static I twice_and_bit(I code, const uint8_t* bits) {
     __mmask64 mask;
     memcpy(&mask, bits, 8);

@@ -70,8 +70,8 @@ void super_block(int type, const uint8_t* block, Piece& to) {
       for (int half = 0; half < 2; half++)
         for (int f = 0; f < 4; f++)
           for (int j = 0; j < 32; j++)
-            codes[128 * half + 32 * f + j] = static_cast<uint8_t>((low[32 * half + j] >> 2 * f & 3) |
-                                                                  (high[j] >> (4 * half + f) & 1) << 2);
+            codes[128 * half + 32 * f + j] =
+                static_cast<uint8_t>((low[32 * half + j] >> 2 * f & 3) | (high[j] >> (4 * half + f) & 1) << 2);
       for (int i = 0; i < 16; i++) {
         const int four = i < 8 ? scales[i] & 15 : scales[i - 8] >> 4, two = scales[8 + i % 4] >> 2 * (i / 4) & 3;
         to.sub[i] = static_cast<uint8_t>((four | two << 4) - 32);
@@ -88,7 +88,8 @@ void super_block(int type, const uint8_t* block, Piece& to) {
       for (int i = 0; i < 4; i++) nibbles(low + 32 * i, 32, codes + 64 * i, codes + 64 * i + 32);
       if (five)
         for (int g = 0; g < 8; g++)
-          for (int j = 0; j < 32; j++) codes[32 * g + j] = static_cast<uint8_t>(codes[32 * g + j] | (high[j] >> g & 1) << 4);
+          for (int j = 0; j < 32; j++)
+            codes[32 * g + j] = static_cast<uint8_t>(codes[32 * g + j] | (high[j] >> g & 1) << 4);
       break;
     }
     default: {  // Q6_K
@@ -97,8 +98,10 @@ void super_block(int type, const uint8_t* block, Piece& to) {
         for (int j = 0; j < 32; j++) {
           const uint8_t a = low[64 * half + j], b = low[64 * half + 32 + j], h = high[32 * half + j];
           uint8_t* const out = codes + 128 * half + j;
-          out[0] = static_cast<uint8_t>((a & 15) | (h & 3) << 4), out[32] = static_cast<uint8_t>((b & 15) | (h >> 2 & 3) << 4);
-          out[64] = static_cast<uint8_t>(a >> 4 | (h >> 4 & 3) << 4), out[96] = static_cast<uint8_t>(b >> 4 | (h >> 6) << 4);
+          out[0] = static_cast<uint8_t>((a & 15) | (h & 3) << 4),
+          out[32] = static_cast<uint8_t>((b & 15) | (h >> 2 & 3) << 4);
+          out[64] = static_cast<uint8_t>(a >> 4 | (h >> 4 & 3) << 4),
+          out[96] = static_cast<uint8_t>(b >> 4 | (h >> 6) << 4);
         }
       memcpy(to.sub, block + 192, 16), memcpy(to.scale, block + 208, 2);
     }
@@ -152,7 +155,8 @@ struct GgufSource : Source {
   const int64_t* order;  // row r of the matrix is row order[r] of the file's; null: the same
 
   void read(int64_t row, int64_t i, int n, Piece& to) const override {
-    const uint8_t* const from = base + (order ? order[row] : row) * row_bytes + i * (kSuper / type->weights) * type->bytes;
+    const uint8_t* const from =
+        base + (order ? order[row] : row) * row_bytes + i * (kSuper / type->weights) * type->bytes;
     if (type->weights == kSuper) return super_block(number, from, to);
     for (int b = 0; 32 * b < n; b++) small_block(number, from + b * type->bytes, b, to);
   }
@@ -256,7 +260,8 @@ void pack_rows(const griffin_matrix& matrix, const Source& source, int64_t first
         memcpy(row + p.offset + 2 * i, piece.offset, 2);
         memcpy(row + p.sub_offset + at, piece.sub_offset, static_cast<size_t>(groups));
       } else {
-        const int scale = f.scale == GRIFFIN_SCALE_F32 ? 4 : 2, at = i * kSuper / f.span, count = (n + f.span - 1) / f.span;
+        const int scale = f.scale == GRIFFIN_SCALE_F32 ? 4 : 2, at = i * kSuper / f.span,
+                  count = (n + f.span - 1) / f.span;
         const int offset = f.offset == GRIFFIN_OFFSET_F16 ? 2 : f.offset == GRIFFIN_OFFSET_CODE ? 1 : 0;
         memcpy(row + scale * at, piece.scale, static_cast<size_t>(scale * count));
         memcpy(row + p.offset + offset * at, piece.offset, static_cast<size_t>(offset * count));
@@ -272,16 +277,17 @@ void pack_neurons(const griffin_matrix& matrix, const Source& source, int64_t su
   const NeuronPlan p = neuron_plan(f, matrix.d_out, matrix.d_in);
   uint8_t* const scales = static_cast<uint8_t*>(const_cast<void*>(matrix.scales));
   const int n = std::min<int>(kSuper, p.d_ff - static_cast<int>(super) * kSuper);
+  const int whole = static_cast<int>(up_to(n, f.group));  // the last group may have fewer neurons
   memset(codes, 0, static_cast<size_t>(kSuper) * p.d);
   Piece piece;
   for (int64_t o = 0; o < matrix.d_out; o++) {
-    source.read(o, super, n, piece);
+    source.read(o, super, whole, piece);
     for (int j = 0; j < n; j++) codes[static_cast<int64_t>(j) * p.d + o] = piece.codes[j];
     if (has_supers(f)) {
       uint8_t* const at = scales + super * p.super_stride;
       memcpy(at + 2 * o, piece.scale, 2);
       if (f.offset == GRIFFIN_OFFSET_SUB) memcpy(at + p.offset + 2 * o, piece.offset, 2);
-      for (int g = 0; g < n / f.group; g++) {
+      for (int g = 0; g < whole / f.group; g++) {
         uint8_t* const sub = scales + p.sub + (super * kSuper / f.group + g) * p.sub_stride;
         sub[o] = piece.sub[g];
         if (f.offset == GRIFFIN_OFFSET_SUB) sub[p.sub_offset + o] = piece.sub_offset[g];
@@ -326,7 +332,8 @@ int pack(const griffin_matrix& matrix, const Source& source, int threads) {
         if (!m.neuron_major)
           return pack_rows(m, c.source, int64_t{m.d_out} * thread / team, int64_t{m.d_out} * (thread + 1) / team, own);
         const int64_t supers = (m.d_in + kSuper - 1) / kSuper;
-        for (int64_t s = supers * thread / team; s < supers * (thread + 1) / team; s++) pack_neurons(m, c.source, s, own);
+        for (int64_t s = supers * thread / team; s < supers * (thread + 1) / team; s++)
+          pack_neurons(m, c.source, s, own);
       },
       &call);
   return GRIFFIN_OK;
@@ -366,8 +373,8 @@ int64_t griffin_grouped_bytes(const griffin_matrix* matrix, int64_t* row_bytes) 
 int griffin_pack_gguf(const griffin_matrix* matrix, int type, const void* blocks, const int64_t* row_order,
                       int threads) {
   const Type* const found = type_of(type);
-  if (!writable(matrix, threads) || !found || !blocks || memcmp(&matrix->grouped, &found->format, sizeof found->format) ||
-      matrix->d_in % found->weights)
+  if (!writable(matrix, threads) || !found || !blocks ||
+      memcmp(&matrix->grouped, &found->format, sizeof found->format) || matrix->d_in % found->weights)
     return GRIFFIN_BAD_ARGUMENT;
   GgufSource source;
   source.base = static_cast<const uint8_t*>(blocks);

@@ -103,9 +103,11 @@ void quantise_row(const Call& c, int64_t row) {
   const griffin_grouped& f = c.format;
   const int64_t d = up_to(c.d_in, f.group), supers = (d + kSuper - 1) / kSuper, spans = (d + f.span - 1) / f.span;
   uint8_t* const codes = const_cast<uint8_t*>(c.out->codes) + row * d;
-  uint16_t* const scale = static_cast<uint16_t*>(const_cast<void*>(c.out->scale)) + row * (has_supers(f) ? supers : spans);
+  uint16_t* const scale =
+      static_cast<uint16_t*>(const_cast<void*>(c.out->scale)) + row * (has_supers(f) ? supers : spans);
   for (int64_t at = 0; at < d; at += kSuper) {
-    const int n = static_cast<int>(std::min<int64_t>(kSuper, d - at)), real = static_cast<int>(std::min<int64_t>(n, c.d_in - at));
+    const int n = static_cast<int>(std::min<int64_t>(kSuper, d - at)),
+              real = static_cast<int>(std::min<int64_t>(n, c.d_in - at));
     float w[kSuper] = {}, importance[kSuper] = {};
     memcpy(w, c.weight + row * c.d_in + at, sizeof(float) * static_cast<size_t>(real));
     for (int i = 0; i < n; i++) {
@@ -113,7 +115,8 @@ void quantise_row(const Call& c, int64_t row) {
       importance[i] = i >= real ? 1e-6f : c.importance ? c.importance[at + i] : 1.f;
     }
     if (!has_supers(f)) {
-      for (int s = 0; s < n; s += f.span) scale[(at + s) / f.span] = symmetric(w + s, std::min<int>(f.span, n - s), f.zero, codes + at + s);
+      for (int s = 0; s < n; s += f.span)
+        scale[(at + s) / f.span] = symmetric(w + s, std::min<int>(f.span, n - s), f.zero, codes + at + s);
       continue;
     }
     uint16_t* const offset = static_cast<uint16_t*>(const_cast<void*>(c.out->offset)) + row * supers + at / kSuper;

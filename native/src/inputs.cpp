@@ -62,7 +62,8 @@ Rows::Rows(const griffin_matrix& matrix, const Inputs& inputs)
     : matrix_(matrix), inputs_(inputs), row_bytes_(griffin::row_bytes(matrix)) {
   const Kernels& set = kernels();
   if (matrix.format == GRIFFIN_GROUPED)
-    plan_ = row_plan(matrix.grouped, matrix.d_in), grouped_ = set.grouped->dot[matrix.grouped.group == 32][matrix.grouped.bits - 2];
+    plan_ = row_plan(matrix.grouped, matrix.d_in),
+    grouped_ = set.grouped->dot[matrix.grouped.group == 32][matrix.grouped.bits - 2];
   else
     dot_ = matrix.format == GRIFFIN_BF16 && inputs.bf16() ? set.dot_bf16 : set.dot[matrix.format];
 }

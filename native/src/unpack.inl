@@ -34,9 +34,9 @@ inline void chunk_codes(const RowPlan& p, const uint8_t* row, int g, int lanes, 
     for (int f = 0; f < 4; f++) {
       const int t = v + f * vectors;
       if (bits % 2)
-        add_bits(row + p.plane[bits / 2] + (int64_t)(g / kChunkGroups) * (kChunkGroups / 2) * steps +
-                     t * ((lanes + 1) / 2),
-                 4 * lanes, field[f]);
+        add_bits(
+            row + p.plane[bits / 2] + (int64_t)(g / kChunkGroups) * (kChunkGroups / 2) * steps + t * ((lanes + 1) / 2),
+            4 * lanes, field[f]);
       for (int lane = 0; lane < lanes; lane++) memcpy(codes + lane * group + 4 * t, field[f] + 4 * lane, 4);
     }
   }
@@ -52,8 +52,7 @@ inline void neuron_codes(const NeuronPlan& p, const uint8_t* row, int begin, int
   for (int f = 0; f < 4; f++) {
     if (bits % 2) add_bits(row + p.plane[bits / 2] + (begin + f * bytes) / 8, bytes, field[f]);
     for (int k = 0; k < blocks; k++)
-      for (int i = 0; i < 4; i++)
-        memcpy(codes + f * bytes + 4 * blocks * i + 4 * k, field[f] + 16 * k + 4 * i, 4);
+      for (int i = 0; i < 4; i++) memcpy(codes + f * bytes + 4 * blocks * i + 4 * k, field[f] + 16 * k + 4 * i, 4);
   }
 }
 
@@ -75,7 +74,8 @@ struct Affine {
 };
 inline Affine affine_of(const griffin_grouped& f, float scale, float sub, float sub_offset, const uint8_t* offset,
                         int64_t at) {
-  if (has_supers(f)) return {scale * sub, f.offset == GRIFFIN_OFFSET_SUB ? half_at(offset, at) * sub_offset : 0.f, f.zero};
+  if (has_supers(f))
+    return {scale * sub, f.offset == GRIFFIN_OFFSET_SUB ? half_at(offset, at) * sub_offset : 0.f, f.zero};
   if (f.offset == GRIFFIN_OFFSET_F16) return {scale, -half_at(offset, at), 0};
   return {scale, 0.f, f.offset == GRIFFIN_OFFSET_CODE ? offset[at] : f.zero};
 }

@@ -36,7 +36,7 @@ class Format:
         offset: where its offset comes from: "none" (`s * zero`), "sub" (a float16 for 256 weights times an unsigned
             byte of the group's own), "f16" (minus a float16) or "code" (s times an unsigned byte), for `span` weights.
         zero: with offset "none": the code that means 0.
-        span: weights that share a scale of their own: the group's or a multiple, at most 256.
+        span: weights that share a scale of their own, a power of two from the group's to 256.
     """
 
     name: str
