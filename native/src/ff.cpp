@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include <memory>
 #include <optional>
 
 #include "activation.h"
@@ -12,6 +13,7 @@
 #include "experts.h"
 #include "parallel.h"
 #include "parts.h"
+#include "unpack.h"
 
 namespace griffin {
 namespace {
@@ -27,8 +29,9 @@ class Part {
  public:
   Part(const griffin_ff_block& block, const Inputs& inputs, int rows, float* acc)
       : block_(block), kernels_(kernels()), up_(block.up, inputs), gate_(gated() ? block.gate : block.up, inputs),
-        grouped_(block.down.format == GRIFFIN_GROUPED), down_bytes_(row_bytes(block.down)), rows_(rows), acc_(acc) {
-    if (!grouped_) return;
+        grouped_(in_integers(block.down)), down_bytes_(row_bytes(block.down)), rows_(rows), acc_(acc) {
+    if (block.down.format != GRIFFIN_GROUPED) return;
+    if (block.down.table) room_.reset(new float[kExperts * accumulator_stride(block.down.d_out)]);
     const griffin_grouped& f = block.down.grouped;
     down_plan_ = neuron_plan(f, block.down.d_out, block.down.d_in);
     group_bytes_ = has_supers(f) ? down_plan_.sub_stride + down_plan_.super_stride * f.group / kSuper
@@ -104,6 +107,7 @@ class Part {
     else
       add_rows(ahead, n_ahead);
     memset(listed_, 0, sizeof listed_);
+    n_unpacked_ = 0;
   }
 
  private:
@@ -123,18 +127,31 @@ class Part {
     if (z == 0.f) return false;
     group_ = j;
     z_[r][listed_[r]] = z;
-    down_[r][listed_[r]++] = down_row(j);
+    down_[r][listed_[r]++] = room_ ? unpacked(j) : down_row(j);
     return true;
+  }
+
+  // Neuron j's down row of a table format as float32, until the end of the visit.
+  const uint8_t* unpacked(int64_t j) {
+    const auto at = [&](int i) { return room_.get() + i * accumulator_stride(block_.down.d_out); };
+    for (int i = 0; i < n_unpacked_; i++)
+      if (unpacked_[i] == j) return reinterpret_cast<const uint8_t*>(at(i));
+    float* const to = at(n_unpacked_);
+    unpack_row(block_.down, j, to);
+    unpacked_[n_unpacked_++] = j;
+    const int64_t group = j / block_.down.grouped.group;
+    if (group != scales_of_) bytes_ += group_bytes_, scales_of_ = group;
+    return reinterpret_cast<const uint8_t*>(to);
   }
 
   void add_rows(const uint8_t* const* ahead, int n_ahead) {
     const int d = block_.down.d_out;
     for (int begin = 0; begin < d; begin += kColumns) {
       const int end = begin + kColumns < d ? begin + kColumns : d;
-      int rest = n_ahead;  // the first row of input prefetches for all
+      int rest = room_ ? 0 : n_ahead;  // the first row of input prefetches for all
       for (int r = 0; r < rows_; r++) {
         if (!listed_[r]) continue;
-        kernels_.axpy[block_.down.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end,
+        kernels_.axpy[room_ ? GRIFFIN_F32 : block_.down.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end,
                                           ahead, rest);
         rest = 0;
       }
@@ -178,6 +195,9 @@ class Part {
   const int rows_;
   float* const acc_;
   int64_t bytes_ = 0, group_bytes_ = 0, group_ = 0;  // group_: a neuron of the listed group
+  std::unique_ptr<float[]> room_;  // of a table format: the down rows of a visit
+  int64_t unpacked_[kExperts], scales_of_ = -1;
+  int n_unpacked_ = 0;
   int listed_[GRIFFIN_MAX_ROWS] = {};
   float z_[GRIFFIN_MAX_ROWS][kListed];
   const uint8_t* down_[GRIFFIN_MAX_ROWS][kListed];

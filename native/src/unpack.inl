@@ -83,7 +83,7 @@ inline float sub_at(const griffin_grouped& f, const uint8_t* sub, int64_t i) {
   return f.scale == GRIFFIN_SCALE_SUB_SIGNED ? (float)(int8_t)sub[i] : (float)sub[i];
 }
 
-template <class T> void unpack_grouped_row(const RowPlan& p, const uint8_t* row, int64_t d, T* out) {
+template <class T> void unpack_grouped_row(const RowPlan& p, const float* table, const uint8_t* row, int64_t d, T* out) {
   const griffin_grouped& f = p.format;
   const bool supers = has_supers(f);
   uint8_t codes[kChunkGroups * 32];
@@ -97,7 +97,10 @@ template <class T> void unpack_grouped_row(const RowPlan& p, const uint8_t* row,
       const Affine a = affine_of(f, scale, sub, supers ? (float)row[p.sub_offset + g + lane] : 0.f, row + p.offset, at);
       const uint8_t* const from = codes + lane * f.group;
       T values[32];
-      for (int i = 0; i < f.group; i++) put(a.s * (float)((int)from[i] - a.zero) - a.m, values + i);
+      if (table)
+        for (int i = 0; i < f.group; i++) put(a.s * table[from[i]], values + i);
+      else
+        for (int i = 0; i < f.group; i++) put(a.s * (float)((int)from[i] - a.zero) - a.m, values + i);
       const int64_t begin = (int64_t)(g + lane) * f.group, n = d - begin < f.group ? d - begin : f.group;
       memcpy(out + begin, values, (size_t)n * sizeof(T));
     }
@@ -106,8 +109,8 @@ template <class T> void unpack_grouped_row(const RowPlan& p, const uint8_t* row,
 
 // Scales and offsets of a group of neurons, a chunk of outputs at a time.
 template <class T>
-void unpack_neuron(const NeuronPlan& p, const uint8_t* scales, const uint8_t* row, int64_t neuron, int64_t begin,
-                   int64_t end, T* out) {
+void unpack_neuron(const NeuronPlan& p, const float* table, const uint8_t* scales, const uint8_t* row, int64_t neuron,
+                   int64_t begin, int64_t end, T* out) {
   const griffin_grouped& f = p.format;
   const bool supers = has_supers(f);
   const int64_t group = neuron / f.group;
@@ -124,7 +127,9 @@ void unpack_neuron(const NeuronPlan& p, const uint8_t* scales, const uint8_t* ro
     if (f.scale == GRIFFIN_SCALE_SUB_SIGNED)
       for (int c = 0; c < n; c++) s[c] *= (float)(int8_t)sub[at + c];
     const uint8_t* const offset = base + p.offset;
-    if (f.offset == GRIFFIN_OFFSET_SUB) {
+    if (table) {
+      for (int c = 0; c < n; c++) values[c] = s[c] * table[codes[c]];
+    } else if (f.offset == GRIFFIN_OFFSET_SUB) {
       for (int c = 0; c < n; c++) m[c] = half_at(offset, at + c) * (float)sub[p.sub_offset + at + c];
       for (int c = 0; c < n; c++) values[c] = s[c] * (float)codes[c] - m[c];
     } else if (f.offset == GRIFFIN_OFFSET_F16) {
@@ -165,9 +170,9 @@ template <class T> void unpack(const Unpack& u, int64_t from, int64_t to) {
     if (!grouped)
       unpack_floats(matrix.format, row, u.begin, u.end, out);
     else if (matrix.neuron_major)
-      unpack_neuron(neurons, (const uint8_t*)matrix.scales, row, which, u.begin, u.end, out);
+      unpack_neuron(neurons, matrix.table, (const uint8_t*)matrix.scales, row, which, u.begin, u.end, out);
     else
-      unpack_grouped_row(rows, row, matrix.d_in, out);
+      unpack_grouped_row(rows, matrix.table, row, matrix.d_in, out);
   }
 }
 
