@@ -1,8 +1,8 @@
 """Weights in groups: codes of 2 to 8 bits, and for every group of 16 or 32 weights a scale s and an offset m.
 
 `weight = s * code - m`, or `s * table[code]` (NF4, FP8). One description serves the block types of GGUF files, GPTQ,
-AWQ, compressed-tensors, bitsandbytes, and the formats that float weights are quantised to: codes, scales and offsets are
-moved into the library's layout (`native/src/grouped.h`) as they are, never rounded. Adding a format is a `Format`.
+AWQ, compressed-tensors, bitsandbytes, and the formats that float weights are quantised to: codes, scales and offsets
+are moved into the library's layout (`native/src/grouped.h`) as they are, never rounded. Adding one is a `Format`.
 """
 
 from __future__ import annotations
