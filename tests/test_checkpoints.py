@@ -224,8 +224,8 @@ CASES = {
         float8("weight_scale", (-1, -1), shape="one"), ct_settings("float-quantized", "float", 8, "tensor"), "FP8-e4m3"
     ),
     "ct-fp8-block": Case(
-        float8("weight_scale", (128, 64)),
-        ct_settings("float-quantized", "float", 8, "block", block_structure=[128, 64]),
+        float8("weight_scale", (64, 128)),
+        ct_settings("float-quantized", "float", 8, "block", block_structure=[64, 128]),
         "FP8-e4m3",
     ),
     "fp8-block": Case(float8("weight_scale_inv", (64, 64)), FP8 | {"weight_block_size": [64, 64]}, "FP8-e4m3"),
@@ -330,9 +330,10 @@ def test_native_step(name: str, density: float, tmp_path: Path) -> None:
     logits = []
     with torch.no_grad():
         for each in (model, meant):
-            handle = griffin.attach(each, density=density)
+            handle = griffin.attach(each, density=density, selection="topk")
             cache = new_cache(each)
-            each(ids, past_key_values=cache)
+            with handle.prompt_phase():
+                each(ids, past_key_values=cache)
             decoder = Decoders(each, handle).decoder([cache], handle.selections)
             assert isinstance(decoder, NativeStep)
             logits.append(torch.stack([decoder(torch.tensor([token])) for token in (5, 6, 7)]))
