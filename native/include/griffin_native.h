@@ -9,10 +9,12 @@
  *   grouped          codes of 2 to 8 bits; a scale s and an offset m for every group of 16 or 32 weights along the
  *                    input: weight = s * code - m (griffin_grouped). Codes lie in planes of 2 bits, the highest first,
  *                    so that a weight's highest bits can be read without its lowest; where they lie, in src/grouped.h.
+ *                    With a table of 16 or 256 numbers weight = s * table[code] (NF4, FP8).
  *
  * Grouped rows are multiplied in integers: x is quantised in groups of the weights' size with scale max|x| / 16256 (two
  * bytes a value), the products of a group are summed exactly, and groups are summed in float32. Where the output
- * projection is grouped, so is z, over the neurons of a group that are computed. bf16 rows meet a bf16 x in the
+ * projection is grouped, so is z, over the neurons of a group that are computed. Rows of a
+ * table format are unpacked to float32, a few at a time, and meet x in float32. bf16 rows meet a bf16 x in the
  * instruction for it where there is one, and a float32 x in float32. */
 #ifndef GRIFFIN_NATIVE_H
 #define GRIFFIN_NATIVE_H
@@ -28,7 +30,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 6, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
+enum { GRIFFIN_ABI = 7, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_GROUPED };
 /* Where a group's scale s comes from: a float16 for 256 weights times a byte of the group's own, or a value of its own
  * (for `span` weights). */
@@ -64,6 +66,8 @@ typedef struct {
   int64_t stride;     /* bytes from one row to the next */
   const void* scales; /* GRIFFIN_GROUPED and neuron-major only: scales and offsets of all groups */
   const float* bias;  /* (out,) or NULL */
+  const float* table; /* GRIFFIN_GROUPED only, (2^bits,) or NULL: weight = s * table[code]. Codes of 4 or 8 bits, scales
+                         of their own, no offsets */
 } griffin_matrix;
 
 /* One feedforward block: gate (weight NULL: ungated) and up (D_ff, D), down (D, D_ff) neuron-major. */

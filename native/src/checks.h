@@ -21,7 +21,9 @@ bool valid_experts(const T& of) {
 inline bool valid_matrix(const griffin_matrix& matrix) {
   if (!matrix.weight || matrix.d_in < 1 || matrix.d_out < 1 || matrix.format < GRIFFIN_F32) return false;
   if (matrix.format != GRIFFIN_GROUPED) return matrix.format < GRIFFIN_GROUPED;
-  return valid_grouped(matrix.grouped) && matrix.d_in <= kMaxSupers * kSuper && (!matrix.neuron_major || matrix.scales);
+  const griffin_grouped& f = matrix.grouped;
+  if (matrix.table && ((f.bits != 4 && f.bits != 8) || has_supers(f) || f.offset != GRIFFIN_OFFSET_NONE)) return false;
+  return valid_grouped(f) && matrix.d_in <= kMaxSupers * kSuper && (!matrix.neuron_major || matrix.scales);
 }
 
 // y = W x: a matrix whose rows are those of W.

@@ -5,12 +5,14 @@
 #include <math.h>
 #include <string.h>
 
+#include <memory>
 #include <optional>
 
 #include "checks.h"
 #include "experts.h"
 #include "parallel.h"
 #include "parts.h"
+#include "unpack.h"
 
 namespace griffin {
 namespace {
@@ -34,8 +36,9 @@ class Part {
  public:
   Part(const griffin_ff_block& block, const Inputs& inputs, int rows, float* acc)
       : block_(block), kernels_(kernels()), up_(block.up, inputs), gate_(gated() ? block.gate : block.up, inputs),
-        grouped_(block.down.format == GRIFFIN_GROUPED), down_bytes_(row_bytes(block.down)), rows_(rows), acc_(acc) {
-    if (!grouped_) return;
+        grouped_(in_integers(block.down)), down_bytes_(row_bytes(block.down)), rows_(rows), acc_(acc) {
+    if (block.down.format != GRIFFIN_GROUPED) return;
+    if (block.down.table) room_.reset(new float[kExperts * accumulator_stride(block.down.d_out)]);
     const griffin_grouped& f = block.down.grouped;
     down_plan_ = neuron_plan(f, block.down.d_out, block.down.d_in);
     group_shift_ = f.group == 32 ? 5 : 4;
@@ -179,13 +182,17 @@ class Part {
     int n = 0;
     for (int s = 0; s < visit.n; s++) {
       if (z[s] == 0.f) continue;
+      if (room_ && !(any_ >> s & 1)) unpack_row(block_.down, visit.neuron[s], unpacked(s));
       any_ |= 1u << s;
       z_[r][n] = z[s];
-      down_[r][n++] = down_row(visit.neuron[s]);
+      down_[r][n++] = room_ ? reinterpret_cast<const uint8_t*>(unpacked(s)) : down_row(visit.neuron[s]);
     }
     listed_[r] = n;
     group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
   }
+
+  // Where the visit's s-th down row of a table format is, as float32.
+  float* unpacked(int s) const { return room_.get() + s * accumulator_stride(block_.down.d_out); }
 
   void count_down() {
     bytes_ += __builtin_popcount(any_) * down_bytes_ + (any_ ? group_bytes_ : 0);
@@ -196,11 +203,11 @@ class Part {
     const int d = block_.down.d_out;
     for (int begin = 0; begin < d; begin += kColumns) {
       const int end = begin + kColumns < d ? begin + kColumns : d;
-      int rest = n_ahead;  // the first row of input prefetches for all
+      int rest = room_ ? 0 : n_ahead;  // the first row of input prefetches for all
       for (int r = 0; r < rows_; r++) {
         if (!listed_[r]) continue;
-        kernels_.axpy[block_.down.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end,
-                                          ahead, rest);
+        const int format = room_ ? GRIFFIN_F32 : block_.down.format;
+        kernels_.axpy[format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead, rest);
         rest = 0;
       }
     }
@@ -233,6 +240,7 @@ class Part {
   const int rows_;
   float* const acc_;
   int64_t bytes_ = 0, group_bytes_ = 0;
+  std::unique_ptr<float[]> room_;    // of a table format: the visit's down rows
   int group_shift_ = 0, group_ = 0;  // the listed neurons' group
   uint32_t any_ = 0;                 // which of the visit some row has listed
   int listed_[GRIFFIN_MAX_ROWS] = {};

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "unpack.h"
+
 namespace griffin {
 
 Inputs::Inputs(const griffin_io& io, int d, void* memory)
@@ -23,7 +25,7 @@ Inputs::Inputs(const griffin_io& io, int d, void* memory)
 }
 
 void Inputs::meet(const griffin_matrix& matrix) {
-  if (matrix.format == GRIFFIN_GROUPED)
+  if (in_integers(matrix))
     wants_grouped_[matrix.grouped.group == 32] = true;
   else if (matrix.format == GRIFFIN_BF16 && bf16_)
     wants_bf16_ = true;
@@ -61,11 +63,19 @@ void Inputs::prepare(int thread, int threads) {
 Rows::Rows(const griffin_matrix& matrix, const Inputs& inputs)
     : matrix_(matrix), inputs_(inputs), row_bytes_(griffin::row_bytes(matrix)) {
   const Kernels& set = kernels();
-  if (matrix.format == GRIFFIN_GROUPED)
+  if (in_integers(matrix))
     plan_ = row_plan(matrix.grouped, matrix.d_in),
     grouped_ = set.grouped->dot[matrix.grouped.group == 32][matrix.grouped.bits - 2];
+  else if (matrix.format == GRIFFIN_GROUPED)
+    dot_ = set.dot[GRIFFIN_F32], room_.reset(new float[2 * round_up(matrix.d_in, kPad)]);
   else
     dot_ = matrix.format == GRIFFIN_BF16 && inputs.bf16() ? set.dot_bf16 : set.dot[matrix.format];
+}
+
+const uint8_t* Rows::unpacked(int64_t o, int i) const {
+  float* const to = room_.get() + i * round_up(matrix_.d_in, kPad);
+  if (held_[i] != o) unpack_row(matrix_, o, to), held_[i] = o;
+  return reinterpret_cast<const uint8_t*>(to);
 }
 
 void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const {
@@ -76,7 +86,7 @@ void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, cons
   const Input* x[kMaxRows];
   for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]];
   const uint8_t *w[2], *ahead[2];
-  for (int i = 0; i < m; i++) w[i] = row(o[i]), ahead[i] = row(next[i]);
+  for (int i = 0; i < m; i++) w[i] = room_ ? unpacked(o[i], i) : row(o[i]), ahead[i] = room_ ? w[i] : row(next[i]);
   dot_(w, m, x, n, matrix_.d_in, out, ahead);
 }
 
@@ -87,7 +97,7 @@ void Rows::dot(int64_t o, const int* rows, int n, float* out, const uint8_t* nex
 }
 
 void Rows::dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next) {
-  if (a.grouped_ || a.dot_ != b.dot_) {
+  if (a.grouped_ || a.room_ || b.room_ || a.dot_ != b.dot_) {
     a.dot(&o, 1, rows, n, out, &next), b.dot(&o, 1, rows, n, out + n, &next);
     return;
   }

@@ -1,11 +1,16 @@
 // Rows of input, prepared once a call for the weight formats that they meet, and the products of weight rows with them.
 #pragma once
+#include <memory>
+
 #include "griffin_native.h"
 #include "kernels.h"
 
 namespace griffin {
 
 constexpr int element_size(int type) { return type == GRIFFIN_F32 ? 4 : 2; }
+
+// Whether rows are multiplied in integers.
+inline bool in_integers(const griffin_matrix& m) { return m.format == GRIFFIN_GROUPED && !m.table; }
 
 constexpr int kMaxInputs = 64;  // rows of input of a product that has more than one call's
 
@@ -47,8 +52,13 @@ class Rows {
   float bias(int64_t o) const { return matrix_.bias ? matrix_.bias[o] : 0.f; }
 
  private:
+  // Row o of a table format as float32, in the room's half i; it stays there until another is asked for.
+  const uint8_t* unpacked(int64_t o, int i) const;
+
   const griffin_matrix& matrix_;
   const Inputs& inputs_;
+  std::unique_ptr<float[]> room_;  // of a table format: two rows
+  mutable int64_t held_[2] = {-1, -1};
   RowPlan plan_ = {};
   DotFn dot_ = nullptr;
   GroupedDotFn grouped_ = nullptr;

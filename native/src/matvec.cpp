@@ -1,9 +1,12 @@
 // y = W x + b: each thread takes a contiguous share of W's rows, two at a time, so that both share the loads of x.
 #include <string.h>
 
+#include <memory>
+
 #include "checks.h"
 #include "parallel.h"
 #include "parts.h"
+#include "unpack.h"
 
 namespace griffin {
 namespace {
@@ -85,6 +88,7 @@ class NeuronProduct {
 
   // This thread's share of the rows; a barrier, then `multiply`.
   void prepare(int thread, int threads) {
+    if (m_.table) return;
     const int group = m_.grouped.group;
     for (int r = thread; r < io_.rows; r += threads) {
       const char* const z = static_cast<const char*>(io_.x) + r * io_.x_stride;
@@ -102,12 +106,26 @@ class NeuronProduct {
   }
 
   void multiply(int thread, int threads) {
-    const int chunks = (plan_.d + 255) / 256, group = m_.grouped.group;
+    const int chunks = (plan_.d + 255) / 256;
     const int begin = chunks * thread / threads * 256;
     int end = chunks * (thread + 1) / threads * 256;
     if (end > plan_.d) end = plan_.d;
     if (begin >= end) return;
     for (int r = 0; r < io_.rows; r++) memset(y_ + int64_t{r} * plan_.d + begin, 0, sizeof(float) * (end - begin));
+    if (m_.table)
+      add_unpacked(begin, end < m_.d_out ? end : m_.d_out);
+    else
+      add_groups(begin, end);
+    const int stop = end < m_.d_out ? end : m_.d_out;
+    for (int r = 0; r < io_.rows; r++)
+      kernels().reduce(y_ + int64_t{r} * plan_.d + begin, 0, 1, m_.bias ? m_.bias + begin : nullptr,
+                       static_cast<char*>(io_.y) + r * io_.y_stride + begin * element_size(io_.y_type),
+                       io_.y_type == GRIFFIN_BF16, stop - begin);
+  }
+
+ private:
+  void add_groups(int begin, int end) {
+    const int group = m_.grouped.group;
     const auto down = kernels().grouped->down[m_.grouped.bits - 2];
     for (int g = 0; g < plan_.groups; g++) {
       const int first = g * group, n = m_.d_in - first < group ? m_.d_in - first : group;
@@ -121,14 +139,33 @@ class NeuronProduct {
         down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
       }
     }
-    const int stop = end < m_.d_out ? end : m_.d_out;
-    for (int r = 0; r < io_.rows; r++)
-      kernels().reduce(y_ + int64_t{r} * plan_.d + begin, 0, 1, m_.bias ? m_.bias + begin : nullptr,
-                       static_cast<char*>(io_.y) + r * io_.y_stride + begin * element_size(io_.y_type),
-                       io_.y_type == GRIFFIN_BF16, stop - begin);
   }
 
- private:
+  // A table format: a few neurons' columns at a time as float32.
+  void add_unpacked(int begin, int end) {
+    constexpr int kNeurons = 8;
+    const int width = end - begin;
+    const std::unique_ptr<float[]> room(new float[kNeurons * round_up(width, kPad)]);
+    for (int first = 0; first < m_.d_in; first += kNeurons) {
+      const int n = m_.d_in - first < kNeurons ? m_.d_in - first : kNeurons;
+      const uint8_t* w[kNeurons];
+      for (int j = 0; j < n; j++) {
+        float* const to = room.get() + j * round_up(width, kPad);
+        unpack_row(m_, first + j, begin, end, to);
+        w[j] = reinterpret_cast<const uint8_t*>(to);
+      }
+      for (int r = 0; r < io_.rows; r++) {
+        const char* const z = static_cast<const char*>(io_.x) + r * io_.x_stride;
+        float own[kNeurons];
+        if (io_.x_type == GRIFFIN_BF16)
+          kernels().widen(reinterpret_cast<const uint16_t*>(z) + first, own, n);
+        else
+          memcpy(own, reinterpret_cast<const float*>(z) + first, sizeof(float) * n);
+        kernels().axpy[GRIFFIN_F32](y_ + int64_t{r} * plan_.d + begin, w, own, n, width, 0, width, nullptr, 0);
+      }
+    }
+  }
+
   const griffin_matrix& m_;
   const griffin_io& io_;
   static constexpr int kQuads = 8;  // int32 of a group's neurons

@@ -22,8 +22,11 @@ UnpackFn chosen() {
 }  // namespace
 
 void unpack_row(const griffin_matrix& matrix, int64_t row, float* out) {
-  const int64_t columns = matrix.neuron_major ? matrix.d_out : matrix.d_in;
-  chosen()({&matrix, nullptr, row, 0, columns, out, columns, false}, 0, 1);
+  unpack_row(matrix, row, 0, matrix.neuron_major ? matrix.d_out : matrix.d_in, out);
+}
+
+void unpack_row(const griffin_matrix& matrix, int64_t row, int64_t begin, int64_t end, float* out) {
+  chosen()({&matrix, nullptr, row, begin, end, out, end - begin, false}, 0, 1);
 }
 
 }  // namespace griffin

@@ -24,7 +24,8 @@ void unpack_avx2(const Unpack& part, int64_t from, int64_t to);
 void unpack_avx512(const Unpack& part, int64_t from, int64_t to);
 #endif
 
-// A whole row, as float32.
+// A row as float32, whole or of a neuron-major matrix the columns begin..end (begin a multiple of 256).
 void unpack_row(const griffin_matrix& matrix, int64_t row, float* out);
+void unpack_row(const griffin_matrix& matrix, int64_t row, int64_t begin, int64_t end, float* out);
 
 }  // namespace griffin

@@ -1,5 +1,8 @@
 // Plain loops that the compiler vectorises for the flags of the unit that includes this.
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "grouped.h"
 #include "half.h"
@@ -56,6 +59,26 @@ inline void neuron_codes(const NeuronPlan& p, const uint8_t* row, int begin, int
   }
 }
 
+// out[i] = table[codes[i]] for i < n, a multiple of 16.
+inline void look_up(const float* table, int bits, const uint8_t* codes, int n, float* out) {
+#if defined(__AVX512F__)
+  const __m512 all = _mm512_loadu_ps(table);
+  for (int i = 0; i < n; i += 16) {
+    const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+    _mm512_storeu_ps(out + i, bits == 4 ? _mm512_permutexvar_ps(at, all) : _mm512_i32gather_ps(at, table, 4));
+  }
+#elif defined(__AVX2__)
+  (void)bits;
+  for (int i = 0; i < n; i += 8) {
+    const __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)));
+    _mm256_storeu_ps(out + i, _mm256_i32gather_ps(table, at, 4));
+  }
+#else
+  (void)bits;
+  for (int i = 0; i < n; i++) out[i] = table[codes[i]];
+#endif
+}
+
 inline float half_at(const uint8_t* base, int64_t i) {
   uint16_t bits;
   memcpy(&bits, base + 2 * i, 2);
@@ -83,7 +106,7 @@ inline float sub_at(const griffin_grouped& f, const uint8_t* sub, int64_t i) {
   return f.scale == GRIFFIN_SCALE_SUB_SIGNED ? (float)(int8_t)sub[i] : (float)sub[i];
 }
 
-template <class T> void unpack_grouped_row(const RowPlan& p, const uint8_t* row, int64_t d, T* out) {
+template <class T> void unpack_grouped_row(const RowPlan& p, const float* table, const uint8_t* row, int64_t d, T* out) {
   const griffin_grouped& f = p.format;
   const bool supers = has_supers(f);
   uint8_t codes[kChunkGroups * 32];
@@ -97,7 +120,12 @@ template <class T> void unpack_grouped_row(const RowPlan& p, const uint8_t* row,
       const Affine a = affine_of(f, scale, sub, supers ? (float)row[p.sub_offset + g + lane] : 0.f, row + p.offset, at);
       const uint8_t* const from = codes + lane * f.group;
       T values[32];
-      for (int i = 0; i < f.group; i++) put(a.s * (float)((int)from[i] - a.zero) - a.m, values + i);
+      float numbers[32];
+      if (table) look_up(table, f.bits, from, f.group, numbers);
+      if (table)
+        for (int i = 0; i < f.group; i++) put(a.s * numbers[i], values + i);
+      else
+        for (int i = 0; i < f.group; i++) put(a.s * (float)((int)from[i] - a.zero) - a.m, values + i);
       const int64_t begin = (int64_t)(g + lane) * f.group, n = d - begin < f.group ? d - begin : f.group;
       memcpy(out + begin, values, (size_t)n * sizeof(T));
     }
@@ -106,8 +134,8 @@ template <class T> void unpack_grouped_row(const RowPlan& p, const uint8_t* row,
 
 // Scales and offsets of a group of neurons, a chunk of outputs at a time.
 template <class T>
-void unpack_neuron(const NeuronPlan& p, const uint8_t* scales, const uint8_t* row, int64_t neuron, int64_t begin,
-                   int64_t end, T* out) {
+void unpack_neuron(const NeuronPlan& p, const float* table, const uint8_t* scales, const uint8_t* row, int64_t neuron,
+                   int64_t begin, int64_t end, T* out) {
   const griffin_grouped& f = p.format;
   const bool supers = has_supers(f);
   const int64_t group = neuron / f.group;
@@ -124,7 +152,10 @@ void unpack_neuron(const NeuronPlan& p, const uint8_t* scales, const uint8_t* ro
     if (f.scale == GRIFFIN_SCALE_SUB_SIGNED)
       for (int c = 0; c < n; c++) s[c] *= (float)(int8_t)sub[at + c];
     const uint8_t* const offset = base + p.offset;
-    if (f.offset == GRIFFIN_OFFSET_SUB) {
+    if (table) {
+      look_up(table, f.bits, codes, n, values);
+      for (int c = 0; c < n; c++) values[c] *= s[c];
+    } else if (f.offset == GRIFFIN_OFFSET_SUB) {
       for (int c = 0; c < n; c++) m[c] = half_at(offset, at + c) * (float)sub[p.sub_offset + at + c];
       for (int c = 0; c < n; c++) values[c] = s[c] * (float)codes[c] - m[c];
     } else if (f.offset == GRIFFIN_OFFSET_F16) {
@@ -165,9 +196,9 @@ template <class T> void unpack(const Unpack& u, int64_t from, int64_t to) {
     if (!grouped)
       unpack_floats(matrix.format, row, u.begin, u.end, out);
     else if (matrix.neuron_major)
-      unpack_neuron(neurons, (const uint8_t*)matrix.scales, row, which, u.begin, u.end, out);
+      unpack_neuron(neurons, matrix.table, (const uint8_t*)matrix.scales, row, which, u.begin, u.end, out);
     else
-      unpack_grouped_row(rows, row, matrix.d_in, out);
+      unpack_grouped_row(rows, matrix.table, row, matrix.d_in, out);
   }
 }
 

@@ -123,7 +123,7 @@ def empty_model(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = gguf_config.config_of(file)
     with torch.device("meta"):
-        wanted = dict(_empty(config, dtype).named_parameters())
+        wanted = dict(unfilled(config, dtype).named_parameters())
     there = {name: source for name, source in _sources(file, config) if name in wanted}
     if missing := sorted(
         name for name in wanted if name not in there or _tensor(there[name], name) not in file.tensors
@@ -136,14 +136,15 @@ def empty_model(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
                 f"{file.path} is damaged: tensor {tensor.name} has the shape {tensor.shape}, expected "
                 f"{tuple(wanted[name].shape)}; {AGAIN}"
             )
-    model = _empty(config, dtype)
+    model = unfilled(config, dtype)
     stop = gguf_config.stop_tokens(file)
     if model.generation_config is not None and len(stop) > 1:
         model.generation_config.eos_token_id = stop
     return model.eval()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
 
 
-def _empty(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def unfilled(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The config's model with weights of `dtype` that are not initialised, tied where the config says so."""
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.tie_weights()  # which is left out with the initialisation

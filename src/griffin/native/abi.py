@@ -12,7 +12,7 @@ import torch
 
 from griffin import activation
 
-ABI = 6
+ABI = 7
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
 FORMATS = ("f32", "bf16", "f16", "grouped")
@@ -48,6 +48,7 @@ class MatrixStruct(ctypes.Structure):
         ("stride", _i64),
         ("scales", _pointer),
         ("bias", _pointer),
+        ("table", _pointer),
     ]
 
 

@@ -1,8 +1,8 @@
 """Weights in groups: codes of 2 to 8 bits, and for every group of 16 or 32 weights a scale s and an offset m.
 
-`weight = s * code - m`. One description serves the block types of GGUF files, GPTQ, AWQ, compressed-tensors and the
-formats that float weights are quantised to: codes, scales and offsets are moved into the library's layout
-(`native/src/grouped.h`) as they are, never rounded. Adding a format is a `Format`.
+`weight = s * code - m`, or `s * table[code]` (NF4, FP8). One description serves the block types of GGUF files, GPTQ,
+AWQ, compressed-tensors, bitsandbytes, and the formats that float weights are quantised to: codes, scales and offsets
+are moved into the library's layout (`native/src/grouped.h`) as they are, never rounded. Adding one is a `Format`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Format:
             byte of the group's own), "f16" (minus a float16) or "code" (s times an unsigned byte), for `span` weights.
         zero: with offset "none": the code that means 0.
         span: weights that share a scale of their own, a power of two from the group's to 256.
+        table: the 2^bits numbers that the codes stand for, or none; with scales of their own and offset "none".
     """
 
     name: str
@@ -46,12 +47,18 @@ class Format:
     offset: str
     zero: int
     span: int
+    table: tuple[float, ...] = ()
 
     @cached_property
     def struct(self) -> abi.GroupedStruct:
         """As the library takes it."""
         scale, offset = abi.SCALES.index(self.scale), abi.OFFSETS.index(self.offset)
         return abi.GroupedStruct(self.bits, self.group, scale, offset, self.zero, self.span)
+
+    @cached_property
+    def numbers(self) -> Tensor | None:
+        """The table as the library takes it: (2^bits,) float32."""
+        return torch.tensor(self.table, dtype=torch.float32) if self.table else None
 
     @property
     def supers(self) -> bool:
@@ -126,6 +133,7 @@ class Packed:
         return abi.MatrixStruct(
             self.d_in, self.d_out, abi.GROUPED, int(self.neuron_major), self.format.struct, self.rows.data_ptr(),
             self.rows.stride(0), library.address(self.scales), library.address(bias),
+            library.address(self.format.numbers),
         )  # fmt: skip
 
     def unpack(

@@ -1,7 +1,8 @@
 """Linears and embeddings over weights in groups (`griffin.native.grouped`), in place, on the CPU.
 
-The packed weights are multiplied where they lie, a prompt's rows as well as a step's: inputs are quantised to int8 in
-groups of the weights' size, and the products of a group are summed exactly. No whole dequantised copy ever exists.
+The packed weights are multiplied where they lie, a prompt's rows as well as a step's: inputs are quantised to two bytes
+in groups of the weights' size, and the products of a group are summed exactly (weights of a table, such as NF4's, meet
+float32 inputs). No whole dequantised copy ever exists.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class QuantisedLinear(_Quantised):
     def matrices(self) -> list[operands.Matrix]:
         """The parts as the native library sees them; biases are in them."""
         if self._matrices is None:
-            biases = [None] * len(self.parts) if self.bias is None else torch.split(self.bias, [p.d_out for p in self.parts])
+            sizes = [part.d_out for part in self.parts]
+            biases = [None] * len(sizes) if self.bias is None else torch.split(self.bias, sizes)
             self._matrices = [operands.packed_matrix(*pair) for pair in zip(self.parts, biases, strict=True)]
         return self._matrices
 
@@ -183,9 +185,11 @@ def quantised_format(model: nn.Module) -> str | None:
 
 
 def prompt_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
-    """The dtype in which a model of `dtype` multiplies prompts; "int8" where the weights are quantised."""
+    """The dtype in which a model of `dtype` multiplies prompts; "int8" where weights are quantised, but float32 where
+    only with tables."""
     modules = list(model.modules())
-    if any(isinstance(module, QuantisedLinear) for module in modules):
-        return "int8"
+    formats = [part.format for module in modules if isinstance(module, QuantisedLinear) for part in module.parts]
+    if formats:
+        return torch.float32 if all(format.table for format in formats) else "int8"
     converted = any(isinstance(module, float32_gemm.Float32GemmLinear) for module in modules)
     return float32_gemm.product_dtype(dtype) if converted else dtype
