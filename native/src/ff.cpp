@@ -100,7 +100,8 @@ class Part {
     memset(second_, 0, sizeof second_[0] * rows_);
     if (gated() && up_.grouped()) stream(up_, second_, visit, up_, next);
     if (gated() && !up_.grouped()) {
-      for (int s = 0; s < visit.n; s += 2) {  // two neurons at a time share the loads of x, if they are for the same rows
+      for (int s = 0; s < visit.n;
+           s += 2) {  // two neurons at a time share the loads of x, if they are for the same rows
         const int m = s + 1 < visit.n && visit.mask[s] == visit.mask[s + 1] ? 2 : 1;
         const int64_t ahead[2] = {after(visit, next, s + 2), after(visit, next, s + 3)};
         in_passes(visit.mask[s], [&](const int* rows, int n) {
@@ -165,9 +166,9 @@ class Part {
   void stream(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
     for (int s = 0; s < visit.n; s++) {
       const int ahead = s + kRowsAhead, over = ahead - visit.n;
-      const uint8_t* const prefetched = ahead < visit.n  ? of.row(visit.neuron[ahead])
+      const uint8_t* const prefetched = ahead < visit.n ? of.row(visit.neuron[ahead])
                                         : over < next.n ? then.row(next.neuron[over])
-                                                         : of.row(visit.neuron[s]);
+                                                        : of.row(visit.neuron[s]);
       const int64_t j = visit.neuron[s];
       in_passes(visit.mask[s], [&](const int* rows, int n) {
         float products[kMaxRows];
@@ -207,7 +208,8 @@ class Part {
       for (int r = 0; r < rows_; r++) {
         if (!listed_[r]) continue;
         const int format = room_ ? GRIFFIN_F32 : block_.down.format;
-        kernels_.axpy[format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead, rest);
+        kernels_.axpy[format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead,
+                              rest);
         rest = 0;
       }
     }
@@ -224,8 +226,15 @@ class Part {
       int total;
       const float factor = quantise_z(z_[r], n, quads, &total);
       for (int i = n; i % 4; i++) down_[r][i] = down_[r][n - 1];
-      const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales), group_, (n + 3) / 4, total, down_[r],
-                                   quads, factor, ahead, n_ahead};
+      const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
+                                   group_,
+                                   (n + 3) / 4,
+                                   total,
+                                   down_[r],
+                                   quads,
+                                   factor,
+                                   ahead,
+                                   n_ahead};
       down(down_plan_, neurons, 0, down_plan_.d, acc_ + r * accumulator_stride(block_.down.d_out));
       n_ahead = 0;  // the first row of input prefetches for all
     }

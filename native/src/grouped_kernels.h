@@ -34,9 +34,26 @@ struct GroupOfNeurons {
 // y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
 using GroupedDownFn = void (*)(const NeuronPlan&, const GroupOfNeurons&, int begin, int end, float* y);
 
+// z of many rows of input for the neurons of a group, all of them: row r's quads at z + r * z_stride, its total and factor
+// at r * stride, its y at y + r * y_stride.
+struct ManyZ {
+  int rows;
+  const int32_t* z;
+  int64_t z_stride;
+  const int32_t* total;
+  const float* factor;
+  int64_t stride;
+  float* y;
+  int64_t y_stride;
+};
+
+// The same for many rows: the codes are unpacked once. `of` has neither z nor what belongs to it.
+using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, int begin, int end, const ManyZ& z);
+
 struct GroupedKernels {
   GroupedDotFn dot[2][7];  // [group == 32][bits - 2]
   GroupedDownFn down[7];   // [bits - 2]
+  GroupedDownManyFn down_many[7];
   void (*quantise)(const float* x, int d, int group, int8_t* q, float* scale, float* sum);
 };
 

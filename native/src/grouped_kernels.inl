@@ -88,9 +88,9 @@ inline void scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of,
     const typename B::F super = B::template spread_supers<kEach>(of.supers, g);
     *s = B::mul(super, f.scale == GRIFFIN_SCALE_SUB_UNSIGNED ? B::unsigned_bytes(row + p.sub + g)
                                                              : B::signed_bytes((const int8_t*)row + p.sub + g));
-    *m = f.offset == GRIFFIN_OFFSET_SUB ? B::mul(B::template spread_supers<kEach>(of.super_offsets, g),
-                                                 B::unsigned_bytes(row + p.sub_offset + g))
-                                        : B::mul(*s, B::set1_float(f.zero));
+    *m = f.offset == GRIFFIN_OFFSET_SUB
+             ? B::mul(B::template spread_supers<kEach>(of.super_offsets, g), B::unsigned_bytes(row + p.sub_offset + g))
+             : B::mul(*s, B::set1_float(f.zero));
     return;
   }
   const int each = f.span / kGroup, at = each == 1 ? g : g / each;
@@ -189,58 +189,72 @@ struct Ahead {
   }
 };
 
+// The codes of four neurons (a quad), byte by byte, for part `part` of a chunk's fields: field[f][i].
+template <class B, int kBits>
+inline void quad_fields(const NeuronPlan& p, const uint8_t* const* row, int begin, int bytes, int part,
+                        typename B::I (*field)[4]) {
+  using I = typename B::I;
+  constexpr int kPairs = kBits / 2;
+  const int64_t at = begin / 4 + part * B::kBytes;
+  I plane[4][4], bit[4][4];  // [plane or field][i]
+  for (int w = 0; w < kPairs; w++) {
+    const I own[4] = {B::load(row[0] + p.plane[w] + at), B::load(row[1] + p.plane[w] + at),
+                      B::load(row[2] + p.plane[w] + at), B::load(row[3] + p.plane[w] + at)};
+    interleave<B>(own, plane[w]);
+  }
+  if constexpr (kBits % 2) {
+    for (int f = 0; f < 4; f++) {
+      I own[4];
+      for (int j = 0; j < 4; j++)
+        own[j] = B::twice_and_bit(B::none(), row[j] + p.plane[kPairs] + (begin + f * bytes + part * B::kBytes) / 8);
+      interleave<B>(own, bit[f]);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    I own[4], code[4];
+    for (int w = 0; w < kPairs; w++) own[w] = plane[w][i];
+    fields_of<B, kPairs>(own, code);
+    for (int f = 0; f < 4; f++) field[f][i] = kBits % 2 ? B::add8(B::add8(code[f], code[f]), bit[f][i]) : code[f];
+  }
+}
+
+// Sums in the order of the outputs: acc[f][i] of part `part` of a chunk.
+template <class B>
+inline void store_sums(const typename B::I (*acc)[4], int bytes, int part, int32_t* sums) {
+  const int blocks = bytes / kFieldBlock;
+  const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
+  for (int f = 0; f < 4; f++)
+    for (int i = 0; i < 4; i++) {
+      int32_t* const to = sums + f * bytes + 4 * blocks * i + part * B::kLanes;
+      if (valid == B::kLanes) {
+        B::store_int(to, acc[f][i]);
+      } else {
+        int32_t room[B::kLanes];
+        B::store_int(room, acc[f][i]);
+        memcpy(to, room, sizeof(int32_t) * valid);
+      }
+    }
+}
+
 // sums[c] = sum over the quads' neurons of code * z, for a chunk of n outputs.
 template <class B, int kBits>
 inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const int32_t* z, int quads, int begin, int n,
                        int32_t* sums, Ahead& ahead) {
   using I = typename B::I;
-  constexpr int kPairs = kBits / 2;
-  const int bytes = n / 4, blocks = bytes / kFieldBlock;
+  const int bytes = n / 4;
   for (int part = 0; part * B::kBytes < bytes; part++) {
     I acc[4][4];
     for (int f = 0; f < 4; f++)
       for (int i = 0; i < 4; i++) acc[f][i] = B::none();
     for (int q = 0; q < quads; q++) {
-      const uint8_t* const* const row = rows + 4 * q;
       ahead.step<B>();
-      const int64_t at = begin / 4 + part * B::kBytes;
-      I plane[4][4], field[4][4], bit[4][4];  // [plane or field][i]
-      for (int w = 0; w < kPairs; w++) {
-        const I own[4] = {B::load(row[0] + p.plane[w] + at), B::load(row[1] + p.plane[w] + at),
-                          B::load(row[2] + p.plane[w] + at), B::load(row[3] + p.plane[w] + at)};
-        interleave<B>(own, plane[w]);
-      }
-      if constexpr (kBits % 2) {
-        for (int f = 0; f < 4; f++) {
-          I own[4];
-          for (int j = 0; j < 4; j++)
-            own[j] = B::twice_and_bit(B::none(), row[j] + p.plane[kPairs] +
-                                                     (begin + f * bytes + part * B::kBytes) / 8);
-          interleave<B>(own, bit[f]);
-        }
-      }
-      for (int i = 0; i < 4; i++) {
-        I own[4], code[4];
-        for (int w = 0; w < kPairs; w++) own[w] = plane[w][i];
-        fields_of<B, kPairs>(own, code);
-        for (int f = 0; f < 4; f++) field[f][i] = kBits % 2 ? B::add8(B::add8(code[f], code[f]), bit[f][i]) : code[f];
-      }
+      I field[4][4];
+      quad_fields<B, kBits>(p, rows + 4 * q, begin, bytes, part, field);
       const I factor = B::set1_int(z[q]);
       for (int f = 0; f < 4; f++)
         for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
     }
-    const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
-    for (int f = 0; f < 4; f++)
-      for (int i = 0; i < 4; i++) {
-        int32_t* const to = sums + f * bytes + 4 * blocks * i + part * B::kLanes;
-        if (valid == B::kLanes) {
-          B::store_int(to, acc[f][i]);
-        } else {
-          int32_t room[B::kLanes];
-          B::store_int(room, acc[f][i]);
-          memcpy(to, room, sizeof(int32_t) * valid);
-        }
-      }
+    store_sums<B>(acc, bytes, part, sums);
   }
 }
 
@@ -254,8 +268,8 @@ inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin,
   const typename B::F factor = B::set1_float(of.factor), z_sum = B::set1_float(of.factor * (float)of.total);
   const typename B::I zero = B::set1_int(of.total * f.zero);
   for (int c = begin; c < begin + n; c += B::kLanes) {
-    typename B::F s = kScale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)base + c)
-                                                  : B::halves((const uint16_t*)base + c);
+    typename B::F s =
+        kScale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)base + c) : B::halves((const uint16_t*)base + c);
     if (kScale == GRIFFIN_SCALE_SUB_UNSIGNED) s = B::mul(s, B::unsigned_bytes(sub + c));
     if (kScale == GRIFFIN_SCALE_SUB_SIGNED) s = B::mul(s, B::signed_bytes((const int8_t*)sub + c));
     typename B::I sum = B::load((const uint8_t*)(sums + (c - begin)));
@@ -263,8 +277,8 @@ inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin,
     if (kOffset == GRIFFIN_OFFSET_NONE) {
       sum = B::subtract(sum, zero);
     } else if (kOffset == GRIFFIN_OFFSET_SUB) {
-      const typename B::F m = B::mul(B::halves((const uint16_t*)(base + p.offset) + c),
-                                     B::unsigned_bytes(sub + p.sub_offset + c));
+      const typename B::F m =
+          B::mul(B::halves((const uint16_t*)(base + p.offset) + c), B::unsigned_bytes(sub + p.sub_offset + c));
       acc = B::minus_product(acc, m, z_sum);
     } else if (kOffset == GRIFFIN_OFFSET_F16) {
       acc = B::fma(B::halves((const uint16_t*)(base + p.offset) + c), z_sum, acc);
@@ -311,6 +325,39 @@ void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int 
   }
 }
 
+template <class B, int kBits>
+void grouped_down_many(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int end, const ManyZ& z) {
+  using I = typename B::I;
+  constexpr int kParts = 64 / B::kBytes;
+  alignas(64) uint8_t codes[8][kParts][16][B::kBytes];  // [quad][part][4 f + i]
+  alignas(64) int32_t sums[256];
+  for (int at = begin; at < end; at += 256) {
+    const int n = end - at < 256 ? end - at : 256, bytes = n / 4, parts = (bytes + B::kBytes - 1) / B::kBytes;
+    for (int q = 0; q < of.quads; q++)
+      for (int part = 0; part < parts; part++) {
+        I field[4][4];
+        quad_fields<B, kBits>(p, of.rows + 4 * q, at, bytes, part, field);
+        for (int i = 0; i < 16; i++) B::store_int((int32_t*)codes[q][part][i], field[i / 4][i % 4]);
+      }
+    for (int r = 0; r < z.rows; r++) {
+      const int32_t* const own = z.z + r * z.z_stride;
+      for (int part = 0; part < parts; part++) {
+        I acc[4][4];
+        for (int i = 0; i < 16; i++) acc[i / 4][i % 4] = B::none();
+        for (int q = 0; q < of.quads; q++) {
+          const I factor = B::set1_int(own[q]);
+          for (int i = 0; i < 16; i++)
+            acc[i / 4][i % 4] = B::template dot<kBits>(acc[i / 4][i % 4], B::load(codes[q][part][i]), factor);
+        }
+        store_sums<B>(acc, bytes, part, sums);
+      }
+      GroupOfNeurons row = of;
+      row.total = z.total[r * z.stride], row.factor = z.factor[r * z.stride];
+      add_scaled<B>(p, row, at, n, sums, z.y + r * z.y_stride);
+    }
+  }
+}
+
 // Quantise a row of d floats (a multiple of the group) in groups, in the order of the steps.
 template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, float* scale, float* sum) {
   const int groups = d / kGroup, padded = (int)up_to(groups, kChunkGroups);
@@ -335,7 +382,8 @@ template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, flo
       }
     scale[g] = s, sum[g] = s * (float)total;
     int8_t* const to = q + 2 * (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
-    for (int t = 0; t < kGroup / 4; t++) memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
+    for (int t = 0; t < kGroup / 4; t++)
+      memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
   }
   for (int g = groups; g < padded; g++) scale[g] = sum[g] = 0;
 }
@@ -354,5 +402,7 @@ template <class B> constexpr GroupedKernels grouped_kernels() {
             grouped_dot<B, 6, 32>, nullptr, grouped_dot<B, 8, 32>}},
           {grouped_down<B, 2>, grouped_down<B, 3>, grouped_down<B, 4>, grouped_down<B, 5>, grouped_down<B, 6>, nullptr,
            grouped_down<B, 8>},
+          {grouped_down_many<B, 2>, grouped_down_many<B, 3>, grouped_down_many<B, 4>, grouped_down_many<B, 5>,
+           grouped_down_many<B, 6>, nullptr, grouped_down_many<B, 8>},
           grouped_quantise};
 }

@@ -46,14 +46,10 @@ struct V {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2",
-                       {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
-                       nullptr,
-                       {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
-                       reduce_parts,
-                       widen_bf16,
-                       sum_floats<V>,
-                       activate_all,
+const Kernels kAvx2 = {"avx2",        {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
+                       nullptr,       {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
+                       reduce_parts,  widen_bf16,
+                       sum_floats<V>, activate_all,
                        &kGroupedAvx2};
 
 }  // namespace griffin

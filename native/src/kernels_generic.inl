@@ -117,7 +117,9 @@ inline float exponential(float x) {
   const float n = __builtin_rintf(x * 1.44269504f);
   const float f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   const float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f +
-                   1.6666665459e-1f) * f + 5.0000001201e-1f;
+                   1.6666665459e-1f) *
+                      f +
+                  5.0000001201e-1f;
   return (p * f * f + f + 1.f) * float_of((uint32_t)((int32_t)n + 127) << 23);
 }
 
@@ -133,8 +135,7 @@ void activate_all(int activation, const float* v, const float* by, float* out, i
   switch (activation) {
     case 0: return each_activation(v, by, out, n, [](float x) { return x / (1.f + exponential(-x)); });
     case 1:
-      return each_activation(v, by, out, n,
-                             [](float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); });
+      return each_activation(v, by, out, n, [](float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); });
     case 2:  // (1 + tanh y) / 2 = 1 / (1 + exp(-2 y))
       return each_activation(v, by, out, n, [](float x) {
         return x / (1.f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));

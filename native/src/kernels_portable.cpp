@@ -55,14 +55,11 @@ struct V {
 
 }  // namespace
 
-const Kernels kPortable = {"portable",
-                           {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
-                           nullptr,
-                           {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
-                           reduce_parts,
-                           widen_bf16,
-                           sum_floats<V>,
-                           activate_all,
-                           &kGroupedPortable};
+const Kernels kPortable = {
+    "portable",       {dot_rows<FloatDot<V, 0>>, dot_rows<FloatDot<V, 1>>, dot_rows<FloatDot<V, 2>>},
+    nullptr,          {axpy_rows<V, 0>, axpy_rows<V, 1>, axpy_rows<V, 2>},
+    reduce_parts,     widen_bf16,
+    sum_floats<V>,    activate_all,
+    &kGroupedPortable};
 
 }  // namespace griffin

@@ -11,7 +11,8 @@
 namespace griffin {
 namespace {
 
-constexpr int kRowsAhead = 2;  // rows of W to the one that is prefetched
+constexpr int kRowsAhead = 2;   // rows of W to the one that is prefetched
+constexpr int kBlockRows = 64;  // rows of W that many inputs meet before the next
 
 void store(void* y, bool bf16, int64_t at, float value) {
   if (!bf16) {
@@ -28,24 +29,30 @@ struct Call {
   Barrier barrier;
 };
 
-// Rows begin..end of one matrix.
+// Rows begin..end of one matrix. Many inputs are taken a few at a time, which stay in the first-level cache, for a block
+// of rows, which stays in the second.
 void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
   const Rows w(*product.matrix, x);
-  const int rows_ahead = product.matrix->format == GRIFFIN_GROUPED ? 6 * kRowsAhead : kRowsAhead;
+  const bool grouped = w.grouped(), many = rows > kMaxRows;
+  const int rows_ahead = grouped ? 6 * kRowsAhead : kRowsAhead, at_once = many && grouped ? kMaxRows / 2 : kMaxRows;
+  const int64_t block = many ? kBlockRows : end - begin;
   int all[kMaxInputs];
   for (int r = 0; r < rows; r++) all[r] = r;
-  for (int64_t o = begin; o < end; o += 2) {
-    const int m = end - o >= 2 ? 2 : 1;
-    const int64_t ahead = o + rows_ahead + 2 <= end ? o + rows_ahead : o;
-    const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
-    for (int first = 0; first < rows; first += kMaxRows) {
-      const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
-      float out[2 * kMaxRows];
-      w.dot(own, m, all + first, n, out, next);
-      for (int i = 0; i < m; i++)
-        for (int r = 0; r < n; r++)
-          store(static_cast<char*>(product.y) + (first + r) * product.y_stride, product.bf16, o + i,
-                out[i * n + r] + w.bias(o + i));
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t to = end - from < block ? end : from + block;
+    for (int first = 0; first < rows; first += at_once) {
+      const int n = rows - first < at_once ? rows - first : at_once;
+      for (int64_t o = from; o < to; o += 2) {
+        const int m = to - o >= 2 ? 2 : 1;
+        const int64_t ahead = o + rows_ahead + 2 <= to ? o + rows_ahead : o;
+        const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
+        float out[2 * kMaxRows];
+        w.dot(own, m, all + first, n, out, next);
+        for (int i = 0; i < m; i++)
+          for (int r = 0; r < n; r++)
+            store(static_cast<char*>(product.y) + (first + r) * product.y_stride, product.bf16, o + i,
+                  out[i * n + r] + w.bias(o + i));
+      }
     }
   }
 }
@@ -132,10 +139,31 @@ class NeuronProduct {
       const uint8_t* rows[32];
       for (int j = 0; j < (n + 3) / 4 * 4; j++)
         rows[j] = static_cast<const uint8_t*>(m_.weight) + (first + (j < n ? j : 0)) * m_.stride;
+      if (io_.rows > 2) {
+        GroupOfNeurons of{};
+        of.scales = static_cast<const uint8_t*>(m_.scales), of.group = g, of.quads = (n + 3) / 4, of.rows = rows;
+        const ManyZ z{io_.rows,
+                      quads_ + int64_t{g} * kQuads,
+                      int64_t{plan_.groups} * kQuads,
+                      total_ + g,
+                      factor_ + g,
+                      plan_.groups,
+                      y_,
+                      plan_.d};
+        kernels().grouped->down_many[m_.grouped.bits - 2](plan_, of, begin, end, z);
+        continue;
+      }
       for (int r = 0; r < io_.rows; r++) {
         const int64_t at = int64_t{r} * plan_.groups + g;
-        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales), g, (n + 3) / 4, total_[at], rows,
-                                quads_ + at * kQuads, factor_[at], nullptr, 0};
+        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales),
+                                g,
+                                (n + 3) / 4,
+                                total_[at],
+                                rows,
+                                quads_ + at * kQuads,
+                                factor_[at],
+                                nullptr,
+                                0};
         down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
       }
     }

@@ -106,7 +106,8 @@ inline float sub_at(const griffin_grouped& f, const uint8_t* sub, int64_t i) {
   return f.scale == GRIFFIN_SCALE_SUB_SIGNED ? (float)(int8_t)sub[i] : (float)sub[i];
 }
 
-template <class T> void unpack_grouped_row(const RowPlan& p, const float* table, const uint8_t* row, int64_t d, T* out) {
+template <class T> void unpack_grouped_row(const RowPlan& p, const float* table, const uint8_t* row, int64_t d,
+                                           T* out) {
   const griffin_grouped& f = p.format;
   const bool supers = has_supers(f);
   uint8_t codes[kChunkGroups * 32];
