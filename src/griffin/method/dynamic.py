@@ -132,10 +132,13 @@ def split(block: FFBlock, density: float) -> Split:
 def _split(
     d: int, width: int, nbytes: int, first: float, density: float, noises: tuple[tuple[str | None, float], ...]
 ) -> Split:
-    noise = dict(noises)
     """first: bytes of a neuron's row that is read for all experts, its gate's or its up's."""
+    noise = dict(noises)
     neuron = nbytes / width
-    known: dict[str | None, float] = {None: first, **{name: grouped.row_bytes(format, d) for name, format in grouped.MADE.items()}}
+    known: dict[str | None, float] = {
+        None: first,
+        **{name: grouped.row_bytes(format, d) for name, format in grouped.MADE.items()},
+    }
     sizes = {gate: known[gate] for gate in noise}
 
     def spent(gate: str | None, share: float) -> Split:

@@ -97,7 +97,9 @@ class QuantisedLinear(_Quantised):
     def matrices(self) -> list[operands.Matrix]:
         """The parts as the native library sees them; biases are in them."""
         if self._matrices is None:
-            biases = [None] * len(self.parts) if self.bias is None else torch.split(self.bias, [p.d_out for p in self.parts])
+            biases = (
+                [None] * len(self.parts) if self.bias is None else torch.split(self.bias, [p.d_out for p in self.parts])
+            )
             self._matrices = [operands.packed_matrix(*pair) for pair in zip(self.parts, biases, strict=True)]
         return self._matrices
 
