@@ -132,8 +132,8 @@ def split(block: FFBlock, density: float) -> Split:
 def _split(
     d: int, width: int, nbytes: int, first: float, density: float, noises: tuple[tuple[str | None, float], ...]
 ) -> Split:
-    noise = dict(noises)
     """first: bytes of a neuron's row that is read for all experts, its gate's or its up's."""
+    noise = dict(noises)
     neuron = nbytes / width
     known: dict[str | None, float] = {
         None: first,
