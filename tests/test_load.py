@@ -25,7 +25,7 @@ from transformers import AutoConfig, BertConfig, LlamaConfig, LlamaForCausalLM, 
 from griffin.cache import cache_folder
 from griffin.errors import GriffinError
 from griffin.gguf.reader import GgufFile
-from griffin.models import builtin, gguf_model, packed
+from griffin.models import builtin, gguf_model
 from griffin.models.builtin import BUILTIN, DEFAULT_MODEL, Builtin, Wheel
 from griffin.models.cache_entry import MANIFEST
 from griffin.models.load import load
@@ -610,27 +610,6 @@ def test_smollm2_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # ---------------------------------------------------------------------------------------------- weights=
-
-
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_packed_models_are_made_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
-    if reason := library.why_not():
-        pytest.skip(reason)
-    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
-    expected, _ = load(tiny, weights=weights)  # in memory
-    folder = packed.packed_folder("tiny", "ab" * 32, weights, lambda: load(tiny, dtype="bf16"))
-    again = packed.packed_folder("tiny", "ab" * 32, weights, lambda: pytest.fail("made again"))
-    assert again == folder
-    model, _ = packed.read_packed(folder, weights, None)
-    found, wanted = model.state_dict(), expected.state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    ids = torch.tensor([[1, 2, 1]])
-    with torch.no_grad():
-        assert torch.equal(model.eval()(ids).logits, expected(ids).logits)
-    (folder / "packed.safetensors").write_bytes(b"cut")
-    assert packed.packed_folder("tiny", "ab" * 32, weights, lambda: load(tiny, dtype="bf16")) == folder
-    packed.read_packed(folder, weights, None)
 
 
 def test_weights_are_refused(tiny: Path) -> None:

@@ -235,12 +235,14 @@ double act(int activation, double v) {
 }
 double slope(int activation, double v) { return activation == GRIFFIN_RELU2 ? 2 * fabs(v) + 1e-3 : 1.2; }
 
-// A value and how far the library may be from it: float32 sums; grouped weights meet inputs of 15 bits.
+// A value and how far the library may be from it: float32 sums; grouped weights meet inputs of 15 bits, neuron-major
+// ones of 8.
 struct Value {
   double value, error;
 };
 
-// One output of W x + b. Grouped: the inputs' rounding, of steps of the largest / 16256.
+// One output of W x + b. Grouped: the inputs' rounding, of steps of the largest / 16256, neuron-major / 127.
+constexpr double kOfNeurons = 4e-3;
 Value product(const Weights& w, int64_t o, const float* x, double bias) {
   double sum = bias, squares = bias * bias, weights = 0, top = 0;
   for (int i = 0; i < w.matrix.d_in; i++) {
@@ -248,7 +250,7 @@ Value product(const Weights& w, int64_t o, const float* x, double bias) {
     sum += term, squares += term * term, weights += v * v, top = std::max(top, fabs(double{x[i]}));
   }
   const bool grouped = w.matrix.format == GRIFFIN_GROUPED;
-  return {sum, 1e-5 * sqrt(squares) + (grouped ? 1e-4 * sqrt(weights) * top : 0)};
+  return {sum, 1e-5 * sqrt(squares) + (grouped ? (w.matrix.neuron_major ? kOfNeurons : 1e-4) * sqrt(weights) * top : 0)};
 }
 
 // bf16 rounds y.
@@ -381,7 +383,7 @@ void check_ff(const Kind& gate_kind, const Kind& up_kind, const Kind& down_kind,
       for (const int64_t j : wanted[r]) {
         const double w = down.at(i, j), term = w * z[j].value;
         const double error =
-            fabs(w) * (z[j].error + (down_kind.format == GRIFFIN_GROUPED ? 1e-4 * top : 0)) + 1e-5 * fabs(term);
+            fabs(w) * (z[j].error + (down_kind.format == GRIFFIN_GROUPED ? kOfNeurons * top : 0)) + 1e-5 * fabs(term);
         y += term, squares += error * error;
       }
       expected.push_back({y, sqrt(squares) + 1e-5 * fabs(y)});
