@@ -22,7 +22,7 @@ SUMMATION = 3e-5
 # Weights in groups meet inputs in steps of max / 16256 of a group: 2e-5 of the group's maximum, which is 2 to 3 times
 # its root mean square; a squared ReLU doubles it.
 INPUTS = 3e-4
-NEURONS = 4e-3  # what meets neuron-major ones: in steps of max / 127
+NEURONS = 1e-2  # neuron-major ones meet inputs in steps of max / 127: 0.0023 of a maximum of 2 to 4 root mean squares
 BF16_OUTPUT = 4e-3  # bfloat16 has 8 bits: each output is rounded by up to 2^-9 of itself
 
 

@@ -31,6 +31,7 @@ from griffin.models.cache_entry import MANIFEST
 from griffin.models.load import load
 from griffin.models.progress import progress
 from griffin.native import library
+from griffin.weights.quantised import quantised_format
 
 
 def message_of(kind: type[Exception], call: Callable[[], Any], *parts: str) -> str:
@@ -551,8 +552,8 @@ def test_progress_speaks_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_smollm2_answers(capfd: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = load(DEFAULT_MODEL, device="cpu")
     assert capfd.readouterr() == ("", "")
-    assert model.dtype == torch.bfloat16
-    assert model.num_parameters() == 134_515_008
+    assert model.dtype == torch.float32
+    assert quantised_format(model) == "Q4_1+Q8_0"
     assert "quantization_config" not in model.config.to_dict()
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
@@ -591,22 +592,12 @@ def test_smollm2_equals_its_gguf(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.model
-def test_smollm2_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_weights_are_not_rounded_again() -> None:
     if reason := library.why_not():
         pytest.skip(reason)
-    source = builtin.builtin_file(BUILTIN[DEFAULT_MODEL])
-    builtin_model, tokenizer = load(DEFAULT_MODEL, weights="int8")
-    monkeypatch.setenv("GRIFFIN_CACHE", str(tmp_path / "cache"))
-    made, _ = load(source, weights="int8")
-    monkeypatch.setattr("griffin.models.load.read_gguf", lambda *_: pytest.fail("requantised again"))
-    again, again_tokenizer = load(source, weights="int8")
-    expected = builtin_model.state_dict()
-    for model in (made, again):
-        found = model.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert again_tokenizer("The capital of France is").input_ids == tokenizer("The capital of France is").input_ids
-    assert str(tmp_path) not in next((tmp_path / "cache").glob("*/config.json")).read_text()
+    message_of(ValueError, lambda: load(DEFAULT_MODEL, weights="int8"), "Q4_1+Q8_0", "a second time", "dtype='bf16'")
+    model, _ = load(DEFAULT_MODEL, weights="int8", dtype="bf16")  # as the user says so
+    assert quantised_format(model) == "int8"
 
 
 # ---------------------------------------------------------------------------------------------- weights=

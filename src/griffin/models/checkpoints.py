@@ -26,6 +26,7 @@ from griffin.layouts import find_ff_blocks
 from griffin.models.checkpoint_formats import CheckpointFormat, Grouped, Settings, Stored, format_of
 from griffin.models.gguf_model import unfilled
 from griffin.native import library
+from griffin.text_files import read_text
 from griffin.weights.projection import shape_of
 from griffin.weights.quantised import QuantisedLinear
 
@@ -77,7 +78,7 @@ def _paths(source: str, **where: Any) -> list[str]:
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
     names = {SAFE_WEIGHTS_NAME}
     if index is not None:
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(read_text(Path(index)))["weight_map"].values())
     return [str(cached_file(source, name, **where)) for name in sorted(names)]
 
 

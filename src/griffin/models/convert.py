@@ -57,6 +57,8 @@ def convert(model: nn.Module, weights: str) -> None:
     for parent, name, projection in others:
         weight, bias = rows(projection)
         setattr(parent, name, QuantisedLinear([grouped.quantise(weight, weights)], bias))
+    if hasattr(model, "all_tied_weights_keys"):  # transformers would look for the output's weight
+        model.all_tied_weights_keys = {}
 
 
 def _projections(model: nn.Module, blocks: list[FFBlock]) -> list[tuple[nn.Module, str, nn.Module]]:

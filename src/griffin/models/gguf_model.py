@@ -113,6 +113,7 @@ def pack(model: PreTrainedModel, file: GgufFile) -> None:
             new = QuantisedLinear([read(tensor, source)], module.bias)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
+    model.all_tied_weights_keys = {}  # what was tied is one packed matrix now; transformers would look for its weight
 
 
 def empty_model(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
