@@ -337,7 +337,8 @@ def test_native_step(name: str, density: float, tmp_path: Path) -> None:
             decoder = Decoders(each, handle).decoder([cache], handle.selections)
             assert isinstance(decoder, NativeStep)
             logits.append(torch.stack([decoder(torch.tensor([token])) for token in (5, 6, 7)]))
-    assert relative(*logits) < error_of(model)
+    # at half of the neurons the two may also choose some others
+    assert relative(*logits) < error_of(model) * (1 if density == 1.0 else 4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

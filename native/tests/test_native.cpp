@@ -250,7 +250,8 @@ Value product(const Weights& w, int64_t o, const float* x, double bias) {
     sum += term, squares += term * term, weights += v * v, top = std::max(top, fabs(double{x[i]}));
   }
   const bool grouped = w.matrix.format == GRIFFIN_GROUPED;
-  return {sum, 1e-5 * sqrt(squares) + (grouped ? (w.matrix.neuron_major ? kOfNeurons : 1e-4) * sqrt(weights) * top : 0)};
+  return {sum,
+          1e-5 * sqrt(squares) + (grouped ? (w.matrix.neuron_major ? kOfNeurons : 1e-4) * sqrt(weights) * top : 0)};
 }
 
 // bf16 rounds y.

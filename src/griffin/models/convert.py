@@ -11,7 +11,7 @@ from griffin.layouts import FFBlock, decoder_layers, find_ff_blocks
 from griffin.native import grouped, library
 from griffin.weights.neuron_major import make_neuron_major
 from griffin.weights.projection import is_plain, rows
-from griffin.weights.quantised import FLOATS, WEIGHTS, QuantisedLinear, quantised_format
+from griffin.weights.quantised import FLOATS, WEIGHTS, QuantisedLinear, forget_ties, quantised_format
 
 
 @torch.no_grad()
@@ -57,8 +57,7 @@ def convert(model: nn.Module, weights: str) -> None:
     for parent, name, projection in others:
         weight, bias = rows(projection)
         setattr(parent, name, QuantisedLinear([grouped.quantise(weight, weights)], bias))
-    if hasattr(model, "all_tied_weights_keys"):  # transformers would look for the output's weight
-        model.all_tied_weights_keys = {}
+    forget_ties(model)
 
 
 def _projections(model: nn.Module, blocks: list[FFBlock]) -> list[tuple[nn.Module, str, nn.Module]]:

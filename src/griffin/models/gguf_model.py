@@ -31,7 +31,7 @@ from griffin.gguf.tokenizer import tokenizer_of
 from griffin.models.cache_entry import one_line
 from griffin.native import library
 from griffin.native.grouped import GGUF_TYPES, Packed, from_gguf
-from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear
+from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear, forget_ties
 
 logger = logging.getLogger("griffin")
 
@@ -113,7 +113,7 @@ def pack(model: PreTrainedModel, file: GgufFile) -> None:
             new = QuantisedLinear([read(tensor, source)], module.bias)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
-    model.all_tied_weights_keys = {}  # what was tied is one packed matrix now; transformers would look for its weight
+    forget_ties(model)
 
 
 def empty_model(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:

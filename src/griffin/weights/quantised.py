@@ -178,6 +178,13 @@ class QuantisedEmbedding(_Quantised):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
 
 
+def forget_ties(model: nn.Module) -> None:
+    """Let a Transformers model's `tie_weights` leave packed embeddings and outputs alone: they have no `weight`."""
+    for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if getattr(model, name, None):
+            object.__setattr__(model, name, {})
+
+
 def quantised_format(model: nn.Module) -> str | None:
     """Formats of a model's quantised projections, the most frequent first ("Q4_K+Q6_K"); `None`: it has none."""
     names = Counter(part.format.name for m in model.modules() if isinstance(m, QuantisedLinear) for part in m.parts)
