@@ -2,8 +2,8 @@
 
     python benchmarks/weight_formats.py TEXT [-m smollm2-135m --tokens 2048 --chunk 512]
 
-The text is cut into chunks that are run whole. A quantised model is dequantised to bf16 first. int8 and int4 round their
-inputs too, in the prompt phase as in the generation step.
+The text is cut into chunks that are run whole. A quantised model is dequantised to bf16 first. int8 and int4 round
+their inputs too, in the prompt phase as in the generation step.
 """
 
 from __future__ import annotations
