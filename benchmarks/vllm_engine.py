@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,16 @@ def main() -> None:
         return
     from importlib.metadata import version
 
+    import griffin
     from griffin.analysis import files, machine
-    from griffin.models.builtin import BUILTIN, builtin_folder
+    from griffin.models.builtin import BUILTIN
 
-    folder = str(builtin_folder(BUILTIN[args.model])) if args.model in BUILTIN else args.model
+    folder = args.model
+    saved = tempfile.TemporaryDirectory()  # until the end: vLLM wants a folder of safetensors
+    if args.model in BUILTIN:
+        folder = saved.name
+        for each in griffin.load(args.model, dtype="bf16", device="cpu"):
+            each.save_pretrained(folder)
     plain = Engine(folder, args.dtype, {})
     pruned = Engine(folder, args.dtype, {"griffin": {"density": args.density}})
     rows: list[dict[str, float | int | str | None]] = []

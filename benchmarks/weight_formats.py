@@ -2,8 +2,8 @@
 
     python benchmarks/weight_formats.py TEXT [-m smollm2-135m --tokens 2048 --chunk 512]
 
-The text is cut into chunks that are run whole, so this is the prompt phase's path; the rounding of inputs to 8 bits in
-the generation step is not in it.
+The text is cut into chunks that are run whole. A quantised model is dequantised to bf16 first. int8 and int4 round
+their inputs too, in the prompt phase as in the generation step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     base: list[torch.Tensor] = []
     for weights in ("bf16", "f32", "int8", "int4"):
-        model, tokenizer = griffin.load(args.model, weights=weights)
+        model, tokenizer = griffin.load(args.model, None if weights in ("bf16", "f32") else "bf16", weights=weights)
         text = args.text.read_text(encoding="utf-8")[: args.tokens * 8]
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : args.tokens]
         loss = divergence = agreed = count = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin.native import abi, library
+from griffin.native import abi, grouped, library
 
 if (reason := library.why_not()) is not None:
     pytest.fail(f"these tests need the native library: {reason}", pytrace=False)
@@ -18,8 +18,8 @@ HEADERS = Path(__file__).parents[1] / "native" / "include"
 
 @pytest.fixture(scope="module")
 def headers() -> str:
-    """Both headers without their comments."""
-    text = "".join((HEADERS / name).read_text() for name in ("griffin_native.h", "griffin_decode.h"))
+    """The headers without their comments."""
+    text = "".join((HEADERS / name).read_text() for name in ("griffin_native.h", "griffin_decode.h", "griffin_gguf.h"))
     return re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
 
 
@@ -44,6 +44,11 @@ def test_numbers_are_the_headers(headers: str) -> None:
 
     assert re.findall(r"GRIFFIN_ABI = (\d+)", headers) == [str(abi.ABI)]
     assert enum("griffin_format") == list(abi.FORMATS)
+    for name, values in (("scale", abi.SCALES), ("offset", abi.OFFSETS)):
+        assert enum(f"griffin_{name}") == [f"{name}_{value.replace(' ', '_')}" for value in values]
+    numbers = dict(re.findall(r"GRIFFIN_GGUF_(\w+) = (\d+)", headers))
+    assert numbers == {name: str(number) for name, number in grouped.GGUF_TYPES.items()}
+    assert re.findall(r"GRIFFIN_SLACK = (\d+)", headers) == [str(grouped.SLACK)]
     assert enum("griffin_activation") == list(abi.ACTIVATIONS)
     assert len(enum("griffin_status")) == 1 + len(abi.STATUS)
 
@@ -72,8 +77,8 @@ def test_a_last_field_elsewhere_is_refused(name: str, monkeypatch: pytest.Monkey
     *first, before, last = known._fields_
 
     class Split(ctypes.Structure):  # of the same size
-        if ctypes.sizeof(last[1]) == 8:
-            _fields_ = [*first, before, ("low", ctypes.c_int32), ("high", ctypes.c_int32)]
+        if half := {2: ctypes.c_uint8, 8: ctypes.c_int32, 16: ctypes.c_void_p}.get(ctypes.sizeof(last[1])):
+            _fields_ = [*first, before, ("low", half), ("high", half)]
         else:
             _fields_ = [*first, ("both", ctypes.c_int64)]
 

@@ -317,7 +317,7 @@ def test_generate_json(source: str, tiny: str, capsys: Any, stdin: Any, tmp_path
 
 def test_density_1_is_the_full_model(tiny: str, capsys: Any) -> None:
     assert main(["generate", "-m", tiny, "w1 w2", "--density", "1", "--max-tokens", "6"]) == 0
-    full = generate(*load(tiny), [{"role": "user", "content": "w1 w2"}], max_tokens=6)
+    full = generate(*load(tiny), [{"role": "user", "content": "w1 w2"}], density=1.0, max_tokens=6)
     assert not isinstance(full, list)
     assert capsys.readouterr().out == full.text + "\n"
 

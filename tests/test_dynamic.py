@@ -18,12 +18,12 @@ from griffin.engine.step import Sampling
 from griffin.layouts import find_ff_blocks
 from griffin.method import dynamic
 from griffin.models.convert import convert
-from griffin.native import kernel, library, operands
+from griffin.native import grouped, kernel, library, operands
 
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 9, 60, 22, 71, 13, 2], [7, 7, 12, 90, 4, 33, 18, 2, 61, 50, 11]])
 LATER = torch.tensor([[8, 30, 77], [19, 5, 64]])
 native = pytest.mark.skipif(library.why_not() is not None, reason="the native library was not built")
-# Where inputs meet weights in integers (a sketch, int8, int4) they are rounded to 8 bits, in groups of 32, so that now
+# Where inputs meet weights in integers (a sketch, int8, int4) they are rounded to 15 bits, in groups of 32, so that now
 # and then a neuron at the edge changes places with the next one. Floats differ by the order of their sums.
 ROUNDED, FLOAT, BF16 = 0.08, 1e-5, 0.02
 
@@ -58,7 +58,7 @@ def naive(model: Any, block: Any, split: dynamic.Split, prompt: torch.Tensor, x:
     z = F.silu(prompt @ gate.T) * ups
     statistic = (z / z.norm(dim=1, keepdim=True)).square().sum(dim=0).sqrt()
     experts = statistic.topk(split.experts).indices
-    read = gate if split.gate is None else operands.unpack(dynamic.sketch(block, split.gate))[0].to(gate.dtype)
+    read = gate if split.gate is None else dynamic.sketch(block, split.gate).unpack().to(gate.dtype)
     rows = []
     for token in x:
         gates = {int(j): F.silu(read[j] @ token) for j in experts}
@@ -121,7 +121,7 @@ def test_native_is_the_reference(batch: str, weights: str, tolerance: float) -> 
 @pytest.mark.parametrize("batch", ["shared", "per_sequence"])
 @pytest.mark.parametrize("weights", ["f32", "bf16", "int8"])
 def test_native_is_the_reference_with_sketches(batch: str, weights: str) -> None:
-    model = tiny_llama(torch.float32, hidden_size=64, intermediate_size=160)
+    model = tiny_llama(torch.float32, hidden_size=256, intermediate_size=160)
     convert(model, weights)
     with griffin.attach(model, selection="dynamic+topk", density=0.6) as handle:
         assert handle.splits[0].gate is not None
@@ -188,7 +188,11 @@ def test_bytes_counted_are_bytes_claimed(weights: str, density: float) -> None:
         before = library.ff_bytes()
         for _ in islice(steps, 3):
             pass
-        assert (library.ff_bytes() - before) / 3 == pytest.approx(handle.ff_bytes_per_token, abs=4)  # rounding
+        read = (library.ff_bytes() - before) / 3
+        if weights in grouped.MADE:  # scales of a group of down's neurons are read whole, where one of them is chosen
+            assert handle.ff_bytes_per_token - 4 <= read < 1.05 * handle.ff_bytes_per_token
+        else:
+            assert read == pytest.approx(handle.ff_bytes_per_token, abs=4)  # rounding
         assert 0.9 * density * full < handle.ff_bytes_per_token <= density * full + 4
 
 
@@ -324,7 +328,9 @@ def test_the_kernel_takes_exactly_k_a_row(rows: int, k: int) -> None:
     gate = torch.zeros(width, d)
     gate[::3, 0] = 1.0  # a third of the neurons have equal gates, the others zero
     up, down = torch.randn(width, d), torch.randn(width, d)
-    block = operands.ff_block(gate, up, down, activation="relu")
+    block = operands.ff_block(
+        operands.matrix(gate), operands.matrix(up), operands.matrix(down, neuron_major=True), activation="relu"
+    )
     x = torch.rand(rows, d) + 0.5
     y = kernel.ff(block, x, dynamic=operands.dynamic(block, torch.ones(width), k))
     active = torch.arange(0, width, 3)[:k]

@@ -103,13 +103,13 @@ def test_a_built_in_model_in_packed_weights_with_dynamic_selection(
 ) -> None:
     texts = [("The capital of France is", [" Paris", " a potato"]), ("Water is", [" wet"])]
     scores = {}
-    for weights in (None, "int8"):
-        lm = GriffinLM("smollm2-135m", weights=weights, density=0.6, selection="dynamic+topk", disable_tqdm=True)
-        scores[weights] = [score for score, _ in lm.loglikelihood(requests(texts))]
-    (paris, potato, wet), packed = scores[None], scores["int8"]
+    for dtype in ("bfloat16", None):  # None: as the file has them
+        lm = GriffinLM("smollm2-135m", dtype=dtype, density=0.6, selection="dynamic+topk", disable_tqdm=True)
+        scores[dtype] = [score for score, _ in lm.loglikelihood(requests(texts))]
+    (paris, potato, wet), packed = scores["bfloat16"], scores[None]
     assert paris > potato
     assert packed[0] > packed[1]
-    assert packed[2] == pytest.approx(wet, abs=1.0)  # 8 bits, and other neurons at the edge
+    assert packed[2] == pytest.approx(wet, abs=1.0)  # other neurons at the edge
 
 
 # -- equal to hf at density 1 ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 import griffin
 from conftest import tiny_llama
-from griffin.native import kernel, library, operands
+from griffin.native import kernel, library
 from griffin.weights import float32_gemm
 from griffin.weights.float32_gemm import Float32GemmLinear, use_float32_gemm
 from griffin.weights.quantised import QuantisedLinear
@@ -264,20 +264,3 @@ def test_what_is_fast() -> None:
     assert float32_gemm.fast(torch.float64)
     for dtype in NARROW:
         assert float32_gemm.product_dtype(dtype) == (dtype if float32_gemm.fast(dtype) else torch.float32)
-
-
-@native
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_packed_weights_meet_prompts_in_float32(format: str, slow: None) -> None:
-    weight, bias, x = torch.randn(70, 96), torch.randn(70), torch.randn(30, 96).bfloat16()
-    tensors = operands.quantise_matrix(weight, format=format).tensors
-    scales = tensors[1][None] if format == "int8" else None
-    linear = QuantisedLinear(tensors[0][None], scales, length=96, bias=bias)
-    plain = nn.Linear(96, 70)
-    plain.weight.data, plain.bias.data = linear.dequantised(), bias
-    assert_rounded_once(linear(x), plain, x)
-    down = QuantisedLinear(linear.packed, linear.scales, length=96, bias=None, transposed=True)
-    plain = nn.Linear(70, 96, bias=False)
-    plain.weight.data = linear.dequantised().t()
-    x = torch.randn(30, 70).bfloat16()
-    assert_rounded_once(down(x), plain, x)

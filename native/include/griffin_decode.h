@@ -27,19 +27,16 @@ typedef struct {
 
 typedef struct {
   int32_t n_layers, d_model, heads, kv_heads, head_size, vocabulary;
-  int32_t rotary;           /* values of a head that are rotated, pairs (i, i + rotary / 2) */
-  int32_t embedding_format; /* GRIFFIN_F32 or GRIFFIN_BF16 */
-  float attention_scale;    /* of q . k */
+  int32_t rotary;        /* values of a head that are rotated, pairs (i, i + rotary / 2) */
+  int32_t positions;     /* rows of the rotary tables; more than length - start of every sequence */
+  float attention_scale; /* of q . k */
   float embedding_scale, residual_scale, logits_scale;
   float attention_softcap, logits_softcap; /* 0: none */
   const griffin_layer* layers;
-  const void* embedding; /* (V, D) */
-  int64_t embedding_stride;
+  griffin_matrix embedding; /* (V, D) */
   griffin_norm final;
   griffin_matrix head;
   const float *cosines[2], *sines[2]; /* rotary tables, (positions, rotary / 2) */
-  int32_t positions;                  /* rows of the rotary tables; more than length - start of every sequence */
-  int32_t reserved;
 } griffin_decoder;
 
 /* Keys and values of every sequence, wherever they lie: each sequence of a batch has a length and a capacity of its

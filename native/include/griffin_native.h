@@ -4,21 +4,17 @@
  * Words: D model width, D_ff feedforward width, B rows of input (1..16), neuron j owns row j of W_g (gate), row j of
  * W_1 (up) and column j of W_2, stored here as row j of `down` ("neuron-major"). All accumulation is in float32.
  *
- * Formats of a weight row of length D
- *   f32, bf16, f16   D values.
- *   int8             D signed bytes in -127..127 and one float32 scale a row, in a separate array.
- *   int4             P = D rounded up to 64. P/2 bytes of nibbles, then P/32 float16 scales, one for 32 weights: weight
- *                    = (nibble - 8) * scale. Weights come in blocks of 128: the low nibbles of the block's 64 bytes are
- *                    its weights 0..63, the high nibbles its weights 64..127. If P is an odd multiple of 64 the last
- *                    block has 64 weights in 32 bytes: low nibbles 0..31, high nibbles 32..63. The padding beyond D
- *                    has nibble 8 (weight 0). 4.5 bits a weight, as Q4_0, but vectors load whole and scales load 16 at
- *                    once.
- *   A neuron's record is gate row, up row, down row, one after the other, when the caller lays them out so (int4,
- *   int8); the functions only see three base pointers with a stride in bytes each.
+ * Formats of weights
+ *   f32, bf16, f16   values.
+ *   grouped          codes of 2 to 8 bits; a scale s and an offset m for every group of 16 or 32 weights along the
+ *                    input: weight = s * code - m (griffin_grouped). Codes lie in planes of 2 bits, the highest first,
+ *                    so that a weight's highest bits can be read without its lowest; where they lie, in src/grouped.h.
+ *                    With a table of 16 or 256 numbers weight = s * table[code] (NF4, FP8).
  *
- * int8 and int4 rows are multiplied in integers where they meet the input (gate, up, matvec): x is quantised to int8 in
- * groups of 32 with scale max|x| / 127, as in Q8_0, the products of a group are summed exactly, and groups are summed
- * in float32. Down rows are converted to float32 and never meet a quantised operand. bf16 rows meet a bf16 x in the
+ * Grouped rows are multiplied in integers: x is quantised in groups of the weights' size with scale max|x| / 16256 (two
+ * bytes a value), the products of a group are summed exactly, and groups are summed in float32. Where the output
+ * projection is grouped, so is z, over the neurons of a group that are computed. Rows of a
+ * table format are unpacked to float32, a few at a time, and meet x in float32. bf16 rows meet a bf16 x in the
  * instruction for it where there is one, and a float32 x in float32. */
 #ifndef GRIFFIN_NATIVE_H
 #define GRIFFIN_NATIVE_H
@@ -34,8 +30,14 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 5, GRIFFIN_MAX_ROWS = 16 };
-enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_INT8, GRIFFIN_INT4 };
+enum { GRIFFIN_ABI = 7, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
+enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_GROUPED };
+/* Where a group's scale s comes from: a float16 for 256 weights times a byte of the group's own, or a value of its own
+ * (for `span` weights). */
+enum griffin_scale { GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_SCALE_F16, GRIFFIN_SCALE_F32 };
+/* Where its offset m comes from, weight = s * code - m: s * zero; a float16 for 256 weights times an unsigned byte of
+ * the group's own; minus a float16; s times an unsigned byte (both for `span` weights). */
+enum griffin_offset { GRIFFIN_OFFSET_NONE, GRIFFIN_OFFSET_SUB, GRIFFIN_OFFSET_F16, GRIFFIN_OFFSET_CODE };
 enum griffin_activation { GRIFFIN_SILU, GRIFFIN_GELU, GRIFFIN_GELU_TANH, GRIFFIN_RELU, GRIFFIN_RELU2 };
 enum griffin_status {
   GRIFFIN_OK,
@@ -45,25 +47,34 @@ enum griffin_status {
   GRIFFIN_NO_ISA /* instruction set unknown, not built, or not on this machine */
 };
 
-/* One feedforward block, read only. `gate` NULL: ungated. Strides are the bytes from one neuron to the next. */
+/* A format of weights in groups. */
 typedef struct {
-  int32_t d_model, d_ff, format, activation;
-  const void *gate, *up, *down;
-  int64_t gate_stride, up_stride, down_stride;
-  const float *gate_scale, *up_scale, *down_scale; /* int8 only */
-  int64_t scale_stride;                            /* bytes from one neuron's scale to the next, in all three */
-  const float *gate_bias, *up_bias;                /* (D_ff,) or NULL */
-  const float* out_bias;                           /* (D,) or NULL */
-} griffin_ff_block;
+  uint8_t bits;   /* of a code: 2, 3, 4, 5, 6 or 8 */
+  uint8_t group;  /* weights of a group along d_in: 16 or 32 */
+  uint8_t scale;  /* enum griffin_scale */
+  uint8_t offset; /* enum griffin_offset */
+  uint16_t zero;  /* GRIFFIN_OFFSET_NONE: the code that means 0 */
+  uint16_t span;  /* weights that share a scale of their own, a power of two from the group's to 256 */
+} griffin_grouped;
 
-/* One matrix W (out, in), row-major, for y = W x + bias. */
+/* One matrix W (out, in), for y = W x + bias; read only. Row-major: row o of W after the other. Neuron-major (an output
+ * projection W_2): row j has what neuron j writes, column j of W. */
 typedef struct {
-  int32_t d_in, d_out, format, reserved;
+  int32_t d_in, d_out, format, neuron_major;
+  griffin_grouped grouped; /* GRIFFIN_GROUPED only */
   const void* weight;
   int64_t stride;     /* bytes from one row to the next */
-  const float* scale; /* (out,), int8 only */
+  const void* scales; /* GRIFFIN_GROUPED and neuron-major only: scales and offsets of all groups */
   const float* bias;  /* (out,) or NULL */
+  const float* table; /* GRIFFIN_GROUPED only, (2^bits,) or NULL: weight = s * table[code]. Codes of 4 or 8 bits, scales
+                         of their own, no offsets */
 } griffin_matrix;
+
+/* One feedforward block: gate (weight NULL: ungated) and up (D_ff, D), down (D, D_ff) neuron-major. */
+typedef struct {
+  griffin_matrix gate, up, down;
+  int32_t activation, reserved;
+} griffin_ff_block;
 
 /* Dynamic neuron selection: for each token, the gate is computed for all experts, and up and down only for the k of
  * them with the largest scores |act(gate)| * weight. In a block without a gate, up takes its place: it is computed for
@@ -110,6 +121,7 @@ GRIFFIN_API int64_t griffin_ff_bytes(void); /* of weights and scales that feedfo
 /* -- one parallel region each ------------------------------------------------------------------------------------- */
 /* y = W_2[:,E] (act(W_g[E] x + b_g) * (W_1[E] x + b_1)) + b_2, ungated y = W_2[:,E] act(W_1[E] x + b_1) + b_2 */
 GRIFFIN_API int griffin_ff(const griffin_ff_block* block, const griffin_io* io, int threads);
+/* y = W x + bias. Grouped: any number of rows, and neuron-major too; else at most GRIFFIN_MAX_ROWS, rows of W. */
 GRIFFIN_API int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads);
 
 /* -- data --------------------------------------------------------------------------------------------------------- */
@@ -117,19 +129,6 @@ GRIFFIN_API int griffin_matvec(const griffin_matrix* matrix, const griffin_io* i
  * mask_out (as long); returns the union's length, or minus a griffin_status. */
 GRIFFIN_API int64_t griffin_union(const void* experts, int index_bytes, int rows, int64_t k, int64_t d_ff,
                                   int32_t* union_out, uint16_t* mask_out);
-GRIFFIN_API int64_t griffin_row_bytes(int format, int64_t d);
-/* Quantise n float32 rows of length d (row stride in floats) into rows of `stride` bytes. int8 also fills
- * scale[i * scale_stride_bytes]; int4 ignores it. */
-GRIFFIN_API int griffin_pack(int format, const float* source, int64_t n, int64_t d, int64_t source_stride,
-                             void* rows_out, int64_t stride, float* scale, int64_t scale_stride);
-/* The inverse, for tests and for a prompt phase through dequantised blocks; any format. */
-GRIFFIN_API int griffin_unpack(int format, const void* rows_in, int64_t n, int64_t d, int64_t stride,
-                               const float* scale, int64_t scale_stride, float* out, int64_t out_stride);
-/* Columns begin..end (begin a multiple of 128) of n int8 or int4 rows as bf16 or float32, rounded to nearest even, for
- * a GEMM. out_stride in values. Multi-threaded, and much faster than griffin_unpack. */
-GRIFFIN_API int griffin_unpack_block(int format, const void* rows_in, int64_t n, int64_t d, int64_t stride,
-                                     const float* scale, int64_t scale_stride, int64_t begin, int64_t end, void* out,
-                                     int out_type, int64_t out_stride, int threads);
 /* Ask for huge pages under [address, address + bytes); 0 if the system took the advice. */
 GRIFFIN_API int griffin_advise_huge(void* address, int64_t bytes);
 /* Bytes per second of a plain float sum over the buffer with `threads` threads: the yardstick for everything above. */

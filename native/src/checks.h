@@ -1,15 +1,14 @@
 // Whether what a call describes can be computed. Sizes, formats and null pointers; not what the pointers point to.
 #pragma once
 #include "griffin_native.h"
+#include "grouped.h"
 
 namespace griffin {
 
-inline bool valid_format(int format) { return format >= GRIFFIN_F32 && format <= GRIFFIN_INT4; }
-
-inline bool valid_io(const griffin_io& io) {
+inline bool valid_io(const griffin_io& io, int most = GRIFFIN_MAX_ROWS) {
   const bool types = (io.x_type == GRIFFIN_F32 || io.x_type == GRIFFIN_BF16) &&
                      (io.y_type == GRIFFIN_F32 || io.y_type == GRIFFIN_BF16);
-  return io.x && io.y && types && io.rows >= 1 && io.rows <= GRIFFIN_MAX_ROWS;
+  return io.x && io.y && types && io.rows >= 1 && io.rows <= most;
 }
 
 // Experts as griffin_io and griffin_experts have them.
@@ -20,20 +19,28 @@ bool valid_experts(const T& of) {
 }
 
 inline bool valid_matrix(const griffin_matrix& matrix) {
-  return matrix.weight && matrix.d_in >= 1 && matrix.d_out >= 1 && valid_format(matrix.format) &&
-         (matrix.format != GRIFFIN_INT8 || matrix.scale);
+  if (!matrix.weight || matrix.d_in < 1 || matrix.d_out < 1 || matrix.format < GRIFFIN_F32) return false;
+  if (matrix.format != GRIFFIN_GROUPED) return matrix.format < GRIFFIN_GROUPED;
+  const griffin_grouped& f = matrix.grouped;
+  if (matrix.table && ((f.bits != 4 && f.bits != 8) || has_supers(f) || f.offset != GRIFFIN_OFFSET_NONE)) return false;
+  return valid_grouped(f) && matrix.d_in <= kMaxSupers * kSuper && (!matrix.neuron_major || matrix.scales);
 }
 
+// y = W x: a matrix whose rows are those of W.
+inline bool valid_rows(const griffin_matrix& matrix) { return valid_matrix(matrix) && !matrix.neuron_major; }
+
 inline bool valid_block(const griffin_ff_block& block) {
-  if (!block.up || !block.down || block.d_model < 1 || block.d_ff < 1 || !valid_format(block.format)) return false;
   if (block.activation < GRIFFIN_SILU || block.activation > GRIFFIN_RELU2) return false;
-  return block.format != GRIFFIN_INT8 || (block.up_scale && block.down_scale && (!block.gate || block.gate_scale));
+  if (!valid_rows(block.up) || !valid_matrix(block.down) || !block.down.neuron_major) return false;
+  if (block.down.d_in != block.up.d_out || block.down.d_out != block.up.d_in) return false;
+  const griffin_matrix& gate = block.gate;
+  return !gate.weight || (valid_rows(gate) && gate.d_in == block.up.d_in && gate.d_out == block.up.d_out);
 }
 
 inline bool valid_dynamic(const griffin_ff_block& block, const griffin_dynamic& dynamic) {
   if (!dynamic.weight || dynamic.weight_stride < 0 || dynamic.k < 1) return false;
   const griffin_matrix& gate = dynamic.gate;
-  return !gate.weight || (valid_matrix(gate) && gate.d_in == block.d_model && gate.d_out == block.d_ff);
+  return !gate.weight || (valid_rows(gate) && gate.d_in == block.up.d_in && gate.d_out == block.up.d_out);
 }
 
 }  // namespace griffin

@@ -16,16 +16,12 @@
 #include "half.h"
 #include "parallel.h"
 #include "parts.h"
+#include "unpack.h"
 
 namespace griffin {
 namespace {
 
 constexpr int kMaxHeadSize = 512;
-
-float widen(const void* row, int format, int64_t i) {
-  if (format == GRIFFIN_F32) return static_cast<const float*>(row)[i];
-  return bf16_to_float(static_cast<const uint16_t*>(row)[i]);
-}
 
 void normalise(const griffin_norm& norm, const float* x, float* y, int n) {
   if (!norm.weight) {
@@ -134,9 +130,9 @@ class Step {
  private:
   void embed(float* to) const {
     for (int r = 0; r < rows_; r++) {
-      const char* const row = static_cast<const char*>(m_.embedding) + tokens_[r] * m_.embedding_stride;
       float* const x = to + static_cast<int64_t>(r) * m_.d_model;
-      for (int i = 0; i < m_.d_model; i++) x[i] = widen(row, m_.embedding_format, i) * m_.embedding_scale;
+      unpack_row(m_.embedding, tokens_[r], x);
+      for (int i = 0; i < m_.d_model; i++) x[i] *= m_.embedding_scale;
     }
   }
 
@@ -159,7 +155,8 @@ class Step {
   void multiply(std::initializer_list<Product> products, const float* x, float* memory, int thread, int threads) const {
     const griffin_matrix& first = *products.begin()->matrix;
     const griffin_io own = io(x, first.d_in);
-    Inputs inputs(own, first.format, first.d_in, memory);
+    Inputs inputs(own, first.d_in, memory);
+    for (const Product& product : products) inputs.meet(*product.matrix);
     inputs.prepare(0, 1);
     multiply_part(products.begin(), static_cast<int>(products.size()), inputs, rows_, thread, threads);
   }
@@ -170,17 +167,16 @@ class Step {
       own.experts = experts_[l].experts, own.n_experts = experts_[l].n_experts;
       own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes, own.dynamic = experts_[l].dynamic;
     }
+    Inputs inputs(own, m_.d_model, memory);
+    ff_meet(layer.ff, own, inputs);
+    inputs.prepare(0, 1);
     Chosen chosen;
     if (own.dynamic) {
       Dynamic dynamic(layer.ff, own, dynamic_);
-      Inputs inputs(own, dynamic.format(), m_.d_model, memory);
-      inputs.prepare(0, 1);
       dynamic.gate(inputs, thread, threads);
       barrier_.wait(threads);
       chosen = dynamic.choose(thread);
     }
-    Inputs inputs(own, layer.ff.format, m_.d_model, memory);
-    inputs.prepare(0, 1);
     ff_accumulate(layer.ff, own, inputs, own.dynamic ? &chosen : nullptr, accumulators_, thread, threads);
     barrier_.wait(threads);
     ff_reduce(layer.ff, own, accumulators_, thread, threads);
@@ -308,15 +304,14 @@ class Step {
 };
 
 bool has_shape(const griffin_matrix& matrix, int64_t d_out, int64_t d_in) {
-  return valid_matrix(matrix) && matrix.d_out == d_out && matrix.d_in == d_in;
+  return valid_rows(matrix) && matrix.d_out == d_out && matrix.d_in == d_in;
 }
 
 bool valid(const griffin_decoder& m, const griffin_layer& layer) {
   const int64_t heads = int64_t{m.heads} * m.head_size, kv_heads = int64_t{m.kv_heads} * m.head_size;
   if (!has_shape(layer.q, heads, m.d_model) || !has_shape(layer.o, m.d_model, heads)) return false;
   if (!has_shape(layer.k, kv_heads, m.d_model) || !has_shape(layer.v, kv_heads, m.d_model)) return false;
-  if (layer.k.format != layer.q.format || layer.v.format != layer.q.format) return false;
-  if (!valid_block(layer.ff) || layer.ff.d_model != m.d_model) return false;
+  if (!valid_block(layer.ff) || layer.ff.up.d_in != m.d_model) return false;
   return layer.rope < 0 || (layer.rope < 2 && m.cosines[layer.rope] && m.sines[layer.rope]);
 }
 
@@ -326,10 +321,9 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_e
     return false;
   if (m.heads % m.kv_heads || m.head_size < 1 || m.head_size > kMaxHeadSize) return false;
   if (m.rotary < 0 || m.rotary % 2 || m.rotary > m.head_size) return false;
-  if (!m.layers || !m.embedding || !cache.keys || !cache.values || !cache.head_stride || !cache.length) return false;
-  if (m.embedding_format != GRIFFIN_F32 && m.embedding_format != GRIFFIN_BF16) return false;
+  if (!m.layers || !cache.keys || !cache.values || !cache.head_stride || !cache.length) return false;
   if (cache.type != GRIFFIN_F32 && cache.type != GRIFFIN_BF16) return false;
-  if (!has_shape(m.head, m.vocabulary, m.d_model)) return false;
+  if (!has_shape(m.head, m.vocabulary, m.d_model) || !has_shape(m.embedding, m.vocabulary, m.d_model)) return false;
   bool rope = false;
   for (int l = 0; l < m.n_layers; l++) {
     const griffin_layer& layer = m.layers[l];

@@ -30,9 +30,10 @@ struct Machine {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       const bool vnni = __builtin_cpu_supports("avx512vnni"), bf16 = __builtin_cpu_supports("avx512bf16");
-      Kernels set = vnni ? kAvx512Vnni : kAvx512;
+      Kernels set = kAvx512;
+      if (vnni) set.grouped = &kGroupedAvx512Vnni;
       if (bf16) set.dot_bf16 = dot_bf16_avx512;
-      add("avx512", set, std::string(set.name) + (bf16 ? " bf16" : ""));
+      add("avx512", set, std::string(set.name) + (vnni ? " vnni" : "") + (bf16 ? " bf16" : ""));
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
       add("avx2", kAvx2, "avx2");

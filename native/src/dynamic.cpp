@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "activation.h"
 #include "experts.h"
 #include "half.h"
 #include "parallel.h"
@@ -53,52 +52,49 @@ int64_t Dynamic::floats(const griffin_ff_block& block, const griffin_io& io, int
 }
 
 Dynamic::Dynamic(const griffin_ff_block& block, const griffin_io& io, float* memory)
-    : block_(block), io_(io), dynamic_(*io.dynamic), n_(experts(block, io)), stride_(round_up(n_, 16)) {
+    : block_(block), io_(io), dynamic_(*io.dynamic), n_(experts(block, io)), stride_(round_up(n_, 16)),
+      rows_(dynamic_.gate.weight ? dynamic_.gate
+            : block.gate.weight  ? block.gate
+                                 : block.up),
+      bias_(block.gate.weight ? block.gate.bias : block.up.bias) {
   gates_ = memory;
   scores_ = gates_ + io.rows * stride_;
   own_ = scores_ + io.rows * stride_;
-  const bool other = dynamic_.gate.weight != nullptr;
-  format_ = other ? dynamic_.gate.format : block.format;
-  const bool gated = block.gate != nullptr;  // else up is what the activation is of
-  weight_ = static_cast<const uint8_t*>(other ? dynamic_.gate.weight : gated ? block.gate : block.up);
-  weight_stride_ = other ? dynamic_.gate.stride : gated ? block.gate_stride : block.up_stride;
-  scale_ = other ? dynamic_.gate.scale : gated ? block.gate_scale : block.up_scale;
-  bias_ = gated ? block.gate_bias : block.up_bias;
-  scale_stride_ = other ? sizeof(float) : block.scale_stride;
 }
 
 void Dynamic::gate(const Inputs& x, int thread, int threads) {
   const int64_t begin = n_ * thread / threads, end = n_ * (thread + 1) / threads;
   const Experts expert{io_};
-  const auto row = [this](int64_t j) { return weight_ + j * weight_stride_; };
+  const Rows w(rows_, x);
+  int all[GRIFFIN_MAX_ROWS];
+  for (int r = 0; r < io_.rows; r++) all[r] = r;
   for (int64_t i = begin; i < end; i += 2) {
     const int m = end - i >= 2 ? 2 : 1;
     const int64_t j[2] = {expert[i], expert[i + m - 1]};
     const int64_t ahead = i + 4 <= end ? i + 2 : i;
-    const uint8_t* const w[2] = {row(j[0]), row(j[1])};
-    const uint8_t* const next[2] = {row(expert[ahead]), row(expert[ahead + m - 1])};
+    const int64_t next[2] = {expert[ahead], expert[ahead + m - 1]};
     for (int first = 0; first < io_.rows; first += kMaxRows) {
       const int n = std::min(io_.rows - first, kMaxRows);
-      const Input* in[kMaxRows];
       float out[2 * kMaxRows];
-      for (int r = 0; r < n; r++) in[r] = &x[first + r];
-      x.dot()(w, m, in, n, block_.d_model, out, next);
+      w.dot(j, m, all + first, n, out, next);
       for (int p = 0; p < m; p++) {
-        const float scale =
-            scale_ ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(scale_) + j[p] * scale_stride_)
-                   : 1.f;
         const float bias = bias_ ? bias_[j[p]] : 0.f;
         for (int r = 0; r < n; r++) {
           const int64_t at = (first + r) * stride_ + i + p;
-          const bool wanted = !io_.row_mask || (io_.row_mask[i + p] >> (first + r) & 1);
-          gates_[at] = activate(block_.activation, out[p * n + r] * scale + bias);
-          scores_[at] =
-              wanted ? fabsf(gates_[at]) * dynamic_.weight[(first + r) * dynamic_.weight_stride + j[p]] : -1.f;
+          gates_[at] = out[p * n + r] + bias;
         }
       }
     }
   }
-  count_ff_bytes((end - begin) * (griffin_row_bytes(format_, block_.d_model) + (scale_ ? 4 : 0)));
+  for (int r = 0; r < io_.rows; r++) {
+    float *const gates = gates_ + r * stride_, *const scores = scores_ + r * stride_;
+    kernels().activate(block_.activation, gates + begin, nullptr, gates + begin, static_cast<int>(end - begin));
+    for (int64_t i = begin; i < end; i++) {
+      const bool wanted = !io_.row_mask || (io_.row_mask[i] >> r & 1);
+      scores[i] = wanted ? fabsf(gates[i]) * dynamic_.weight[r * dynamic_.weight_stride + expert[i]] : -1.f;
+    }
+  }
+  count_ff_bytes((end - begin) * w.row_bytes());
 }
 
 Chosen Dynamic::choose(int thread) const {

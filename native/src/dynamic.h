@@ -20,7 +20,6 @@ class Dynamic {
   static int64_t floats(const griffin_ff_block& block, const griffin_io& io, int threads);
   Dynamic(const griffin_ff_block& block, const griffin_io& io, float* memory);
 
-  int format() const { return format_; }  // the weight format that the inputs of `gate` are prepared for
   // This thread's share of the gates. No barrier is inside.
   void gate(const Inputs& x, int thread, int threads);
   // After a barrier. Every thread makes the same choice, which is cheaper than waiting for one thread to make it.
@@ -28,7 +27,7 @@ class Dynamic {
 
  private:
   static int64_t experts(const griffin_ff_block& block, const griffin_io& io) {
-    return io.experts ? io.n_experts : block.d_ff;
+    return io.experts ? io.n_experts : block.up.d_out;
   }
 
   const griffin_ff_block& block_;
@@ -36,11 +35,8 @@ class Dynamic {
   const griffin_dynamic& dynamic_;
   const int64_t n_, stride_;
   float *gates_, *scores_, *own_;
-  // Where the gate's rows, their scales and biases are, strides in bytes.
-  int format_;
-  const uint8_t* weight_;
-  const float *scale_, *bias_;
-  int64_t weight_stride_, scale_stride_;
+  const griffin_matrix& rows_;  // what the activation is of
+  const float* const bias_;
 };
 
 }  // namespace griffin

@@ -2,147 +2,260 @@
 // result to the bit, depend on the thread count alone), a few experts at a time: gate and up products first, then their
 // down rows together into an accumulator of its own of D floats a row of input, so that a visit of the accumulator
 // serves several experts. After a barrier the threads add their accumulators up, each in its share of the columns.
+#include <math.h>
 #include <string.h>
 
+#include <memory>
 #include <optional>
 
-#include "activation.h"
 #include "checks.h"
 #include "experts.h"
 #include "parallel.h"
 #include "parts.h"
+#include "unpack.h"
 
 namespace griffin {
 namespace {
 
-constexpr int kExperts = 8;     // whose down rows are added together
+constexpr int kExperts = 8;     // whose float down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
+constexpr int kVisit = 32;      // experts of a visit at most: kExperts, or those of a group of neurons
+constexpr int kRowsAhead = 6;   // rows to the grouped one that is prefetched
 
 // Off the 4096-byte multiples that share a cache set.
 int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
 
+// Experts that are visited together: neurons, and which rows of input want each.
+struct Visit {
+  int n = 0;
+  int64_t neuron[kVisit];
+  uint32_t mask[kVisit];
+};
+
 class Part {
  public:
-  Part(const griffin_ff_block& block, const Kernels& kernels, const Inputs& inputs, int rows, float* acc)
-      : block_(block), kernels_(kernels), inputs_(inputs), rows_(rows), acc_(acc) {}
-
-  // gate and up products of neuron j for the rows in `mask`; the down row joins the lists of the rows it matters to.
-  void enter(int64_t j, int64_t next_j, uint32_t mask) {
-    const bool gated = block_.gate != nullptr;
-    const uint8_t* w[2] = {row(block_.up, block_.up_stride, j), nullptr};
-    const uint8_t* next[2] = {row(block_.up, block_.up_stride, next_j), nullptr};
-    if (gated) {
-      w[1] = row(block_.gate, block_.gate_stride, j);
-      next[1] = row(block_.gate, block_.gate_stride, next_j);
-    }
-    const float up_scale = scale(block_.up_scale, j);
-    const float gate_scale = gated ? scale(block_.gate_scale, j) : 1.f;
-    const float up_bias = block_.up_bias ? block_.up_bias[j] : 0.f;
-    const float gate_bias = block_.gate_bias ? block_.gate_bias[j] : 0.f;
-    bool listed = false;
-    multiply(w, gated ? 2 : 1, next, mask, [&](const int* wanted, int n, const float* out) {
-      for (int i = 0; i < n; i++) {
-        const float up = out[i] * up_scale + up_bias;
-        const float z = gated ? activate(block_.activation, out[n + i] * gate_scale + gate_bias) * up
-                              : activate(block_.activation, up);
-        listed |= list(wanted[i], j, z);
-      }
-    });
-    rows_read_ += (gated ? 2 : 1) + listed;
+  Part(const griffin_ff_block& block, const Inputs& inputs, int rows, float* acc)
+      : block_(block), kernels_(kernels()), up_(block.up, inputs), gate_(gated() ? block.gate : block.up, inputs),
+        grouped_(in_integers(block.down)), down_bytes_(row_bytes(block.down)), rows_(rows), acc_(acc) {
+    if (block.down.format != GRIFFIN_GROUPED) return;
+    if (block.down.table) room_.reset(new float[kExperts * accumulator_stride(block.down.d_out)]);
+    const griffin_grouped& f = block.down.grouped;
+    down_plan_ = neuron_plan(f, block.down.d_out, block.down.d_in);
+    group_shift_ = f.group == 32 ? 5 : 4;
+    group_bytes_ = has_supers(f) ? down_plan_.sub_stride + down_plan_.super_stride * f.group / kSuper
+                                 : down_plan_.super_stride * f.group / f.span;
   }
 
-  // The same for m neurons (1 or 2) whose gates are known: row r's act(gate) of neuron j[i] is gates[i][r * stride].
-  // Without a gate, that is act(up), and z itself.
-  void enter(const int64_t* j, const int64_t* next_j, int m, uint32_t mask, const float* const* gates, int64_t stride) {
-    const uint8_t *w[2], *next[2];
-    bool listed[2] = {};
-    if (!block_.gate) {
-      for (int i = 0; i < m; i++) {
-        for (int r = 0; r < rows_; r++)
-          if (mask >> r & 1) listed[i] |= list(r, j[i], gates[i][r * stride]);
-        rows_read_ += listed[i];
-      }
+  // The experts i, i + 1, ... (their neurons: at(i), ...; their rows: mask(i), ...) that are visited together.
+  template <class At, class Mask>
+  void visit(int64_t i, int64_t end, int chunk, const At& at, const Mask& mask, Visit& out) const {
+    out.n = 0;
+    if (!grouped_) {
+      for (; i < end && out.n < chunk; i++) out.neuron[out.n] = at(i), out.mask[out.n++] = mask(i);
       return;
     }
-    for (int i = 0; i < m; i++) {
-      w[i] = row(block_.up, block_.up_stride, j[i]);
-      next[i] = row(block_.up, block_.up_stride, next_j[i]);
+    const int64_t own = i < end ? at(i) >> group_shift_ : 0;
+    for (; i < end && out.n < kVisit; i++) {
+      const int64_t j = at(i);
+      if (j >> group_shift_ != own) return;
+      out.neuron[out.n] = j, out.mask[out.n++] = mask(i);
     }
-    multiply(w, m, next, mask, [&](const int* wanted, int n, const float* out) {
-      for (int i = 0; i < m; i++) {
-        const float up_scale = scale(block_.up_scale, j[i]), bias = block_.up_bias ? block_.up_bias[j[i]] : 0.f;
-        for (int at = 0; at < n; at++) {
-          const int r = wanted[at];
-          listed[i] |= list(r, j[i], gates[i][r * stride] * (out[i * n + at] * up_scale + bias));
-        }
-      }
-    });
-    rows_read_ += m + listed[0] + listed[1];
   }
 
-  // Weight rows that were read.
-  int64_t rows_read() const { return rows_read_; }
+  // z of the visit's neurons, and the lists of their down rows. `next` is visited after it.
+  void enter(const Visit& visit, const Visit& next) {
+    memset(first_, 0, sizeof first_[0] * rows_), memset(second_, 0, sizeof second_[0] * rows_);
+    const bool streams = up_.grouped() && gate_.grouped();
+    if (streams) {
+      stream(up_, gated() ? second_ : first_, visit, gated() ? gate_ : up_, gated() ? visit : next);
+      if (gated()) stream(gate_, first_, visit, up_, next);
+    }
+    for (int s = 0; s < visit.n; s++) {
+      bytes_ += up_.row_bytes() + (gated() ? gate_.row_bytes() : 0);
+      if (streams) continue;
+      const int64_t j = visit.neuron[s], ahead = after(visit, next, s + (rows_ == 1 ? 1 : 2));
+      in_passes(visit.mask[s], [&](const int* rows, int n) {
+        float out[2 * kMaxRows];
+        if (gated())
+          Rows::dot_both(up_, gate_, j, rows, n, out, ahead);
+        else
+          up_.dot(&j, 1, rows, n, out, &ahead);
+        for (int i = 0; i < n; i++) {
+          (gated() ? second_ : first_)[rows[i]][s] = out[i] + up_.bias(j);
+          if (gated()) first_[rows[i]][s] = out[n + i] + gate_.bias(j);
+        }
+      });
+    }
+    for (int r = 0; r < rows_; r++) {
+      float z[kVisit];
+      kernels_.activate(block_.activation, first_[r], gated() ? second_[r] : nullptr, z, visit.n);
+      list(r, visit, z);
+    }
+    count_down();
+  }
 
-  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the experts that come next, `ahead`,
-  // are prefetched, as gate and up rows are in `enter`: in either phase the memory is kept at work on the other
-  // neurons.
-  void leave(const uint8_t* const* ahead, int n_ahead) {
-    const int d = block_.d_model;
-    for (int begin = 0; begin < d; begin += kColumns) {
-      const int end = begin + kColumns < d ? begin + kColumns : d;
-      int rest = n_ahead;  // the first row of input prefetches for all
-      for (int r = 0; r < rows_; r++) {
-        if (!listed_[r]) continue;
-        kernels_.axpy[block_.format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end,
-                                     ahead, rest);
-        rest = 0;
+  // The same for neurons whose gates are known: row r's act(gate) of the visit's s-th is gates[r * stride + place[s]].
+  // Without a gate, that is act(up), and z itself.
+  void enter(const Visit& visit, const Visit& next, const float* gates, int64_t stride, const int32_t* place) {
+    memset(second_, 0, sizeof second_[0] * rows_);
+    if (gated() && up_.grouped()) stream(up_, second_, visit, up_, next);
+    if (gated() && !up_.grouped()) {
+      for (int s = 0; s < visit.n;
+           s += 2) {  // two neurons at a time share the loads of x, if they are for the same rows
+        const int m = s + 1 < visit.n && visit.mask[s] == visit.mask[s + 1] ? 2 : 1;
+        const int64_t ahead[2] = {after(visit, next, s + 2), after(visit, next, s + 3)};
+        in_passes(visit.mask[s], [&](const int* rows, int n) {
+          float out[2 * kMaxRows];
+          up_.dot(visit.neuron + s, m, rows, n, out, ahead);
+          for (int i = 0; i < m; i++)
+            for (int at = 0; at < n; at++) second_[rows[at]][s + i] = out[i * n + at] + up_.bias(visit.neuron[s + i]);
+        });
+        s -= 2 - m;
       }
     }
+    if (gated()) bytes_ += visit.n * up_.row_bytes();
+    for (int r = 0; r < rows_; r++) {
+      float z[kVisit];
+      for (int s = 0; s < visit.n; s++) {
+        const float gate = visit.mask[s] >> r & 1 ? gates[r * stride + place[s]] : 0.f;
+        z[s] = gated() ? gate * second_[r][s] : gate;
+      }
+      list(r, visit, z);
+    }
+    count_down();
+  }
+
+  // Bytes of weights and scales that were read.
+  int64_t bytes() const { return bytes_; }
+
+  // Adds the listed down rows and empties the lists. Meanwhile the down rows of the next visit are prefetched, as gate
+  // and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
+  void leave(const Visit& next) {
+    const uint8_t* ahead[kVisit];
+    for (int s = 0; s < next.n; s++) ahead[s] = down_row(next.neuron[s]);
+    if (grouped_)
+      add_group(ahead, next.n);
+    else
+      add_rows(ahead, next.n);
     memset(listed_, 0, sizeof listed_);
   }
 
  private:
-  static const uint8_t* row(const void* base, int64_t stride, int64_t j) {
-    return static_cast<const uint8_t*>(base) + j * stride;
-  }
-  float scale(const float* base, int64_t j) const {
-    return base ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + j * block_.scale_stride) : 1.f;
+  bool gated() const { return block_.gate.weight != nullptr; }
+
+  const uint8_t* down_row(int64_t j) const {
+    return static_cast<const uint8_t*>(block_.down.weight) + j * block_.down.stride;
   }
 
-  // Products of m weight rows (1 or 2) with the inputs in `mask`, as many inputs at a time as `dot` takes. After each
-  // pass use(rows, n, out): out[i * n + at] is the product of w[i] with row rows[at].
-  template <class Use>
-  void multiply(const uint8_t* const* w, int m, const uint8_t* const* next, uint32_t mask, const Use& use) {
+  // The neuron that is s-th from the visit's first on.
+  static int64_t after(const Visit& visit, const Visit& next, int s) {
+    if (s < visit.n) return visit.neuron[s];
+    return s - visit.n < next.n ? next.neuron[s - visit.n] : visit.neuron[0];
+  }
+
+  // use(rows, n): the rows of input in `mask`, as many at a time as a product takes.
+  template <class Use> void in_passes(uint32_t mask, const Use& use) const {
     int wanted[GRIFFIN_MAX_ROWS], count = 0;
     for (int r = 0; r < rows_; r++)
       if (mask >> r & 1) wanted[count++] = r;
-    for (int first = 0; first < count; first += kMaxRows) {
-      const int n = count - first < kMaxRows ? count - first : kMaxRows;
-      const Input* x[kMaxRows];
-      float out[2 * kMaxRows];
-      for (int i = 0; i < n; i++) x[i] = &inputs_[wanted[first + i]];
-      inputs_.dot()(w, m, x, n, block_.d_model, out, next);
-      use(wanted + first, n, out);
+    for (int first = 0; first < count; first += kMaxRows)
+      use(wanted + first, count - first < kMaxRows ? count - first : kMaxRows);
+  }
+
+  // Products and biases of a grouped matrix's rows, one row after the other; `then` and its visit come next.
+  void stream(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
+    for (int s = 0; s < visit.n; s++) {
+      const int ahead = s + kRowsAhead, over = ahead - visit.n;
+      const uint8_t* const prefetched = ahead < visit.n ? of.row(visit.neuron[ahead])
+                                        : over < next.n ? then.row(next.neuron[over])
+                                                        : of.row(visit.neuron[s]);
+      const int64_t j = visit.neuron[s];
+      in_passes(visit.mask[s], [&](const int* rows, int n) {
+        float products[kMaxRows];
+        of.dot(j, rows, n, products, prefetched);
+        for (int i = 0; i < n; i++) out[rows[i]][s] = products[i] + of.bias(j);
+      });
     }
   }
 
-  // Neuron j's down row joins row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
-  bool list(int r, int64_t j, float z) {
-    if (z == 0.f) return false;
-    z_[r][listed_[r]] = z * scale(block_.down_scale, j);
-    down_[r][listed_[r]++] = row(block_.down, block_.down_stride, j);
-    return true;
+  // The visit's down rows join row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
+  void list(int r, const Visit& visit, const float* z) {
+    int n = 0;
+    for (int s = 0; s < visit.n; s++) {
+      if (z[s] == 0.f) continue;
+      if (room_ && !(any_ >> s & 1)) unpack_row(block_.down, visit.neuron[s], unpacked(s));
+      any_ |= 1u << s;
+      z_[r][n] = z[s];
+      down_[r][n++] = room_ ? reinterpret_cast<const uint8_t*>(unpacked(s)) : down_row(visit.neuron[s]);
+    }
+    listed_[r] = n;
+    group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
+  }
+
+  // Where the visit's s-th down row of a table format is, as float32.
+  float* unpacked(int s) const { return room_.get() + s * accumulator_stride(block_.down.d_out); }
+
+  void count_down() {
+    bytes_ += __builtin_popcount(any_) * down_bytes_ + (any_ ? group_bytes_ : 0);
+    any_ = 0;
+  }
+
+  void add_rows(const uint8_t* const* ahead, int n_ahead) {
+    const int d = block_.down.d_out;
+    for (int begin = 0; begin < d; begin += kColumns) {
+      const int end = begin + kColumns < d ? begin + kColumns : d;
+      int rest = room_ ? 0 : n_ahead;  // the first row of input prefetches for all
+      for (int r = 0; r < rows_; r++) {
+        if (!listed_[r]) continue;
+        const int format = room_ ? GRIFFIN_F32 : block_.down.format;
+        kernels_.axpy[format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead,
+                              rest);
+        rest = 0;
+      }
+    }
+  }
+
+  // The listed neurons are of one group: z is quantised too, its products with the codes are summed in integers and
+  // scaled once.
+  void add_group(const uint8_t* const* ahead, int n_ahead) {
+    const auto down = kernels_.grouped->down[block_.down.grouped.bits - 2];
+    for (int r = 0; r < rows_; r++) {
+      const int n = listed_[r];
+      if (!n) continue;
+      int32_t quads[kVisit / 4];
+      int total;
+      const float factor = quantise_z(z_[r], n, quads, &total);
+      for (int i = n; i % 4; i++) down_[r][i] = down_[r][n - 1];
+      const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
+                                   group_,
+                                   (n + 3) / 4,
+                                   total,
+                                   down_[r],
+                                   quads,
+                                   factor,
+                                   ahead,
+                                   n_ahead};
+      down(down_plan_, neurons, 0, down_plan_.d, acc_ + r * accumulator_stride(block_.down.d_out));
+      n_ahead = 0;  // the first row of input prefetches for all
+    }
   }
 
   const griffin_ff_block& block_;
   const Kernels& kernels_;
-  const Inputs& inputs_;
+  const Rows up_, gate_;
+  const bool grouped_;
+  NeuronPlan down_plan_ = {};
+  const int64_t down_bytes_;
   const int rows_;
   float* const acc_;
-  int64_t rows_read_ = 0;
+  int64_t bytes_ = 0, group_bytes_ = 0;
+  std::unique_ptr<float[]> room_;    // of a table format: the visit's down rows
+  int group_shift_ = 0, group_ = 0;  // the listed neurons' group
+  uint32_t any_ = 0;                 // which of the visit some row has listed
   int listed_[GRIFFIN_MAX_ROWS] = {};
-  float z_[GRIFFIN_MAX_ROWS][kExperts];
-  const uint8_t* down_[GRIFFIN_MAX_ROWS][kExperts];
+  float first_[GRIFFIN_MAX_ROWS][kVisit], second_[GRIFFIN_MAX_ROWS][kVisit];  // what is activated, its factor
+  float z_[GRIFFIN_MAX_ROWS][kVisit];
+  const uint8_t* down_[GRIFFIN_MAX_ROWS][kVisit];
 };
 
 bool valid(const griffin_ff_block& block, const griffin_io& io) {
@@ -152,7 +265,7 @@ bool valid(const griffin_ff_block& block, const griffin_io& io) {
 struct Call {
   const griffin_ff_block* block;
   const griffin_io* io;
-  Inputs inputs, gate_inputs;  // the second one for dynamic selection only
+  Inputs inputs;
   float* accumulators;
   Dynamic* dynamic;  // or null
   Barrier barrier;
@@ -160,58 +273,50 @@ struct Call {
 
 }  // namespace
 
+void ff_meet(const griffin_ff_block& block, const griffin_io& io, Inputs& inputs) {
+  inputs.meet(block.up);
+  if (block.gate.weight) inputs.meet(block.gate);
+  if (io.dynamic && io.dynamic->gate.weight) inputs.meet(io.dynamic->gate);
+}
+
 int64_t ff_accumulator(int d_model, int rows) { return accumulator_stride(d_model) * rows; }
 
 void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const Inputs& x, const Chosen* chosen,
                    float* accumulators, int thread, int threads) {
-  const int64_t floats = ff_accumulator(block.d_model, io.rows);
+  const int d = block.down.d_out;
+  const int64_t floats = ff_accumulator(d, io.rows);
   float* const mine = accumulators + thread * floats;
   memset(mine, 0, sizeof(float) * floats);
-  const int64_t k = chosen ? chosen->count : io.experts ? io.n_experts : block.d_ff;
+  const int64_t k = chosen ? chosen->count : io.experts ? io.n_experts : block.up.d_out;
   const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
   const Experts expert{io};
-  // Measured: rows of several kilobytes are best taken in small groups, short ones and several inputs in large ones.
-  const bool small = block.format != GRIFFIN_INT4 && io.rows == 1;
-  const int chunk = small ? 4 : kExperts, distance = small ? 1 : 2;
+  const int32_t* const places = chosen ? chosen->places : nullptr;
+  const uint16_t* const masks = chosen ? chosen->masks : io.row_mask;
   const uint32_t all = (1u << io.rows) - 1;
-  Part part(block, kernels(), x, io.rows, mine);
-  const auto leave = [&](int64_t last, const int32_t* places) {
-    const uint8_t* ahead[kExperts];
-    int n_ahead = 0;
-    for (; n_ahead < chunk && last + n_ahead < end; n_ahead++)
-      ahead[n_ahead] = static_cast<const uint8_t*>(block.down) +
-                       expert[places ? places[last + n_ahead] : last + n_ahead] * block.down_stride;
-    part.leave(ahead, n_ahead);
-  };
-  if (!chosen) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t j = expert[i];
-      part.enter(j, i + distance < end ? expert[i + distance] : j, io.row_mask ? io.row_mask[i] & all : all);
-      if ((i - begin) % chunk == chunk - 1 || i + 1 == end) leave(i + 1, nullptr);
-    }
-  } else {
-    const int32_t* const places = chosen->places;
-    const auto mask = [&](int64_t i) { return chosen->masks ? chosen->masks[i] & all : all; };
-    for (int64_t i = begin; i < end;) {
-      const int64_t last = i + chunk < end ? i + chunk : end;
-      while (i < last) {  // two neurons at a time share the loads of x, if they are for the same rows
-        const int m = i + 1 < last && mask(i) == mask(i + 1) ? 2 : 1;
-        const int64_t p[2] = {places[i], places[i + m - 1]}, j[2] = {expert[p[0]], expert[p[1]]};
-        const int64_t next[2] = {i + 2 < end ? expert[places[i + 2]] : j[0],
-                                 i + 3 < end ? expert[places[i + 3]] : j[0]};
-        const float* const gates[2] = {chosen->gates + p[0], chosen->gates + p[1]};
-        part.enter(j, next, m, mask(i), gates, chosen->stride);
-        i += m;
-      }
-      leave(last, places);
-    }
+  const auto at = [&](int64_t i) { return expert[places ? places[i] : i]; };
+  const auto mask = [&](int64_t i) { return masks ? masks[i] & all : all; };
+  const int chunk = io.rows == 1 ? 4 : kExperts;  // measured: several inputs want large visits
+  Part part(block, x, io.rows, mine);
+  Visit visits[2];
+  part.visit(begin, end, chunk, at, mask, visits[0]);
+  int64_t i = begin;
+  for (int v = 0; i < end; v ^= 1) {
+    const Visit& visit = visits[v];
+    Visit& next = visits[v ^ 1];
+    part.visit(i + visit.n, end, chunk, at, mask, next);
+    if (chosen)
+      part.enter(visit, next, chosen->gates, chosen->stride, places + i);
+    else
+      part.enter(visit, next);
+    part.leave(next);
+    i += visit.n;
   }
-  count_ff_bytes(part.rows_read() * (griffin_row_bytes(block.format, block.d_model) + (block.up_scale ? 4 : 0)));
+  count_ff_bytes(part.bytes());
 }
 
 void ff_reduce(const griffin_ff_block& block, const griffin_io& io, const float* accumulators, int thread,
                int threads) {
-  const int d = block.d_model;
+  const int d = block.down.d_out;
   const int64_t stride = accumulator_stride(d), team_stride = ff_accumulator(d, io.rows);
   const bool bf16 = io.y_type == GRIFFIN_BF16;
   const int64_t blocks = round_up(d, 64) / 64;
@@ -221,7 +326,7 @@ void ff_reduce(const griffin_ff_block& block, const griffin_io& io, const float*
   if (count <= 0) return;
   for (int r = 0; r < io.rows; r++)
     kernels().reduce(accumulators + r * stride + first, team_stride, threads,
-                     block.out_bias ? block.out_bias + first : nullptr,
+                     block.down.bias ? block.down.bias + first : nullptr,
                      static_cast<char*>(io.y) + r * io.y_stride + first * element_size(io.y_type), bf16, count);
 }
 
@@ -231,31 +336,29 @@ using namespace griffin;
 
 extern "C" int griffin_ff(const griffin_ff_block* block, const griffin_io* io, int threads) {
   if (!block || !io || threads < 1 || !valid(*block, *io)) return GRIFFIN_BAD_ARGUMENT;
-  const int64_t inputs = Inputs::bytes(block->d_model, io->rows);
-  const int64_t accumulators = 4 * threads * ff_accumulator(block->d_model, io->rows);
-  const int64_t dynamic_bytes = io->dynamic ? inputs + 4 * Dynamic::floats(*block, *io, threads) : 0;
+  const int64_t inputs = Inputs::bytes(block->up.d_in, io->rows);
+  const int64_t accumulators = 4 * threads * ff_accumulator(block->up.d_in, io->rows);
+  const int64_t dynamic_bytes = io->dynamic ? 4 * Dynamic::floats(*block, *io, threads) : 0;
   char* const memory = static_cast<char*>(scratch(inputs + accumulators + dynamic_bytes));
   if (!memory) return GRIFFIN_NO_MEMORY;
-  char* const dynamic_memory = memory + inputs + accumulators;
   std::optional<Dynamic> dynamic;
-  if (io->dynamic) dynamic.emplace(*block, *io, reinterpret_cast<float*>(dynamic_memory + inputs));
+  if (io->dynamic) dynamic.emplace(*block, *io, reinterpret_cast<float*>(memory + inputs + accumulators));
   Call call{block,
             io,
-            Inputs(*io, block->format, block->d_model, memory),
-            Inputs(*io, dynamic ? dynamic->format() : block->format, block->d_model, dynamic ? dynamic_memory : memory),
+            Inputs(*io, block->up.d_in, memory),
             reinterpret_cast<float*>(memory + inputs),
             dynamic ? &*dynamic : nullptr,
             {}};
+  ff_meet(*block, *io, call.inputs);
   parallel(
       threads,
       [](void* data, int thread, int team) {
         Call& c = *static_cast<Call*>(data);
         Chosen chosen;
         c.inputs.prepare(thread, team);
-        if (c.dynamic) c.gate_inputs.prepare(thread, team);
         c.barrier.wait(team);
         if (c.dynamic) {
-          c.dynamic->gate(c.gate_inputs, thread, team);
+          c.dynamic->gate(c.inputs, thread, team);
           c.barrier.wait(team);
           chosen = c.dynamic->choose(thread);
         }

@@ -5,27 +5,25 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "grouped_kernels.h"
+
 namespace griffin {
 
 constexpr int kPad = 512;    // inputs are zero-padded to this many values, accumulators too
-constexpr int kGroup = 32;   // weights that share an int4 scale, inputs that share an int8 scale
 constexpr int kMaxRows = 8;  // rows of input that one `dot` call takes
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// One row of input, prepared for the weight format; the unused pointers are null. Padded to kPad values with zeros.
+// One row of input, prepared for the weight formats that it meets; the others' pointers are not set. Padded to kPad
+// values with zeros.
 struct Input {
   const float* f32 = nullptr;
   const uint16_t* bf16 = nullptr;
-  const int8_t* q = nullptr;           // x / s, s = max |x| / 127 over a group
-  const float* lane_scale = nullptr;   // s, eight times for each group: one for each int32 lane of a byte product
-  const float* group_scale = nullptr;  // s for each group
-  const float* group_sum8 = nullptr;   // 8 s sum(q) for each group: what int4's offset of 8 adds
-  float sum128 = 0;                    // 128 sum over groups of s sum(q): what an offset of 128 adds
+  GroupedInput grouped[2];  // for groups of 16, of 32
 };
 
-// out[i * n + r] = <w[i], x[r]> for i < m (1 or 2), r < n (1..kMaxRows). int8: without the row's scale. `next`: rows
-// that will be wanted soon (m of them, never null; prefetched only).
+// out[i * n + r] = <w[i], x[r]> for i < m (1 or 2), r < n (1..kMaxRows). `next`: rows that
+//  will be wanted soon (m of them, never null; prefetched only).
 using DotFn = void (*)(const uint8_t* const* w, int m, const Input* const* x, int n, int d, float* out,
                        const uint8_t* const* next);
 // acc[c] += sum over i < n of z[i] * w[i][c], for columns c in [begin, end); begin is a multiple of 128, end too or d.
@@ -35,22 +33,22 @@ using AxpyFn = void (*)(float* acc, const uint8_t* const* w, const float* z, int
 
 struct Kernels {
   const char* name;
-  DotFn dot[5];    // by griffin_format
+  DotFn dot[3];    // by griffin_format
   DotFn dot_bf16;  // bf16 weights with bf16 input, or null
-  AxpyFn axpy[5];
-  // Quantise a padded row of d_pad floats in groups of kGroup; returns Input::sum128.
-  float (*quantise)(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_scale, float* group_sum8);
+  AxpyFn axpy[3];
   // out[c] = bias[c] + sum over t < parts of part[t * stride + c], for c < count; bias may be null. out may be bf16.
   void (*reduce)(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count);
   void (*widen)(const uint16_t* bf16, float* out, int count);
   float (*sum)(const float* data, int64_t count);
+  // out[i] = act(v[i]) * by[i], or act(v[i]) if `by` is null; activation: enum griffin_activation.
+  void (*activate)(int activation, const float* v, const float* by, float* out, int n);
+  const GroupedKernels* grouped;
 };
 
 extern const Kernels kPortable;
 #if defined(GRIFFIN_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
-extern const Kernels kAvx512Vnni;
 void dot_bf16_avx512(const uint8_t* const* w, int m, const Input* const* x, int n, int d, float* out,
                      const uint8_t* const* next);
 #endif

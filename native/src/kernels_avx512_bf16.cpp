@@ -1,6 +1,7 @@
 // bf16 weights with bf16 input in the AVX-512 BF16 instruction: pairs of products, summed in float32.
 #include <immintrin.h>
 
+#include <math.h>
 #include <string.h>
 
 #include "half.h"

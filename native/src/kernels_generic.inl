@@ -3,7 +3,7 @@
 // set1, load, store, fma, add, sum, prefetch, and load<format>(row, i) / load_tail<format>(row, i, count) giving kWidth
 // floats from a row. Nothing else is assumed.
 
-template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : kFormat == 3 ? 1 : 2; }
+template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : 2; }
 
 template <class V, int kFormat> struct FloatDot {
   static constexpr int kMaxN = V::kMaxN;
@@ -108,36 +108,41 @@ void axpy_rows(float* acc, const uint8_t* const* w, const float* z, int n, int, 
   }
 }
 
-// The three below are plain loops: the unit's compiler flags make vectors of them.
-float quantise_row(const float* x, int d_pad, int8_t* q, float* lane_scale, float* group_scale, float* group_sum8) {
-  float sum128 = 0;
-  for (int g = 0; g < d_pad / kGroup; g++) {
-    const float* xg = x + g * kGroup;
-    uint32_t top = 0;  // of |x|, as bits: they order as the values do
-    for (int i = 0; i < kGroup; i++) {
-      const uint32_t bits = bits_of(xg[i]) & 0x7fffffffu;
-      top = bits > top ? bits : top;
-    }
-    const bool finite = top < 0x7f800000u;
-    const float scale = finite ? float_of(top) / 127.f : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
-    // 127 / max rather than 1 / scale: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
-    const float inverse = finite && top > 0x0da24260u ? 127.f / float_of(top) : 0.f;
-    int32_t total = 0;
-    if (finite) {
-      for (int i = 0; i < kGroup; i++) {
-        const int32_t value = (int32_t)__builtin_rintf(xg[i] * inverse);
-        q[g * kGroup + i] = (int8_t)value;
-        total += value;
-      }
-    } else {
-      memset(q + g * kGroup, 0, kGroup);
-    }
-    for (int i = 0; i < 8; i++) lane_scale[g * 8 + i] = scale;
-    group_scale[g] = scale;
-    group_sum8[g] = 8.f * scale * (float)total;
-    sum128 += 128.f * scale * (float)total;
+// The ones below are plain loops: the unit's compiler flags make vectors of them.
+
+// e^x to a few units in the last place; a NaN stays one.
+inline float exponential(float x) {
+  x = x > 88.f ? 88.f : x;
+  x = x < -87.f ? -87.f : x;
+  const float n = __builtin_rintf(x * 1.44269504f);
+  const float f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f +
+                   1.6666665459e-1f) *
+                      f +
+                  5.0000001201e-1f;
+  return (p * f * f + f + 1.f) * float_of((uint32_t)((int32_t)n + 127) << 23);
+}
+
+template <class Fn> inline void each_activation(const float* v, const float* by, float* out, int n, Fn f) {
+  if (by) {
+    for (int i = 0; i < n; i++) out[i] = f(v[i]) * by[i];
+  } else {
+    for (int i = 0; i < n; i++) out[i] = f(v[i]);
   }
-  return sum128;
+}
+
+void activate_all(int activation, const float* v, const float* by, float* out, int n) {
+  switch (activation) {
+    case 0: return each_activation(v, by, out, n, [](float x) { return x / (1.f + exponential(-x)); });
+    case 1:
+      return each_activation(v, by, out, n, [](float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); });
+    case 2:  // (1 + tanh y) / 2 = 1 / (1 + exp(-2 y))
+      return each_activation(v, by, out, n, [](float x) {
+        return x / (1.f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+      });
+    case 3: return each_activation(v, by, out, n, [](float x) { return x < 0.f ? 0.f : x; });  // a NaN stays one
+    default: return each_activation(v, by, out, n, [](float x) { return x < 0.f ? 0.f : x * x; });
+  }
 }
 
 void reduce_parts(const float* part, int64_t stride, int parts, const float* bias, void* out, bool bf16, int count) {

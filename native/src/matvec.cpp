@@ -1,12 +1,18 @@
 // y = W x + b: each thread takes a contiguous share of W's rows, two at a time, so that both share the loads of x.
+#include <string.h>
+
+#include <memory>
+
 #include "checks.h"
 #include "parallel.h"
 #include "parts.h"
+#include "unpack.h"
 
 namespace griffin {
 namespace {
 
-constexpr int kRowsAhead = 2;  // rows of W to the one that is prefetched
+constexpr int kRowsAhead = 2;   // rows of W to the one that is prefetched
+constexpr int kBlockRows = 64;  // rows of W that many inputs meet before the next
 
 void store(void* y, bool bf16, int64_t at, float value) {
   if (!bf16) {
@@ -23,27 +29,29 @@ struct Call {
   Barrier barrier;
 };
 
-// Rows begin..end of one matrix.
+// Rows begin..end of one matrix. Many inputs are taken a few at a time, which stay in the first-level cache, for a block
+// of rows, which stays in the second.
 void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
-  const griffin_matrix& matrix = *product.matrix;
-  const uint8_t* const base = static_cast<const uint8_t*>(matrix.weight);
-  for (int64_t o = begin; o < end; o += 2) {
-    const int m = end - o >= 2 ? 2 : 1;
-    const int64_t ahead = o + kRowsAhead + 2 <= end ? o + kRowsAhead : o;
-    const uint8_t* const w[2] = {base + o * matrix.stride, base + (o + m - 1) * matrix.stride};
-    const uint8_t* const next[2] = {base + ahead * matrix.stride, base + (ahead + m - 1) * matrix.stride};
-    for (int first = 0; first < rows; first += kMaxRows) {
-      const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
-      const Input* in[kMaxRows];
-      float out[2 * kMaxRows];
-      for (int r = 0; r < n; r++) in[r] = &x[first + r];
-      x.dot()(w, m, in, n, matrix.d_in, out, next);
-      for (int i = 0; i < m; i++) {
-        const float scale = matrix.scale ? matrix.scale[o + i] : 1.f;
-        const float bias = matrix.bias ? matrix.bias[o + i] : 0.f;
-        for (int r = 0; r < n; r++)
-          store(static_cast<char*>(product.y) + (first + r) * product.y_stride, product.bf16, o + i,
-                out[i * n + r] * scale + bias);
+  const Rows w(*product.matrix, x);
+  const bool grouped = w.grouped(), many = rows > kMaxRows;
+  const int rows_ahead = grouped ? 6 * kRowsAhead : kRowsAhead, at_once = many && grouped ? kMaxRows / 2 : kMaxRows;
+  const int64_t block = many ? kBlockRows : end - begin;
+  int all[kMaxInputs];
+  for (int r = 0; r < rows; r++) all[r] = r;
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t to = end - from < block ? end : from + block;
+    for (int first = 0; first < rows; first += at_once) {
+      const int n = rows - first < at_once ? rows - first : at_once;
+      for (int64_t o = from; o < to; o += 2) {
+        const int m = to - o >= 2 ? 2 : 1;
+        const int64_t ahead = o + rows_ahead + 2 <= to ? o + rows_ahead : o;
+        const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
+        float out[2 * kMaxRows];
+        w.dot(own, m, all + first, n, out, next);
+        for (int i = 0; i < m; i++)
+          for (int r = 0; r < n; r++)
+            store(static_cast<char*>(product.y) + (first + r) * product.y_stride, product.bf16, o + i,
+                  out[i * n + r] + w.bias(o + i));
       }
     }
   }
@@ -67,13 +75,158 @@ void multiply_part(const Product* products, int count, const Inputs& x, int rows
 
 }  // namespace griffin
 
-using namespace griffin;
+namespace griffin {
+namespace {
 
-extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads) {
-  if (!matrix || !io || threads < 1 || !valid_io(*io) || !valid_matrix(*matrix)) return GRIFFIN_BAD_ARGUMENT;
-  void* const memory = scratch(Inputs::bytes(matrix->d_in, io->rows));
+// y = W_2 z over all neurons: rows of z in integers, in groups of neurons, each thread its own columns.
+class NeuronProduct {
+ public:
+  static int64_t bytes(const griffin_matrix& m, int rows) {
+    const NeuronPlan p = neuron_plan(m.grouped, m.d_out, m.d_in);
+    return rows * (int64_t{p.groups} * (4 + 4 + kQuads * 4) + p.d * 4) + 64;
+  }
+  NeuronProduct(const griffin_matrix& m, const griffin_io& io, void* memory)
+      : m_(m), io_(io), plan_(neuron_plan(m.grouped, m.d_out, m.d_in)) {
+    y_ = static_cast<float*>(memory);
+    factor_ = y_ + int64_t{io.rows} * plan_.d;
+    total_ = reinterpret_cast<int32_t*>(factor_ + int64_t{io.rows} * plan_.groups);
+    quads_ = total_ + int64_t{io.rows} * plan_.groups;
+  }
+
+  // This thread's share of the rows; a barrier, then `multiply`.
+  void prepare(int thread, int threads) {
+    if (m_.table) return;
+    const int group = m_.grouped.group;
+    for (int r = thread; r < io_.rows; r += threads) {
+      const char* const z = static_cast<const char*>(io_.x) + r * io_.x_stride;
+      for (int g = 0; g < plan_.groups; g++) {
+        const int begin = g * group, n = m_.d_in - begin < group ? m_.d_in - begin : group;
+        float own[32];
+        if (io_.x_type == GRIFFIN_BF16)
+          kernels().widen(reinterpret_cast<const uint16_t*>(z) + begin, own, n);
+        else
+          memcpy(own, reinterpret_cast<const float*>(z) + begin, sizeof(float) * n);
+        const int64_t at = int64_t{r} * plan_.groups + g;
+        factor_[at] = quantise_z(own, n, quads_ + at * kQuads, total_ + at);
+      }
+    }
+  }
+
+  void multiply(int thread, int threads) {
+    const int chunks = (plan_.d + 255) / 256;
+    const int begin = chunks * thread / threads * 256;
+    int end = chunks * (thread + 1) / threads * 256;
+    if (end > plan_.d) end = plan_.d;
+    if (begin >= end) return;
+    for (int r = 0; r < io_.rows; r++) memset(y_ + int64_t{r} * plan_.d + begin, 0, sizeof(float) * (end - begin));
+    if (m_.table)
+      add_unpacked(begin, end < m_.d_out ? end : m_.d_out);
+    else
+      add_groups(begin, end);
+    const int stop = end < m_.d_out ? end : m_.d_out;
+    for (int r = 0; r < io_.rows; r++)
+      kernels().reduce(y_ + int64_t{r} * plan_.d + begin, 0, 1, m_.bias ? m_.bias + begin : nullptr,
+                       static_cast<char*>(io_.y) + r * io_.y_stride + begin * element_size(io_.y_type),
+                       io_.y_type == GRIFFIN_BF16, stop - begin);
+  }
+
+ private:
+  void add_groups(int begin, int end) {
+    const int group = m_.grouped.group;
+    const auto down = kernels().grouped->down[m_.grouped.bits - 2];
+    for (int g = 0; g < plan_.groups; g++) {
+      const int first = g * group, n = m_.d_in - first < group ? m_.d_in - first : group;
+      const uint8_t* rows[32];
+      for (int j = 0; j < (n + 3) / 4 * 4; j++)
+        rows[j] = static_cast<const uint8_t*>(m_.weight) + (first + (j < n ? j : 0)) * m_.stride;
+      if (io_.rows > 2) {
+        GroupOfNeurons of{};
+        of.scales = static_cast<const uint8_t*>(m_.scales), of.group = g, of.quads = (n + 3) / 4, of.rows = rows;
+        const ManyZ z{io_.rows,
+                      quads_ + int64_t{g} * kQuads,
+                      int64_t{plan_.groups} * kQuads,
+                      total_ + g,
+                      factor_ + g,
+                      plan_.groups,
+                      y_,
+                      plan_.d};
+        kernels().grouped->down_many[m_.grouped.bits - 2](plan_, of, begin, end, z);
+        continue;
+      }
+      for (int r = 0; r < io_.rows; r++) {
+        const int64_t at = int64_t{r} * plan_.groups + g;
+        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales),
+                                g,
+                                (n + 3) / 4,
+                                total_[at],
+                                rows,
+                                quads_ + at * kQuads,
+                                factor_[at],
+                                nullptr,
+                                0};
+        down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
+      }
+    }
+  }
+
+  // A table format: a few neurons' columns at a time as float32.
+  void add_unpacked(int begin, int end) {
+    constexpr int kNeurons = 8;
+    const int width = end - begin;
+    const std::unique_ptr<float[]> room(new float[kNeurons * round_up(width, kPad)]);
+    for (int first = 0; first < m_.d_in; first += kNeurons) {
+      const int n = m_.d_in - first < kNeurons ? m_.d_in - first : kNeurons;
+      const uint8_t* w[kNeurons];
+      for (int j = 0; j < n; j++) {
+        float* const to = room.get() + j * round_up(width, kPad);
+        unpack_row(m_, first + j, begin, end, to);
+        w[j] = reinterpret_cast<const uint8_t*>(to);
+      }
+      for (int r = 0; r < io_.rows; r++) {
+        const char* const z = static_cast<const char*>(io_.x) + r * io_.x_stride;
+        float own[kNeurons];
+        if (io_.x_type == GRIFFIN_BF16)
+          kernels().widen(reinterpret_cast<const uint16_t*>(z) + first, own, n);
+        else
+          memcpy(own, reinterpret_cast<const float*>(z) + first, sizeof(float) * n);
+        kernels().axpy[GRIFFIN_F32](y_ + int64_t{r} * plan_.d + begin, w, own, n, width, 0, width, nullptr, 0);
+      }
+    }
+  }
+
+  const griffin_matrix& m_;
+  const griffin_io& io_;
+  static constexpr int kQuads = 8;  // int32 of a group's neurons
+
+  const NeuronPlan plan_;
+  float *y_, *factor_;
+  int32_t *total_, *quads_;
+};
+
+int neuron_product(const griffin_matrix& matrix, const griffin_io& io, int threads) {
+  void* const memory = scratch(NeuronProduct::bytes(matrix, io.rows));
   if (!memory) return GRIFFIN_NO_MEMORY;
-  Call call{matrix, io, Inputs(*io, matrix->format, matrix->d_in, memory), {}};
+  struct Of {
+    NeuronProduct product;
+    Barrier barrier;
+  } call{NeuronProduct(matrix, io, memory), {}};
+  parallel(
+      threads,
+      [](void* data, int thread, int team) {
+        Of& c = *static_cast<Of*>(data);
+        c.product.prepare(thread, team);
+        c.barrier.wait(team);
+        c.product.multiply(thread, team);
+      },
+      &call);
+  return GRIFFIN_OK;
+}
+
+int row_product(const griffin_matrix& matrix, const griffin_io& io, int threads) {
+  void* const memory = scratch(Inputs::bytes(matrix.d_in, io.rows));
+  if (!memory) return GRIFFIN_NO_MEMORY;
+  Call call{&matrix, &io, Inputs(io, matrix.d_in, memory), {}};
+  call.inputs.meet(matrix);
   parallel(
       threads,
       [](void* data, int thread, int team) {
@@ -84,6 +237,28 @@ extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io
         multiply_part(&product, 1, c.inputs, c.io->rows, thread, team);
       },
       &call);
+  return GRIFFIN_OK;
+}
+
+}  // namespace
+}  // namespace griffin
+
+using namespace griffin;
+
+extern "C" int griffin_matvec(const griffin_matrix* matrix, const griffin_io* io, int threads) {
+  if (!matrix || !io || threads < 1 || !valid_matrix(*matrix)) return GRIFFIN_BAD_ARGUMENT;
+  const bool grouped = matrix->format == GRIFFIN_GROUPED;
+  griffin_io tile = *io;
+  if (grouped && io->rows > kMaxInputs) tile.rows = kMaxInputs;
+  if (!valid_io(tile, grouped ? kMaxInputs : GRIFFIN_MAX_ROWS) || (matrix->neuron_major && !grouped))
+    return GRIFFIN_BAD_ARGUMENT;
+  for (int first = 0; first < io->rows; first += tile.rows) {
+    tile.x = static_cast<const char*>(io->x) + first * io->x_stride;
+    tile.y = static_cast<char*>(io->y) + first * io->y_stride;
+    tile.rows = io->rows - first < kMaxInputs ? io->rows - first : kMaxInputs;
+    const int status = (matrix->neuron_major ? neuron_product : row_product)(*matrix, tile, threads);
+    if (status != GRIFFIN_OK) return status;
+  }
   count_call();
   return GRIFFIN_OK;
 }

@@ -14,9 +14,11 @@ struct Product {
   bool bf16;
 };
 
-// The rows of all the matrices, which have one input and one format, are shared out together.
+// The rows of all the matrices, which have one input, are shared out together.
 void multiply_part(const Product* products, int count, const Inputs& x, int rows, int thread, int threads);
 
+// What the inputs of a block's call have to be prepared for.
+void ff_meet(const griffin_ff_block& block, const griffin_io& io, Inputs& inputs);
 // Floats of one thread's accumulators.
 int64_t ff_accumulator(int d_model, int rows);
 // This thread's experts: their down rows, weighted, are added up in accumulators of its own, which lie one thread's

@@ -1,13 +1,13 @@
-// Blocks of packed rows as bf16 or float32, for the GEMMs of the prompt phase: each thread takes a share of the rows.
+// Weights as bf16 or float32: for lookups, and for the GEMMs of the prompt phase. Each thread takes a share of the rows.
 #include "unpack.h"
 
 #include <string.h>
 
-#include "griffin_native.h"
+#include "checks.h"
+#include "griffin_gguf.h"
 #include "parallel.h"
 
-using namespace griffin;
-
+namespace griffin {
 namespace {
 
 UnpackFn chosen() {
@@ -21,21 +21,37 @@ UnpackFn chosen() {
 
 }  // namespace
 
-extern "C" int griffin_unpack_block(int format, const void* rows_in, int64_t n, int64_t d, int64_t stride,
-                                    const float* scale, int64_t scale_stride, int64_t begin, int64_t end, void* out,
-                                    int out_type, int64_t out_stride, int threads) {
-  const bool known = format == GRIFFIN_INT4 || (format == GRIFFIN_INT8 && scale);
-  if (!known || !rows_in || !out || n < 0 || threads < 1 || begin < 0 || begin % 128 || end < begin || end > d ||
+void unpack_row(const griffin_matrix& matrix, int64_t row, float* out) {
+  unpack_row(matrix, row, 0, matrix.neuron_major ? matrix.d_out : matrix.d_in, out);
+}
+
+void unpack_row(const griffin_matrix& matrix, int64_t row, int64_t begin, int64_t end, float* out) {
+  chosen()({&matrix, nullptr, row, begin, end, out, end - begin, false}, 0, 1);
+}
+
+}  // namespace griffin
+
+using namespace griffin;
+
+extern "C" int griffin_unpack(const griffin_matrix* matrix, const int64_t* rows, int64_t first, int64_t n,
+                              int64_t begin, int64_t end, void* out, int out_type, int64_t out_stride, int threads) {
+  if (!matrix || !valid_matrix(*matrix) || !out || n < 0 || threads < 1 ||
       (out_type != GRIFFIN_F32 && out_type != GRIFFIN_BF16))
     return GRIFFIN_BAD_ARGUMENT;
+  const int64_t columns = matrix->neuron_major ? matrix->d_out : matrix->d_in;
+  const int64_t count = matrix->neuron_major ? matrix->d_in : matrix->d_out;
+  if (begin < 0 || begin > end || end > columns || begin % 256 || (!matrix->neuron_major && (begin || end < columns)))
+    return GRIFFIN_BAD_ARGUMENT;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t row = rows ? rows[i] : first + i;
+    if (row < 0 || row >= count) return GRIFFIN_BAD_ARGUMENT;
+    if (!rows) i = i < n - 2 ? n - 2 : i;  // the first and the last say it for all
+  }
   struct Call {
     Unpack part;
     int64_t n;
     UnpackFn function;
-  } call{{format, static_cast<const uint8_t*>(rows_in), d, stride, scale, scale_stride, begin, end, out, out_stride,
-          out_type == GRIFFIN_BF16},
-         n,
-         chosen()};
+  } call{{matrix, rows, first, begin, end, out, out_stride, out_type == GRIFFIN_BF16}, n, chosen()};
   parallel(
       threads,
       [](void* data, int thread, int team) {

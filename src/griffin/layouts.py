@@ -75,13 +75,13 @@ class FFBlock:
 
     @property
     def quantised(self) -> bool:
-        """Whether the weights are packed: a `QuantisedLinear` each, which has no `weight`."""
-        return isinstance(self.output, QuantisedLinear)
+        """Whether some of the weights are packed: a `QuantisedLinear`, which has no `weight`."""
+        return any(isinstance(projection, QuantisedLinear) for projection in (*self.inputs, self.output))
 
     def stored(self) -> list[Tensor]:
         """The projections' weights as they are stored, packed ones too."""
         projections = (*self.inputs, self.output)
-        return [p.packed if isinstance(p, QuantisedLinear) else rows(p)[0] for p in projections]
+        return [p.stored if isinstance(p, QuantisedLinear) else rows(p)[0] for p in projections]
 
     def input_weights(self) -> list[Tensor]:
         """Weights that read the block's input, one tensor for the gate (if there is one) and one for `W_1`.
@@ -96,10 +96,14 @@ class FFBlock:
 
         Shapes: each (D_ff,), float32.
         """
-        if self.quantised:
-            packed = [projection for projection in self.inputs if isinstance(projection, QuantisedLinear)]
-            return [norm for projection in packed for norm in projection.row_norms()]
-        return [torch.linalg.vector_norm(weight.detach().float(), dim=1) for weight in self.input_weights()]
+        norms = []
+        for projection in self.inputs:
+            if isinstance(projection, QuantisedLinear):
+                norms += projection.row_norms()
+            else:
+                own: Tensor = torch.linalg.vector_norm(rows(projection)[0].detach().float(), dim=1)
+                norms += own.chunk(2) if self.layout.fused else [own]
+        return norms
 
     def output_norms(self) -> Tensor:
         """L2 norms of the output projection's columns, one a neuron, of packed ones too.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import griffin
-from griffin.models.builtin import BUILTIN, builtin_folder
+from griffin.models.builtin import BUILTIN
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed here: make test-vllm has an environment of its own", allow_module_level=True)
@@ -53,12 +53,21 @@ def library() -> Library:
     return Library("smollm2-135m")
 
 
+def saved(model: str, folder: Path) -> Path:
+    """A built-in model as a folder of safetensors, which vLLM wants; written once."""
+    made = folder / model
+    if not made.exists():
+        for each in griffin.load(model, dtype="bf16", device="cpu"):
+            each.save_pretrained(made)
+    return made
+
+
 def run(
     model: str, folder: Path, rounds: list[list[list[Any]]], threads: str = "auto", **arguments: Any
 ) -> dict[str, Any]:
     job, answer = folder / "job.json", folder / "found.json"
     settings = {
-        "model": str(builtin_folder(BUILTIN[model])) if model in BUILTIN else model,
+        "model": str(saved(model, folder.parent)) if model in BUILTIN else model,
         "enforce_eager": True,
         **arguments,
     }

@@ -30,7 +30,7 @@ from griffin.layouts import find_ff_blocks
 from griffin.models.convert import convert
 from griffin.native import library
 from griffin.weights.neuron_major import make_neuron_major
-from griffin.weights.quantised import FLOATS, QUANTISED
+from griffin.weights.quantised import FLOATS, QUANTISED, QuantisedLinear
 
 # By weight format: the dtype in which a model is built before conversion. Weights that are not converted keep it.
 WEIGHTS = {**FLOATS, **dict.fromkeys(QUANTISED, torch.bfloat16)}
@@ -302,6 +302,6 @@ def laid_out_once(model: PreTrainedModel, *backends: str) -> Iterator[None]:
     with ExitStack() as undo:
         if any(resolve(backend, blocks).name == "native" for backend in backends):
             for block in blocks:
-                if not block.quantised:  # quantised records are neuron-major already
+                if not isinstance(block.output, QuantisedLinear):  # which is neuron-major already
                     make_neuron_major(block.output, block.path, undo)
         yield

@@ -22,7 +22,7 @@ from griffin.layouts import decoder_layers
 from griffin.models.load import load
 from griffin.weights.quantised import FLOATS
 
-PACKED_BYTES = {"int8": 1.0, "int4": 0.5625}  # bytes per weight, including its share of the scale
+PACKED_BYTES = {"int8": 1.0625, "int4": 0.578125}  # bytes per weight, including its share of the scale
 _VERIFIED_LAYERS = 2  # layers of a shape that are verified, at full width, in seconds
 _SHIFT = 29  # tokens by which the prompts of a batch begin later in the passage
 

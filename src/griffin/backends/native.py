@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,7 +21,8 @@ from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, sketch
 from griffin.native import kernel, library, operands
 from griffin.weights.neuron_major import make_neuron_major
-from griffin.weights.projection import rows, shape_of
+from griffin.weights.projection import rows
+from griffin.weights.quantised import QuantisedLinear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,7 +74,7 @@ class NativeFF:
 
     def _open(self) -> None:
         """Take the addresses of the model's weights, until `undo` closes."""
-        if not self._ff.quantised:  # records are neuron-major as they are
+        if not isinstance(self._ff.output, QuantisedLinear):  # which is neuron-major as it is
             make_neuron_major(self._ff.output, self._ff.path, self._undo)
         self._block: operands.Block | None = native_block(self._ff)
         self._taken = _addresses(self._ff)
@@ -129,7 +130,9 @@ class NativeFF:
     def _dynamic(self, dynamic: Dynamic | None, rows: slice) -> operands.Dynamic | None:
         if dynamic is None:
             return None
-        gate = None if dynamic.split.gate is None else sketch(self._ff, dynamic.split.gate)
+        gate = None
+        if dynamic.split.gate is not None:
+            gate = operands.packed_matrix(sketch(self._ff, dynamic.split.gate))
         weights = dynamic.weights if len(dynamic.weights) == 1 else dynamic.weights[rows]
         return operands.dynamic(self.block, weights, dynamic.split.chosen, gate=gate)
 
@@ -170,14 +173,18 @@ def why_not(block: FFBlock) -> str | None:
     """Why the native library cannot compute a block; `None` if it can."""
     if (reason := library.why_not()) is not None:
         return reason
-    weights = [] if block.quantised else [rows(projection)[0] for projection in (*block.inputs, block.output)]
-    for weight in weights:
+    for projection in (*block.inputs, block.output):
+        if isinstance(projection, QuantisedLinear):
+            continue
+        weight = rows(projection)[0]
         if weight.device.type != "cpu":
             return f"{block.path} is on {weight.device}; the native library runs on the CPU"
-        if weight.dtype not in _DTYPES or weight.dtype != weights[0].dtype:
+        if weight.dtype not in _DTYPES:
             return f"{block.path} has weights of {weight.dtype}; expected float32, bfloat16 or float16"
-    if any(weight.stride(1) != 1 for weight in weights[:-1]):
-        return f"{block.path} stores its input projections column by column (Conv1D), so no neuron is contiguous"
+        if projection is not block.output and weight.stride(1) != 1:
+            return f"{block.path} stores its input projections column by column (Conv1D), so no neuron is contiguous"
+    if isinstance(block.output, QuantisedLinear) and not block.output.neuron_major:
+        return f"{block.path} has a quantised output projection that is not neuron-major"
     if block.activation is None:
         return f"{block.path} has an activation that the native library does not know"
     return None
@@ -194,55 +201,24 @@ def _addresses(block: FFBlock) -> tuple[tuple[int, tuple[int, ...], torch.dtype]
 
 
 def native_block(block: FFBlock) -> operands.Block:
-    """A block of the native library over the model's own weights, which must be neuron-major or quantised."""
+    """A block of the native library over the model's own weights, whose output projection must be neuron-major."""
     activation = block.activation
     assert activation is not None
-    biases: list[Any] = [projection.bias for projection in block.inputs]
-    if block.layout.fused:
-        biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
-    gate_bias, up_bias = (biases[0], biases[1]) if block.gated else (None, biases[0])
-    out_bias: Any = block.output.bias
-    if block.quantised:
-        records, scales = ff_records(block)
-        return operands.ff_records(
-            records,
-            scales,
-            d_model=shape_of(block.output)[0],
-            gated=block.gated,
-            activation=activation,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            out_bias=out_bias,
-        )
-    weights = block.input_weights()
-    gate, up = (weights[0], weights[1]) if block.gated else (None, weights[0])
-    down = rows(block.output)[0]
-    return operands.ff_block(
-        None if gate is None else gate.detach(),
-        up.detach(),
-        down.detach().t(),
-        activation=activation,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        out_bias=out_bias,
-    )
+    inputs = [matrix for projection in block.inputs for matrix in _matrices(projection, block.layout.fused)]
+    if isinstance(block.output, QuantisedLinear):
+        down = block.output.matrices()[0]
+    else:
+        weight, bias = rows(block.output)
+        down = operands.matrix(weight.detach().t(), bias, neuron_major=True)
+    return operands.ff_block(inputs[0] if block.gated else None, inputs[-1], down, activation=activation)
 
 
-def ff_records(block: FFBlock) -> tuple[Tensor, Tensor | None]:
-    """The records that an FF block's projections are views into, and int8's scales, for `operands.ff_records`.
-
-    Shapes: (D_ff, bytes of a record) uint8; (D_ff, 3), or 2 ungated, float32.
-
-    Raises:
-        ValueError: the projections do not lie in one record, as after somebody replaced one of them.
-    """
-    projections = (*block.inputs, block.output)
-    packed = [part for projection in projections for part in projection.packed]  # type: ignore[union-attr]
-    first, (d_ff, row) = packed[0], packed[0].shape
-    record = row * len(packed)
-    addresses = [part.data_ptr() - first.data_ptr() for part in packed]
-    if addresses != [i * row for i in range(len(packed))] or any(part.stride() != (record, 1) for part in packed):
-        raise ValueError(f"{block.path}: gate, up and down do not lie in one record; load or convert the model again")
-    records = first.as_strided((d_ff, record), (record, 1))
-    scales = block.inputs[0].scales
-    return records, scales[0].as_strided((d_ff, len(packed)), (len(packed), 1)) if isinstance(scales, Tensor) else None
+def _matrices(projection: torch.nn.Module, fused: bool) -> list[operands.Matrix]:
+    """The matrices of an input projection: gate and up if it is fused."""
+    if isinstance(projection, QuantisedLinear):
+        return projection.matrices()
+    weight, bias = rows(projection)
+    if not fused:
+        return [operands.matrix(weight.detach(), bias)]
+    biases = (None, None) if bias is None else bias.chunk(2)
+    return [operands.matrix(*pair) for pair in zip(weight.detach().chunk(2), biases, strict=True)]

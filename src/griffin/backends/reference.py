@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from griffin.activation import ACTIVATIONS
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, sketch
-from griffin.native import operands
 from griffin.weights.projection import rows
 from griffin.weights.quantised import QuantisedLinear
 
@@ -91,7 +90,7 @@ class ReferenceFF:
 
     def _sketch_of(self, format: str, like: Tensor) -> Tensor:
         if self._sketch is None or self._sketch[0] != format:
-            self._sketch = format, operands.unpack(sketch(self._block, format))[0]
+            self._sketch = format, sketch(self._block, format).unpack()
         name, weight = self._sketch
         if (weight.dtype, weight.device) != (like.dtype, like.device):
             self._sketch = name, weight.to(like)
@@ -123,7 +122,7 @@ class ReferenceFF:
 def _dequantised_read(projection: QuantisedLinear, x: Tensor, experts: Tensor) -> Tensor:
     bias = projection.bias
     if bias is not None:
-        bias = bias.view(len(projection.packed), -1).index_select(1, experts).reshape(-1)
+        bias = bias.view(len(projection.parts), -1).index_select(1, experts).reshape(-1)
     return F.linear(x, projection.dequantised(experts, x.dtype), bias)
 
 

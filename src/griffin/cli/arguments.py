@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from griffin.engine.step import Sampling
 
-BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m")
+BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
 REFINED = " and ".join(f"{name}+" for name in REFINEMENTS) + f" may stand before it, as in {'+'.join(REFINEMENTS)}+topk"
 _MOST_LAYERS = 10_000
 
@@ -102,11 +102,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a built-in model ({', '.join(BUILTIN_MODELS)}), a .gguf file, a model folder or a Hugging Face Hub id "
         f"such as org/name (default: {BUILTIN_MODELS[0]})",
     )
-    group.add_argument("--dtype", metavar="TYPE", help="bf16, f16 or f32 (default: as stored)")
+    group.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="bf16, f16 or f32; quantised weights are dequantised to it (default: as stored, on the CPU quantised "
+        "weights too)",
+    )
     group.add_argument(
         "--weights",
         metavar="FORMAT",
-        help="how the weights are stored on the CPU: bf16, f32, int8 or int4 (default: as --dtype says)",
+        help="how the weights of a float model are stored on the CPU: bf16, f32, int8 or int4 (default: as --dtype "
+        "says); a quantised model takes int8 and int4 with --dtype only",
     )
     group.add_argument("--device", metavar="DEVICE", help="such as cpu, cuda or mps (default: cuda if there is one)")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")

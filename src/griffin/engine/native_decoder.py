@@ -14,7 +14,7 @@ from griffin.backends.native import NativeFF, Set
 from griffin.engine.cache import BufferedCache
 from griffin.families import BY_TYPE
 from griffin.native import abi, kernel, library, operands
-from griffin.weights.quantised import QuantisedLinear
+from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear
 
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # others change with the length
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -190,15 +190,12 @@ class NativeDecoder:
         struct.residual_scale = getattr(config, "residual_multiplier", 1.0)
         struct.logits_scale = 1.0 / getattr(config, "logits_scaling", 1.0)
         table = model.get_input_embeddings()
-        weight = self._keep(table.weight.detach())
-        if weight.dtype not in _TYPES:
-            raise UnsupportedError(f"the native step needs embeddings of float32 or bfloat16, found {weight.dtype}")
+        struct.embedding, dtype = self._embedding(table)
         scale = getattr(table, "embed_scale", None)
         struct.embedding_scale = (
-            getattr(config, "embedding_multiplier", 1.0) if scale is None else float(scale.to(weight.dtype))
+            getattr(config, "embedding_multiplier", 1.0) if scale is None else float(scale.to(dtype))
         )
-        struct.vocabulary, struct.embedding_format = weight.shape[0], _TYPES[weight.dtype]
-        struct.embedding, struct.embedding_stride = weight.data_ptr(), weight.stride(0) * weight.element_size()
+        struct.vocabulary = struct.embedding.d_out
         struct.layers = ctypes.addressof(self._layers)
         struct.final = self._norm(decoder.norm)
         struct.head = self._matrix(model.get_output_embeddings())
@@ -265,8 +262,17 @@ class NativeDecoder:
             raise UnsupportedError(f"the native step cannot read the epsilon of {type(module).__name__}")
         return abi.NormStruct(weight.data_ptr(), eps, 0)
 
+    def _embedding(self, table: Any) -> tuple[abi.MatrixStruct, torch.dtype]:
+        if isinstance(table, QuantisedEmbedding):
+            return self._keep(operands.packed_matrix(table.parts[0])).struct, table.dtype
+        if table.weight.dtype not in _TYPES:
+            raise UnsupportedError(
+                f"the native step needs embeddings of float32 or bfloat16, found {table.weight.dtype}"
+            )
+        return self._keep(operands.matrix(table.weight.detach())).struct, table.weight.dtype
+
     def _matrix(self, module: Any) -> Any:
-        if isinstance(module, QuantisedLinear) and len(module.packed) == 1:
+        if isinstance(module, QuantisedLinear) and len(module.parts) == 1 and not module.neuron_major:
             return self._keep(module.matrices()[0]).struct
         if not isinstance(module, nn.Linear) or module.weight.dtype not in (*_TYPES, torch.float16):
             raise UnsupportedError(f"the native step cannot read a {type(module).__name__}")

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from griffin.layouts import FFBlock
 from griffin.method.statistics import Statistics
-from griffin.native import library, operands, packing
+from griffin.native import grouped, library
 from griffin.weights.fingerprint import fingerprint
-from griffin.weights.projection import shape_of
+from griffin.weights.projection import nbytes_of, shape_of
 from griffin.weights.quantised import QuantisedLinear
 
 # What a split costs, in nats of KL a token: neurons that a token leaves out, those left out for all tokens (which
@@ -124,18 +124,21 @@ def split(block: FFBlock, density: float) -> Split:
             f"{block.path} has an activation that dynamic neuron selection does not know; leave dynamic+ out"
         )
     noise = _NOISE if library.why_not() is None else {None: 0.0}
-    sizes = shape_of(block.output)[0], block.width, block.nbytes
-    return _split(*sizes, block.gated, density, tuple(noise.items()))
+    first = nbytes_of(block.inputs[0]) / block.width / (2 if block.layout.fused else 1)
+    return _split(shape_of(block.output)[0], block.width, block.nbytes, first, density, tuple(noise.items()))
 
 
 @cache
 def _split(
-    d: int, width: int, nbytes: int, gated: bool, density: float, noises: tuple[tuple[str | None, float], ...]
+    d: int, width: int, nbytes: int, first: float, density: float, noises: tuple[tuple[str | None, float], ...]
 ) -> Split:
+    """first: bytes of a neuron's row that is read for all experts, its gate's or its up's."""
     noise = dict(noises)
     neuron = nbytes / width
-    first = neuron / (3 if gated else 2)
-    known = {None: first, "int8": d + 4, "int4": packing.row_bytes("int4", d)}
+    known: dict[str | None, float] = {
+        None: first,
+        **{name: grouped.row_bytes(format, d) for name, format in grouped.MADE.items()},
+    }
     sizes = {gate: known[gate] for gate in noise}
 
     def spent(gate: str | None, share: float) -> Split:
@@ -167,13 +170,13 @@ _KEPT: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDiction
 
 
 @torch.no_grad()
-def sketch(block: FFBlock, format: str) -> operands.Matrix:
+def sketch(block: FFBlock, format: str) -> grouped.Packed:
     """The block's gate, or up where it has none, in another format, (D_ff, D), without its bias."""
     gate = block.inputs[0]
 
-    def make() -> operands.Matrix:
-        weight = gate.dequantised()[: block.width] if isinstance(gate, QuantisedLinear) else block.input_weights()[0]
-        return operands.quantise_matrix(weight, format=format)
+    def make() -> grouped.Packed:
+        weight = gate.parts[0].unpack() if isinstance(gate, QuantisedLinear) else block.input_weights()[0]
+        return grouped.quantise(weight, format)
 
     return _kept(gate, format, make)  # type: ignore[no-any-return]
 
@@ -191,7 +194,7 @@ def output_norms(block: FFBlock) -> Tensor:
 
 
 def _kept(projection: nn.Module, name: str, make: Any) -> Any:
-    weight = projection.packed if isinstance(projection, QuantisedLinear) else projection.weight
+    weight = projection.stored if isinstance(projection, QuantisedLinear) else projection.weight
     assert isinstance(weight, Tensor)
     state = fingerprint(weight)
     kept = _KEPT.setdefault(projection, {})

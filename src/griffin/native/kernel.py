@@ -15,11 +15,12 @@ from torch import Tensor
 from griffin.native import abi, library, operands
 
 MAX_ROWS = 16
+ANY_ROWS = 2**31 - 1
 
 
-def _io(x: Tensor, d_in: int, d_out: int, out: Tensor | None) -> tuple[abi.IoStruct, Tensor]:
-    if x.dim() != 2 or x.shape[1] != d_in or not 1 <= x.shape[0] <= MAX_ROWS or x.dtype not in abi.ROW_TYPES:
-        raise ValueError(f"x: {tuple(x.shape)} {x.dtype}, expected (1..{MAX_ROWS}, {d_in}) float32 or bfloat16")
+def _io(x: Tensor, d_in: int, d_out: int, out: Tensor | None, most: int = MAX_ROWS) -> tuple[abi.IoStruct, Tensor]:
+    if x.dim() != 2 or x.shape[1] != d_in or not 1 <= x.shape[0] <= most or x.dtype not in abi.ROW_TYPES:
+        raise ValueError(f"x: {tuple(x.shape)} {x.dtype}, expected (1..{most}, {d_in}) float32 or bfloat16")
     if x.stride(1) != 1 and d_in > 1:
         x = x.contiguous()
     if out is None:
@@ -67,7 +68,7 @@ def ff(
                 f"experts: {tuple(experts.shape)} {experts.dtype}, expected (k,) int32 or int64, contiguous"
             )
         io.index_bytes, io.n_experts = experts.element_size(), experts.shape[0]
-        io.experts = experts.data_ptr() or block.struct.up  # an empty tensor has no address, and NULL means all
+        io.experts = experts.data_ptr() or block.struct.up.weight  # an empty tensor has no address, and NULL means all
     if row_mask is not None:
         if experts is None or row_mask.shape != experts.shape or row_mask.dtype != torch.uint16:
             raise ValueError(
@@ -91,10 +92,11 @@ def matvec(matrix: operands.Matrix, x: Tensor, *, out: Tensor | None = None, thr
     """y = W x + bias for every row of x.
 
     Shapes:
-        x: (B, in) float32 or bfloat16, 1 <= B <= 16
+        x: (B, in) float32 or bfloat16, 1 <= B <= 16; weights in groups: any B
         out: (B, out) float32 or bfloat16; default a new tensor of x's dtype
     """
-    io, out = _io(x, matrix.d_in, matrix.d_out, out)
+    most = ANY_ROWS if matrix.struct.format == abi.GROUPED else MAX_ROWS
+    io, out = _io(x, matrix.d_in, matrix.d_out, out, most)
     address = ctypes.addressof(matrix.struct)
     library.check(library.loaded().griffin_matvec(address, ctypes.addressof(io), threads or torch.get_num_threads()))
     return out

@@ -35,7 +35,7 @@ def rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def device_of(projection: nn.Module) -> torch.device:
     """Where the weights are."""
-    weight = projection.packed if isinstance(projection, QuantisedLinear) else rows(projection)[0]
+    weight = projection.stored if isinstance(projection, QuantisedLinear) else rows(projection)[0]
     return weight.device
 
 

@@ -1,75 +1,106 @@
-"""Weights in 8 or 4 bits: every projection of the decoder's layers and the output embeddings, in place, on the CPU.
+"""Linears and embeddings over weights in groups (`griffin.native.grouped`), in place, on the CPU.
 
-The formats are the native library's (`griffin_native.h`). A few rows of input are multiplied where the packed weights
-lie; a prompt goes through torch's own GEMM, over blocks dequantised into one small buffer (`float32_gemm.multiply`), so
-that it runs at the speed of the fastest dtype here and no whole copy of a weight ever exists.
+The packed weights are multiplied where they lie, a prompt's rows as well as a step's: inputs are quantised to two bytes
+in groups of the weights' size, and the products of a group are summed exactly (weights of a table, such as NF4's, meet
+float32 inputs). No whole dequantised copy ever exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from griffin.native import kernel, operands, packing
+from griffin.native import grouped, kernel, operands
+from griffin.native.grouped import Packed
 from griffin.weights import float32_gemm
 
 FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
-QUANTISED = ("int8", "int4")
+QUANTISED = tuple(grouped.MADE)
 WEIGHTS = (*FLOATS, *QUANTISED)
 
 
-class QuantisedLinear(nn.Module):
-    """`y = x W^T + b` over packed rows of `W`, for inference.
+class _Quantised(nn.Module):
+    """A module over packed matrices, which are its buffers too, so that `state_dict` holds them."""
 
-    Args:
-        packed: (P, n, bytes of a row) uint8, rows contiguous. P is 1, or 2 for a fused gate and up (the gate's rows
-            come first in the output). It may be a view into the records of an FF block.
-        scales: int8: (P, n) float32, a scale a row. None says int4.
-        length: weights in a row.
-        bias: (out_features,) or None; kept as it is.
-        transposed: a row holds the weights of one input instead of one output (neuron-major: the output projection of
-            an FF block). Its forward always dequantises: in the generation phase the native FF call reads the records
-            itself, so this one serves the prompt phase and density 1.0 only.
-    """
+    parts: tuple[Packed, ...]
 
-    packed: Tensor
-    scales: Tensor | None
-    bias: Tensor | None
-
-    def __init__(
-        self, packed: Tensor, scales: Tensor | None, *, length: int, bias: Tensor | None, transposed: bool = False
-    ) -> None:
+    def __init__(self, parts: Sequence[Packed]) -> None:
         super().__init__()
-        n = packed.shape[0] * packed.shape[1]
-        if transposed and packed.shape[0] != 1:
-            raise ValueError(f"packed has {packed.shape[0]} parts; a transposed projection has one")
-        self.in_features, self.out_features = (n, length) if transposed else (length, n)
-        self.format = "int4" if scales is None else "int8"
-        self.transposed = transposed
-        self._length = length
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self._matrices: list[operands.Matrix] | None = None
+        self.parts = tuple(parts)
+        for i, part in enumerate(self.parts):
+            self.register_buffer(f"rows_{i}", part.rows)
+            self.register_buffer(f"scales_{i}", part.scales)
+
+    @property
+    def format(self) -> str:
+        """Name of the weights' format."""
+        return self.parts[0].format.name
+
+    @property
+    def stored(self) -> Tensor:
+        """The first part's rows: what identifies the weights."""
+        return self.parts[0].rows
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed rows and their scales."""
-        return self.packed.numel() + (0 if self.scales is None else 4 * self.scales.numel())
+        return sum(part.nbytes for part in self.parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`model.to(dtype)` is for the bias: packed rows and their scales stay what and where they are."""
+        if (device := fn(torch.empty(0)).device).type != "cpu":
+            raise ValueError(f"{self.format} weights are for the CPU and cannot go to {device}; load with dtype=")
+        for parameter in self.parameters(recurse=False):
+            parameter.data = fn(parameter.data)
+        self.reset()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.reset()  # what was derived from the bias
+        super()._load_from_state_dict(*args)
+
+    def reset(self) -> None:
+        """Forget what was derived from the bias, after it has changed."""
+
+
+class QuantisedLinear(_Quantised):
+    """`y = x W^T + b` over packed parts of `W`, for inference.
+
+    Args:
+        parts: one, or two for a fused gate and up (the gate's outputs come first). Neuron-major for the output
+            projection of an FF block.
+        bias: (out_features,) or None; kept as it is.
+
+    Raises:
+        ValueError: several parts that are neuron-major.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, parts: Sequence[Packed], bias: Tensor | None = None) -> None:
+        super().__init__(parts)
+        if len(self.parts) > 1 and any(part.neuron_major for part in self.parts):
+            raise ValueError(f"{len(self.parts)} neuron-major parts; an output projection has one")
+        self.in_features = self.parts[0].d_in
+        self.out_features = sum(part.d_out for part in self.parts)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self._matrices: list[operands.Matrix] | None = None
+
+    @property
+    def neuron_major(self) -> bool:
+        """Whether a row of the storage has the weights of one input."""
+        return self.parts[0].neuron_major
 
     def matrices(self) -> list[operands.Matrix]:
-        """The parts as the native library sees them, rows of W; biases are in them."""
-        if self.transposed:
-            raise ValueError("the rows of a transposed projection belong to its inputs: it is no matrix of the library")
+        """The parts as the native library sees them; biases are in them."""
         if self._matrices is None:
-            biases = [None] * len(self.packed) if self.bias is None else list(self.bias.chunk(len(self.packed)))
-            self._matrices = [
-                operands.matrix_rows(part, self._scales(p), d_in=self.in_features, bias=biases[p])
-                for p, part in enumerate(self.packed)
-            ]
+            sizes = [part.d_out for part in self.parts]
+            biases = [None] * len(sizes) if self.bias is None else torch.split(self.bias, sizes)
+            self._matrices = [operands.packed_matrix(*pair) for pair in zip(self.parts, biases, strict=True)]
         return self._matrices
 
     @torch.no_grad()
@@ -79,91 +110,93 @@ class QuantisedLinear(nn.Module):
         if flat.dtype not in FLOATS.values():
             flat = flat.float()  # float16, which the library's inputs are not
         out = flat.new_empty(flat.shape[0], self.out_features)
-        if 1 <= flat.shape[0] <= kernel.MAX_ROWS and not self.transposed:
-            at = 0
-            for matrix in self.matrices():
-                kernel.matvec(matrix, flat, out=out[:, at : at + matrix.d_out])
-                at += matrix.d_out
-        else:
-            self._unpacked(flat.to(float32_gemm.product_dtype(flat.dtype)), out)
+        at = 0
+        for matrix in self.matrices() if len(flat) else ():
+            kernel.matvec(matrix, flat, out=out[:, at : at + matrix.d_out])
+            at += matrix.d_out
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _unpacked(self, x: Tensor, out: Tensor) -> None:
-        """out = x W^T + bias, over blocks that are dequantised to the dtype of x."""
-        parts = len(self.packed)
-        biases = [None] * parts if self.bias is None else list(self.bias.chunk(parts))
-        for part, target, bias in zip(range(parts), out.chunk(parts, dim=1), biases, strict=True):
-            rows, scales = self.packed[part], self._scales(part)
-
-            def read(begin: int, block: Tensor, rows: Tensor = rows, scales: Tensor | None = scales) -> None:
-                if self.transposed:
-                    packing.unpack_rows(rows, scales, block, d=self._length, begin=begin)
-                else:
-                    span = slice(begin, begin + block.shape[0])
-                    own_scales = None if scales is None else scales[span]
-                    packing.unpack_rows(rows[span], own_scales, block, d=self._length)
-
-            float32_gemm.multiply(x, read, target, bias=bias, transposed=self.transposed)
-
-    @torch.no_grad()
     def dequantised(self, indices: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The rows as numbers, or of every part those at `indices`: for tests and the reference backend.
 
-        Shapes: indices (k,); returns (P * k, length), which is `W`, or `W^T` if `transposed`.
+        Shapes: indices (k,); returns (P * k, in_features), which is `W`, or neuron-major (k, out_features), `W^T`.
         """
-        parts = []
-        for p, part in enumerate(self.packed):
-            block, scales = part, self._scales(p)
-            if indices is not None:
-                block, scales = part[indices], None if scales is None else scales[indices]
-            out = torch.empty(block.shape[0], self._length, dtype=dtype if dtype in FLOATS.values() else torch.float32)
-            parts.append(packing.unpack_rows(block, scales, out, d=self._length).to(dtype))
+        parts = [part.unpack(indices, dtype=dtype) for part in self.parts]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    @torch.no_grad()
     def row_norms(self) -> list[Tensor]:
-        """L2 norm of every row, a tensor (n,) of float32 a part. Dequantises a block at a time."""
-        norms, step = [], max(1, float32_gemm.BLOCK_VALUES // self._length)
-        for p, part in enumerate(self.packed):
-            scales, part_norms = self._scales(p), []
-            for at in range(0, part.shape[0], step):
-                block = part[at : at + step]
-                out = torch.empty(block.shape[0], self._length)
-                packing.unpack_rows(block, None if scales is None else scales[at : at + step], out, d=self._length)
-                part_norms.append(torch.linalg.vector_norm(out, dim=1))
-            norms.append(torch.cat(part_norms))
+        """L2 norm of every stored row, a tensor (n,) of float32 a part. Dequantises a block at a time."""
+        norms = []
+        for part in self.parts:
+            count, length = part.rows.shape[0], part.d_out if part.neuron_major else part.d_in
+            step = max(1, float32_gemm.BLOCK_VALUES // length)
+            blocks = [part.unpack(first=at, last=at + step) for at in range(0, count, step)]
+            norms.append(torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]))
         return norms
 
     def reset(self) -> None:
-        """Forget what was derived from the bias and the scales, after they have changed."""
+        """See the base."""
         self._matrices = None
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        kind = ", neuron-major" if self.transposed else ""
+        kind = ", neuron-major" if self.neuron_major else ""
         return f"{self.in_features}, {self.out_features}, {self.format}, bias={self.bias is not None}{kind}"
-
-    def _scales(self, part: int) -> Tensor | None:
-        return None if self.scales is None else self.scales[part]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
-        """`model.to(dtype)` is for the bias: packed rows and their scales stay what and where they are."""
-        if (device := fn(torch.empty(0)).device).type != "cpu":
-            raise ValueError(f"{self.format} weights are for the CPU and cannot go to {device}; load without weights=")
-        self._matrices = None
-        if self.bias is not None:
-            self.bias.data = fn(self.bias.data)
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._matrices = None  # they hold copies of biases and scales
-        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrices": None}  # addresses are of this process
 
 
-def prompt_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a model of `dtype` multiplies prompts."""
-    converted = any(isinstance(module, float32_gemm.Float32GemmLinear | QuantisedLinear) for module in model.modules())
+class QuantisedEmbedding(_Quantised):
+    """Rows of a packed matrix, looked up.
+
+    Args:
+        packed: (V, D).
+        scale: what a row is multiplied by (Gemma's square root of D), a scalar tensor; None: 1.
+        dtype: of the result.
+    """
+
+    embed_scale: Tensor | None
+
+    def __init__(self, packed: Packed, *, scale: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__((packed,))
+        self.num_embeddings, self.embedding_dim = packed.d_out, packed.d_in
+        self.register_buffer("embed_scale", scale, persistent=False)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Shapes: ids (...,) int64; returns (..., D)."""
+        found = self.parts[0].unpack(ids.reshape(-1), dtype=self.dtype).view(*ids.shape, self.embedding_dim)
+        return found if self.embed_scale is None else found * self.embed_scale.to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
+
+
+def forget_ties(model: nn.Module) -> None:
+    """Let a Transformers model's `tie_weights` leave packed embeddings and outputs alone: they have no `weight`."""
+    for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if getattr(model, name, None):
+            object.__setattr__(model, name, {})
+
+
+def quantised_format(model: nn.Module) -> str | None:
+    """Formats of a model's quantised projections, the most frequent first ("Q4_K+Q6_K"); `None`: it has none."""
+    names = Counter(part.format.name for m in model.modules() if isinstance(m, QuantisedLinear) for part in m.parts)
+    return "+".join(name for name, _ in names.most_common()) or None
+
+
+def prompt_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
+    """The dtype in which a model of `dtype` multiplies prompts; "int8" where weights are quantised, but float32 where
+    only with tables."""
+    modules = list(model.modules())
+    formats = [part.format for module in modules if isinstance(module, QuantisedLinear) for part in module.parts]
+    if formats:
+        return torch.float32 if all(format.table for format in formats) else "int8"
+    converted = any(isinstance(module, float32_gemm.Float32GemmLinear) for module in modules)
     return float32_gemm.product_dtype(dtype) if converted else dtype

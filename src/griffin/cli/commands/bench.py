@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or tinyllama-1.1b",
     )
     what.add_argument(
-        "--weights", metavar="TYPE", help="bf16, f32, int8 or int4 (default: as the model is stored; bf16 for a shape)"
+        "--weights",
+        metavar="TYPE",
+        help="bf16, f32, int8 or int4; a quantised model is dequantised first (default: as the model is stored, "
+        "quantised weights too; bf16 for a shape)",
     )
     how = parser.add_argument_group("measurement")
     how.add_argument(

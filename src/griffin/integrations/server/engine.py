@@ -111,7 +111,7 @@ class Engine:
     @property
     def vocabulary(self) -> int:
         """The number of token ids of the model."""
-        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
 
     @property
     def running(self) -> int:

@@ -305,20 +305,13 @@ class FF:
     def _native_block(self, weights: Weights) -> operands.Block:
         """The block for the native library: gate and up where vLLM loaded them, down neuron-major."""
         (read, read_bias), (write, write_bias) = self._projections(weights)
-        gated = self.block.gated
-        gate, up = read.detach().chunk(2) if gated else (None, read.detach())
-        gate_bias, up_bias = read_bias.chunk(2) if gated and read_bias is not None else (None, read_bias)
+        parts = 2 if self.block.gated else 1
+        biases = [None] * parts if read_bias is None else list(read_bias.chunk(parts))
+        inputs = [operands.matrix(*pair) for pair in zip(read.detach().chunk(parts), biases, strict=True)]
+        down = operands.matrix(write.detach().t().contiguous(), write_bias, neuron_major=True)
         name = self._activation()
         assert name is not None
-        return operands.ff_block(
-            gate,
-            up,
-            write.detach().t().contiguous(),
-            activation=name,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            out_bias=write_bias,
-        )
+        return operands.ff_block(inputs[0] if self.block.gated else None, inputs[-1], down, activation=name)
 
     def _patch(self, layers: dict[str, Any] | None) -> None:
         forward = self.run if layers is None else self._registered(layers)

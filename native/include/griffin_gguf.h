@@ -1,0 +1,58 @@
+/* Weights in groups (griffin_grouped) into memory, from the blocks of a GGUF file or from codes, and back. */
+#ifndef GRIFFIN_GGUF_H
+#define GRIFFIN_GGUF_H
+#include "griffin_native.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The file format's own numbers. */
+enum griffin_gguf_type {
+  GRIFFIN_GGUF_Q4_0 = 2,
+  GRIFFIN_GGUF_Q4_1 = 3,
+  GRIFFIN_GGUF_Q5_0 = 6,
+  GRIFFIN_GGUF_Q5_1 = 7,
+  GRIFFIN_GGUF_Q8_0 = 8,
+  GRIFFIN_GGUF_Q2_K = 10,
+  GRIFFIN_GGUF_Q3_K = 11,
+  GRIFFIN_GGUF_Q4_K = 12,
+  GRIFFIN_GGUF_Q5_K = 13,
+  GRIFFIN_GGUF_Q6_K = 14
+};
+
+/* Codes of a matrix and what their scales and offsets are made of, row-major, rows of W. Null where the format has
+ * none. */
+typedef struct {
+  const uint8_t* codes;      /* (out, in) */
+  const void* scale;         /* (out, in / span, rounded up), float16 or float32; with sub-scales (out, in / 256) */
+  const void* offset;        /* as many: float16, or unsigned bytes (GRIFFIN_OFFSET_CODE) */
+  const uint8_t* sub;        /* (out, in / group) */
+  const uint8_t* sub_offset; /* (out, in / group) */
+} griffin_codes;
+
+/* The format of a GGUF type, with its weights and bytes a block. */
+GRIFFIN_API int griffin_gguf_format(int type, griffin_grouped* format, int32_t* block_weights, int32_t* block_bytes);
+/* Bytes that a matrix of this format and shape needs: of a row (of W; of a neuron if neuron-major), and as the result
+ * those of the scales of a neuron-major one (else 0, they are in the rows); -1: no such format. Behind the last row
+ * GRIFFIN_SLACK more bytes must be readable. */
+GRIFFIN_API int64_t griffin_grouped_bytes(const griffin_matrix* matrix, int64_t* row_bytes);
+/* Fill matrix->weight, and matrix->scales if neuron-major. blocks: the rows of W as they are in the file. row_order:
+ * (out,) row r of the matrix is row row_order[r] of the file's; null: the same. */
+GRIFFIN_API int griffin_pack_gguf(const griffin_matrix* matrix, int type, const void* blocks, const int64_t* row_order,
+                                  int threads);
+GRIFFIN_API int griffin_pack_codes(const griffin_matrix* matrix, const griffin_codes* from, int threads);
+/* Fill `out`'s arrays from float weights (rows, d_in): with sub-scales and -offsets by a search for the least squares,
+ * weighted by `importance` (d_in,) if there is one (mean squares of the inputs); or symmetric, by the largest. */
+GRIFFIN_API int griffin_quantise(const griffin_grouped* format, const float* weight, int64_t rows, int64_t d_in,
+                                 const float* importance, const griffin_codes* out, int threads);
+/* The weights as float32 (exactly what the format says) or bf16 (that, rounded to nearest even), any format: n rows, of W
+ * or, neuron-major, of neurons, those that `rows` names or all from `first` on. Columns begin..end: of a neuron-major
+ * matrix (begin a multiple of 256), of others all. out_stride in values. */
+GRIFFIN_API int griffin_unpack(const griffin_matrix* matrix, const int64_t* rows, int64_t first, int64_t n,
+                               int64_t begin, int64_t end, void* out, int out_type, int64_t out_stride, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

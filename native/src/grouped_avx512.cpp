@@ -1,0 +1,1 @@
+#include "grouped_avx512.inl"

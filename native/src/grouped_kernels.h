@@ -1,0 +1,65 @@
+// What one instruction set provides for weights in groups.
+#pragma once
+#include "grouped.h"
+
+namespace griffin {
+
+// The largest integer that inputs are quantised to: 128 high + low, high and low of 8 bits. With 8 bits alone the KL
+// divergence to the exact model is 0.003 to 0.006 (135M, 270M), with these 0.00002.
+constexpr float kWide = 127.f * 128.f;
+
+// A row of input in integers, in groups of the weights' size: x = scale * (128 high + low). Padded to whole chunks with
+// zeros.
+struct GroupedInput {
+  const int8_t* q;     // in the order of the steps (grouped.h): chunk, step, high or low, group, 4 values
+  const float* scale;  // one a group
+  const float* sum;    // scale * sum of the integers, one a group
+};
+
+// out[r] = <row, x[r]>, r < n. `next`: a row that will be wanted soon (prefetched only).
+using GroupedDotFn = void (*)(const RowPlan&, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
+                              const uint8_t* next);
+// Neurons of one group, four rows and their z in one int32 a quad: z = factor * its int8 (which alone keeps the KL
+// divergence to the exact model at 0.001 and less); total: the int8's sum.
+struct GroupOfNeurons {
+  const uint8_t* scales;
+  int group, quads, total;
+  const uint8_t* const* rows;
+  const int32_t* z;
+  float factor;
+  const uint8_t* const* ahead;  // rows that are wanted next: prefetched meanwhile, evenly and in order
+  int n_ahead;
+};
+
+// y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
+using GroupedDownFn = void (*)(const NeuronPlan&, const GroupOfNeurons&, int begin, int end, float* y);
+
+// z of many rows of input for the neurons of a group, all of them: row r's quads at z + r * z_stride, its total and factor
+// at r * stride, its y at y + r * y_stride.
+struct ManyZ {
+  int rows;
+  const int32_t* z;
+  int64_t z_stride;
+  const int32_t* total;
+  const float* factor;
+  int64_t stride;
+  float* y;
+  int64_t y_stride;
+};
+
+// The same for many rows: the codes are unpacked once. `of` has neither z nor what belongs to it.
+using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, int begin, int end, const ManyZ& z);
+
+struct GroupedKernels {
+  GroupedDotFn dot[2][7];  // [group == 32][bits - 2]
+  GroupedDownFn down[7];   // [bits - 2]
+  GroupedDownManyFn down_many[7];
+  void (*quantise)(const float* x, int d, int group, int8_t* q, float* scale, float* sum);
+};
+
+extern const GroupedKernels kGroupedPortable;
+#if defined(GRIFFIN_X86)
+extern const GroupedKernels kGroupedAvx2, kGroupedAvx512, kGroupedAvx512Vnni;
+#endif
+
+}  // namespace griffin

@@ -1,0 +1,408 @@
+// Products with weights in groups (grouped.h), written once over a vector type B; every instruction set's unit includes
+// this inside its anonymous namespace. B provides integer vectors I of kBytes bytes and float vectors F of kBytes / 4.
+
+// The four fields of the planes of 2 bits, put together.
+template <class B, int kPairs> inline void fields_of(const typename B::I* plane, typename B::I* field) {
+  using I = typename B::I;
+  if constexpr (kPairs == 1) {
+    const I low = B::set1(3);
+    field[0] = B::both(plane[0], low), field[1] = B::both(B::template right<2>(plane[0]), low);
+    field[2] = B::both(B::template right<4>(plane[0]), low), field[3] = B::both(B::template right<6>(plane[0]), low);
+  } else {
+    // nibbles of the two highest planes: fields 0 and 2 in `even`, 1 and 3 in `odd`
+    const I even = B::template select<0xCC>(B::template left<2>(plane[0]), plane[1]);
+    const I odd = B::template select<0xCC>(plane[0], B::template right<2>(plane[1]));
+    if constexpr (kPairs == 2) {
+      const I low = B::set1(15);
+      field[0] = B::both(even, low), field[1] = B::both(odd, low);
+      field[2] = B::both(B::template right<4>(even), low), field[3] = B::both(B::template right<4>(odd), low);
+    } else if constexpr (kPairs == 3) {
+      const I low = B::set1(63), z = plane[2];
+      field[0] = B::both(B::template select<0xFC>(B::template left<2>(even), z), low);
+      field[1] = B::both(B::template select<0xFC>(B::template left<2>(odd), B::template right<2>(z)), low);
+      field[2] = B::both(B::template select<0xFC>(B::template right<2>(even), B::template right<4>(z)), low);
+      field[3] = B::both(B::template select<0xFC>(B::template right<2>(odd), B::template right<6>(z)), low);
+    } else {
+      const I even2 = B::template select<0xCC>(B::template left<2>(plane[2]), plane[3]);
+      const I odd2 = B::template select<0xCC>(plane[2], B::template right<2>(plane[3]));
+      field[0] = B::template select<0xF0>(B::template left<4>(even), even2);
+      field[1] = B::template select<0xF0>(B::template left<4>(odd), odd2);
+      field[2] = B::template select<0xF0>(even, B::template right<4>(even2));
+      field[3] = B::template select<0xF0>(odd, B::template right<4>(odd2));
+    }
+  }
+}
+
+// The codes of a chunk's T = group / 4 steps, from the planes at `at` (kBits): vectors of one part of the lanes.
+// stride: bytes of a vector of this chunk, 4 for each of its groups. bits: bytes of a step of the plane of 1 bit.
+template <class B, int kBits, int kSteps>
+inline void unpack_steps(const uint8_t* const* at, int stride, int bits, int part, typename B::I* code) {
+  constexpr int kVectors = kSteps / 4, kPairs = kBits / 2;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; v++) {
+    typename B::I plane[4], field[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; p++) plane[p] = B::load(at[p] + v * stride + part * B::kBytes);
+    fields_of<B, kPairs>(plane, field);
+#pragma GCC unroll 4
+    for (int f = 0; f < 4; f++) {
+      const int step = v + f * kVectors;
+      if constexpr (kBits % 2)
+        code[step] = B::twice_and_bit(field[f], at[kPairs] + step * bits + part * (B::kBytes / 8));
+      else
+        code[step] = field[f];
+    }
+  }
+}
+
+// Super-scales and super-offsets of a row as floats, and where they come from.
+struct RowScales {
+  float supers[kMaxSupers + 16], super_offsets[kMaxSupers + 16];  // not initialised: 4 kB a row would show
+};
+
+template <class B> inline void open_scales(const RowPlan& p, const uint8_t* row, RowScales& of) {
+  if (!has_supers(p.format)) return;
+  for (int i = 0; i < p.supers; i += B::kLanes) B::store(of.supers + i, B::halves((const uint16_t*)row + i));
+  of.supers[p.supers] = 0;
+  if (p.format.offset != GRIFFIN_OFFSET_SUB) return;
+  for (int i = 0; i < p.supers; i += B::kLanes)
+    B::store(of.super_offsets + i, B::halves((const uint16_t*)(row + p.offset) + i));
+  of.super_offsets[p.supers] = 0;
+}
+
+// A value of each span for each of the groups from g on.
+template <class B> inline typename B::F spread(typename B::F values, int each, int g) {
+  float from[B::kLanes], to[B::kLanes];
+  B::store(from, values);
+  for (int i = 0; i < B::kLanes; i++) to[i] = from[(g % each + i) / each];
+  return B::load_floats(to);
+}
+
+// s and m of the groups g .. g + kLanes, zero from `lanes` on.
+template <class B, int kGroup>
+inline void scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of, int g, int lanes, typename B::F* s,
+                      typename B::F* m) {
+  const griffin_grouped& f = p.format;
+  if (has_supers(f)) {
+    constexpr int kEach = kSuper / kGroup;  // 8 or 16 groups
+    const typename B::F super = B::template spread_supers<kEach>(of.supers, g);
+    *s = B::mul(super, f.scale == GRIFFIN_SCALE_SUB_UNSIGNED ? B::unsigned_bytes(row + p.sub + g)
+                                                             : B::signed_bytes((const int8_t*)row + p.sub + g));
+    *m = f.offset == GRIFFIN_OFFSET_SUB
+             ? B::mul(B::template spread_supers<kEach>(of.super_offsets, g), B::unsigned_bytes(row + p.sub_offset + g))
+             : B::mul(*s, B::set1_float(f.zero));
+    return;
+  }
+  const int each = f.span / kGroup, at = each == 1 ? g : g / each;
+  *s = f.scale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)row + at) : B::halves((const uint16_t*)row + at);
+  if (f.offset == GRIFFIN_OFFSET_F16)
+    *m = B::minus_product(B::zero(), B::set1_float(1.f), B::halves((const uint16_t*)(row + p.offset) + at));
+  else if (f.offset == GRIFFIN_OFFSET_CODE)
+    *m = B::mul(*s, B::unsigned_bytes(row + p.offset + at));
+  else
+    *m = B::mul(*s, B::set1_float(f.zero));
+  if (each > 1) *s = spread<B>(*s, each, g), *m = spread<B>(*m, each, g);
+  if (lanes < B::kLanes) *s = B::first(*s, lanes), *m = B::first(*m, lanes);  // what lies behind may be no number
+}
+
+// A row with N inputs.
+template <class B, int kBits, int kGroup, int N>
+void grouped_dot_of(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, float* out,
+                    const uint8_t* next) {
+  using I = typename B::I;
+  using F = typename B::F;
+  constexpr int kSteps = kGroup / 4, kParts = 64 / B::kBytes, kPlanes = (kBits + 1) / 2;
+  const uint8_t* at[4];
+  F acc[N];
+  for (int i = 0; i < kPlanes; i++) at[i] = row + p.plane[i];
+  for (int n = 0; n < N; n++) acc[n] = B::zero();
+  RowScales scales;
+  open_scales<B>(p, row, scales);
+  int64_t ahead = 0;
+  for (int g = 0; g < p.groups; g += kChunkGroups) {
+    const int lanes = p.groups - g < kChunkGroups ? p.groups - g : kChunkGroups;
+    for (int i = 0; i < kBits * kGroup / 32 + 1; i++, ahead += 64) B::prefetch_far(next + ahead);
+    for (int part = 0; part < kParts; part++) {
+      const int lane = g + part * B::kLanes;
+      if (part * B::kLanes >= lanes) break;
+      I code[kSteps];
+      F scale, offset;
+      unpack_steps<B, kBits, kSteps>(at, 4 * lanes, (lanes + 1) / 2, part, code);
+      scales_at<B, kGroup>(p, row, scales, lane, lanes - part * B::kLanes, &scale, &offset);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        const uint8_t* const q = (const uint8_t*)x[n]->q + 2 * (int64_t)g * kGroup + part * B::kBytes;
+        // Two chains each, as a long one fills the scheduler with what waits for it.
+        I high[2] = {B::none(), B::none()}, low[2] = {B::none(), B::none()};
+#pragma GCC unroll 8
+        for (int t = 0; t < kSteps; t++) {
+          high[t % 2] = B::template dot<kBits>(high[t % 2], code[t], B::load(q + 128 * t));
+          low[t % 2] = B::template dot<kBits>(low[t % 2], code[t], B::load(q + 128 * t + 64));
+        }
+        const I sum = B::add(B::template left32<7>(B::add(high[0], high[1])), B::add(low[0], low[1]));
+        acc[n] = B::minus_product(acc[n], offset, B::load_floats(x[n]->sum + lane));
+        acc[n] = B::fma(B::to_float(sum), B::mul(scale, B::load_floats(x[n]->scale + lane)), acc[n]);
+      }
+    }
+    for (int i = 0; i < kBits / 2; i++) at[i] += lanes * kGroup / 4;
+    if (kBits % 2) at[kPlanes - 1] += (lanes + 1) / 2 * kSteps;
+  }
+  for (int n = 0; n < N; n++) out[n] = B::sum(acc[n]);
+}
+
+template <class B, int kBits, int kGroup>
+void grouped_dot(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
+                 const uint8_t* next) {
+  for (int r = 0; r < n; next = row) {
+    if (n - r >= 4)
+      grouped_dot_of<B, kBits, kGroup, 4>(p, row, x + r, out + r, next), r += 4;
+    else if (n - r >= 2)
+      grouped_dot_of<B, kBits, kGroup, 2>(p, row, x + r, out + r, next), r += 2;
+    else
+      grouped_dot_of<B, kBits, kGroup, 1>(p, row, x + r, out + r, next), r += 1;
+  }
+}
+
+// -- neuron-major ------------------------------------------------------------------------------------------------------
+
+// Four rows' vectors, byte by byte: out[i] has in its 16-byte block k the bytes 16 k + 4 i .. 16 k + 4 i + 3 of each.
+template <class B> inline void interleave(const typename B::I* row, typename B::I* out) {
+  const typename B::I low01 = B::low8(row[0], row[1]), high01 = B::high8(row[0], row[1]);
+  const typename B::I low23 = B::low8(row[2], row[3]), high23 = B::high8(row[2], row[3]);
+  out[0] = B::low16(low01, low23), out[1] = B::high16(low01, low23);
+  out[2] = B::low16(high01, high23), out[3] = B::high16(high01, high23);
+}
+
+// Rows that will be wanted, a few lines at a time (a burst would wait for the memory), into the second-level cache.
+// Measured, half of the rows: 2.0x as fast as into the first level, whose misses are few at a time, and which makes the
+// hardware fetch what follows.
+struct Ahead {
+  const uint8_t* const* row;
+  int rows, lines, at, each;  // lines of a row, the next one, lines a step
+  Ahead(const uint8_t* const* of, int n, int64_t bytes, int steps)
+      : row(of), rows(n), lines((int)(bytes / 64)), at(0), each((n * lines + steps - 1) / (steps ? steps : 1)) {}
+  template <class B> void step() {
+    for (int i = 0; i < each && rows; i++) {
+      B::prefetch_far(*row + 64 * at);
+      if (++at == lines) at = 0, row++, rows--;
+    }
+  }
+};
+
+// The codes of four neurons (a quad), byte by byte, for part `part` of a chunk's fields: field[f][i].
+template <class B, int kBits>
+inline void quad_fields(const NeuronPlan& p, const uint8_t* const* row, int begin, int bytes, int part,
+                        typename B::I (*field)[4]) {
+  using I = typename B::I;
+  constexpr int kPairs = kBits / 2;
+  const int64_t at = begin / 4 + part * B::kBytes;
+  I plane[4][4], bit[4][4];  // [plane or field][i]
+  for (int w = 0; w < kPairs; w++) {
+    const I own[4] = {B::load(row[0] + p.plane[w] + at), B::load(row[1] + p.plane[w] + at),
+                      B::load(row[2] + p.plane[w] + at), B::load(row[3] + p.plane[w] + at)};
+    interleave<B>(own, plane[w]);
+  }
+  if constexpr (kBits % 2) {
+    for (int f = 0; f < 4; f++) {
+      I own[4];
+      for (int j = 0; j < 4; j++)
+        own[j] = B::twice_and_bit(B::none(), row[j] + p.plane[kPairs] + (begin + f * bytes + part * B::kBytes) / 8);
+      interleave<B>(own, bit[f]);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    I own[4], code[4];
+    for (int w = 0; w < kPairs; w++) own[w] = plane[w][i];
+    fields_of<B, kPairs>(own, code);
+    for (int f = 0; f < 4; f++) field[f][i] = kBits % 2 ? B::add8(B::add8(code[f], code[f]), bit[f][i]) : code[f];
+  }
+}
+
+// Sums in the order of the outputs: acc[f][i] of part `part` of a chunk.
+template <class B>
+inline void store_sums(const typename B::I (*acc)[4], int bytes, int part, int32_t* sums) {
+  const int blocks = bytes / kFieldBlock;
+  const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
+  for (int f = 0; f < 4; f++)
+    for (int i = 0; i < 4; i++) {
+      int32_t* const to = sums + f * bytes + 4 * blocks * i + part * B::kLanes;
+      if (valid == B::kLanes) {
+        B::store_int(to, acc[f][i]);
+      } else {
+        int32_t room[B::kLanes];
+        B::store_int(room, acc[f][i]);
+        memcpy(to, room, sizeof(int32_t) * valid);
+      }
+    }
+}
+
+// sums[c] = sum over the quads' neurons of code * z, for a chunk of n outputs.
+template <class B, int kBits>
+inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const int32_t* z, int quads, int begin, int n,
+                       int32_t* sums, Ahead& ahead) {
+  using I = typename B::I;
+  const int bytes = n / 4;
+  for (int part = 0; part * B::kBytes < bytes; part++) {
+    I acc[4][4];
+    for (int f = 0; f < 4; f++)
+      for (int i = 0; i < 4; i++) acc[f][i] = B::none();
+    for (int q = 0; q < quads; q++) {
+      ahead.step<B>();
+      I field[4][4];
+      quad_fields<B, kBits>(p, rows + 4 * q, begin, bytes, part, field);
+      const I factor = B::set1_int(z[q]);
+      for (int f = 0; f < 4; f++)
+        for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
+    }
+    store_sums<B>(acc, bytes, part, sums);
+  }
+}
+
+// y[c] += factor * (s[c] * sums[c] - total * m[c]) for the outputs begin .. begin + n of a group of neurons.
+template <class B, int kScale, int kOffset>
+inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int n, const int32_t* sums, float* y) {
+  const griffin_grouped& f = p.format;
+  const int64_t span = of.group * f.group / (kScale <= GRIFFIN_SCALE_SUB_SIGNED ? kSuper : f.span);
+  const uint8_t* const base = of.scales + span * p.super_stride;
+  const uint8_t* const sub = of.scales + p.sub + of.group * p.sub_stride;
+  const typename B::F factor = B::set1_float(of.factor), z_sum = B::set1_float(of.factor * (float)of.total);
+  const typename B::I zero = B::set1_int(of.total * f.zero);
+  for (int c = begin; c < begin + n; c += B::kLanes) {
+    typename B::F s =
+        kScale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)base + c) : B::halves((const uint16_t*)base + c);
+    if (kScale == GRIFFIN_SCALE_SUB_UNSIGNED) s = B::mul(s, B::unsigned_bytes(sub + c));
+    if (kScale == GRIFFIN_SCALE_SUB_SIGNED) s = B::mul(s, B::signed_bytes((const int8_t*)sub + c));
+    typename B::I sum = B::load((const uint8_t*)(sums + (c - begin)));
+    typename B::F acc = B::load_floats(y + c);
+    if (kOffset == GRIFFIN_OFFSET_NONE) {
+      sum = B::subtract(sum, zero);
+    } else if (kOffset == GRIFFIN_OFFSET_SUB) {
+      const typename B::F m =
+          B::mul(B::halves((const uint16_t*)(base + p.offset) + c), B::unsigned_bytes(sub + p.sub_offset + c));
+      acc = B::minus_product(acc, m, z_sum);
+    } else if (kOffset == GRIFFIN_OFFSET_F16) {
+      acc = B::fma(B::halves((const uint16_t*)(base + p.offset) + c), z_sum, acc);
+    } else {
+      acc = B::minus_product(acc, B::mul(s, B::unsigned_bytes(base + p.offset + c)), z_sum);
+    }
+    B::store(y + c, B::fma(B::to_float(sum), B::mul(s, factor), acc));
+  }
+}
+
+template <class B>
+inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int n, const int32_t* sums, float* y) {
+  const int scale = p.format.scale, offset = p.format.offset;
+  if (scale == GRIFFIN_SCALE_SUB_UNSIGNED && offset == GRIFFIN_OFFSET_SUB)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_SUB>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_SUB_SIGNED && offset == GRIFFIN_OFFSET_NONE)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_SUB_SIGNED)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_SUB>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_SUB_UNSIGNED)
+    return add_scaled<B, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+  if (scale == GRIFFIN_SCALE_F16) {
+    if (offset == GRIFFIN_OFFSET_NONE)
+      return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+    if (offset == GRIFFIN_OFFSET_F16)
+      return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_F16>(p, of, begin, n, sums, y);
+    return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_CODE>(p, of, begin, n, sums, y);
+  }
+  if (offset == GRIFFIN_OFFSET_NONE)
+    return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
+  if (offset == GRIFFIN_OFFSET_F16)
+    return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_F16>(p, of, begin, n, sums, y);
+  return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_CODE>(p, of, begin, n, sums, y);
+}
+
+template <class B, int kBits>
+void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int end, float* y) {
+  alignas(64) int32_t sums[256];
+  Ahead ahead(of.ahead, of.n_ahead, p.bytes, of.quads * ((end - begin + 255) / 256));
+  for (int at = begin; at < end; at += 256) {
+    const int n = end - at < 256 ? end - at : 256;
+    chunk_sums<B, kBits>(p, of.rows, of.z, of.quads, at, n, sums, ahead);
+    add_scaled<B>(p, of, at, n, sums, y);
+  }
+}
+
+template <class B, int kBits>
+void grouped_down_many(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int end, const ManyZ& z) {
+  using I = typename B::I;
+  constexpr int kParts = 64 / B::kBytes;
+  alignas(64) uint8_t codes[8][kParts][16][B::kBytes];  // [quad][part][4 f + i]
+  alignas(64) int32_t sums[256];
+  for (int at = begin; at < end; at += 256) {
+    const int n = end - at < 256 ? end - at : 256, bytes = n / 4, parts = (bytes + B::kBytes - 1) / B::kBytes;
+    for (int q = 0; q < of.quads; q++)
+      for (int part = 0; part < parts; part++) {
+        I field[4][4];
+        quad_fields<B, kBits>(p, of.rows + 4 * q, at, bytes, part, field);
+        for (int i = 0; i < 16; i++) B::store_int((int32_t*)codes[q][part][i], field[i / 4][i % 4]);
+      }
+    for (int r = 0; r < z.rows; r++) {
+      const int32_t* const own = z.z + r * z.z_stride;
+      for (int part = 0; part < parts; part++) {
+        I acc[4][4];
+        for (int i = 0; i < 16; i++) acc[i / 4][i % 4] = B::none();
+        for (int q = 0; q < of.quads; q++) {
+          const I factor = B::set1_int(own[q]);
+          for (int i = 0; i < 16; i++)
+            acc[i / 4][i % 4] = B::template dot<kBits>(acc[i / 4][i % 4], B::load(codes[q][part][i]), factor);
+        }
+        store_sums<B>(acc, bytes, part, sums);
+      }
+      GroupOfNeurons row = of;
+      row.total = z.total[r * z.stride], row.factor = z.factor[r * z.stride];
+      add_scaled<B>(p, row, at, n, sums, z.y + r * z.y_stride);
+    }
+  }
+}
+
+// Quantise a row of d floats (a multiple of the group) in groups, in the order of the steps.
+template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, float* scale, float* sum) {
+  const int groups = d / kGroup, padded = (int)up_to(groups, kChunkGroups);
+  if (padded > groups) memset(q + 2 * (int64_t)(padded - kChunkGroups) * kGroup, 0, 2 * (size_t)kChunkGroups * kGroup);
+  for (int g = 0; g < groups; g++) {
+    const float* const from = x + (int64_t)g * kGroup;
+    uint32_t top = 0;  // of |x|, as bits: they order as the values do
+    for (int i = 0; i < kGroup; i++) {
+      const uint32_t bits = bits_of(from[i]) & 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+    const bool finite = top < 0x7f800000u;
+    const float s = finite ? float_of(top) / kWide : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
+    // kWide / max rather than 1 / s: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
+    const float inverse = finite && top > 0x0da24260u ? kWide / float_of(top) : 0.f;
+    int8_t high[kGroup] = {}, low[kGroup] = {};
+    int32_t total = 0;
+    if (finite)
+      for (int i = 0; i < kGroup; i++) {
+        const int32_t value = (int32_t)__builtin_rintf(from[i] * inverse), h = (value + 64) >> 7;
+        high[i] = (int8_t)h, low[i] = (int8_t)(value - 128 * h), total += value;
+      }
+    scale[g] = s, sum[g] = s * (float)total;
+    int8_t* const to = q + 2 * (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
+    for (int t = 0; t < kGroup / 4; t++)
+      memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
+  }
+  for (int g = groups; g < padded; g++) scale[g] = sum[g] = 0;
+}
+
+inline void grouped_quantise(const float* x, int d, int group, int8_t* q, float* scale, float* sum) {
+  if (group == 16)
+    quantise_groups<16>(x, d, q, scale, sum);
+  else
+    quantise_groups<32>(x, d, q, scale, sum);
+}
+
+template <class B> constexpr GroupedKernels grouped_kernels() {
+  return {{{grouped_dot<B, 2, 16>, grouped_dot<B, 3, 16>, grouped_dot<B, 4, 16>, grouped_dot<B, 5, 16>,
+            grouped_dot<B, 6, 16>, nullptr, grouped_dot<B, 8, 16>},
+           {grouped_dot<B, 2, 32>, grouped_dot<B, 3, 32>, grouped_dot<B, 4, 32>, grouped_dot<B, 5, 32>,
+            grouped_dot<B, 6, 32>, nullptr, grouped_dot<B, 8, 32>}},
+          {grouped_down<B, 2>, grouped_down<B, 3>, grouped_down<B, 4>, grouped_down<B, 5>, grouped_down<B, 6>, nullptr,
+           grouped_down<B, 8>},
+          {grouped_down_many<B, 2>, grouped_down_many<B, 3>, grouped_down_many<B, 4>, grouped_down_many<B, 5>,
+           grouped_down_many<B, 6>, nullptr, grouped_down_many<B, 8>},
+          grouped_quantise};
+}

@@ -1,0 +1,397 @@
+// Weights in groups into the layouts of grouped.h: from the blocks of a GGUF file, or from codes and scales. Weights
+// are moved, never rounded.
+#include <string.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "checks.h"
+#include "griffin_gguf.h"
+#include "grouped.h"
+#include "parallel.h"
+
+namespace griffin {
+namespace {
+
+// Up to 256 weights of a row: their codes, and what the formats keep beside them, as it is kept. Scales and offsets of
+// their own are one a span (the first of 2 or 4 bytes each), those of a super-group are one.
+struct Piece {
+  uint8_t codes[kSuper];
+  uint8_t scale[64], offset[32];
+  uint8_t sub[16], sub_offset[16];
+};
+
+// -- GGUF: blocks of the types, by their published layouts ---------------------------------------------------------
+
+void nibbles(const uint8_t* bytes, int n, uint8_t* low, uint8_t* high) {
+  for (int i = 0; i < n; i++) low[i] = bytes[i] & 15, high[i] = bytes[i] >> 4;
+}
+
+// Eight pairs of 6-bit scales and offsets in 12 bytes.
+void six_bit_pairs(const uint8_t* bytes, uint8_t* scale, uint8_t* offset) {
+  for (int i = 0; i < 4; i++) {
+    scale[i] = bytes[i] & 63, offset[i] = bytes[i + 4] & 63;
+    scale[i + 4] = static_cast<uint8_t>((bytes[i + 8] & 15) | bytes[i] >> 6 << 4);
+    offset[i + 4] = static_cast<uint8_t>(bytes[i + 8] >> 4 | bytes[i + 4] >> 6 << 4);
+  }
+}
+
+// Block number `i` of a type with 32 weights a block into its place in a piece.
+void small_block(int type, const uint8_t* block, int i, Piece& to) {
+  uint8_t* const codes = to.codes + 32 * i;
+  const bool offset = type == GRIFFIN_GGUF_Q4_1 || type == GRIFFIN_GGUF_Q5_1;
+  memcpy(to.scale + 2 * i, block, 2), block += 2;
+  if (offset) memcpy(to.offset + 2 * i, block, 2), block += 2;
+  if (type == GRIFFIN_GGUF_Q8_0) {
+    for (int j = 0; j < 32; j++) codes[j] = static_cast<uint8_t>(block[j] ^ 128);  // + 128 of a signed byte
+    return;
+  }
+  uint32_t fifth = 0;
+  const bool five = type == GRIFFIN_GGUF_Q5_0 || type == GRIFFIN_GGUF_Q5_1;
+  if (five) memcpy(&fifth, block, 4), block += 4;
+  nibbles(block, 16, codes, codes + 16);
+  if (five)
+    for (int j = 0; j < 32; j++) codes[j] = static_cast<uint8_t>(codes[j] | (fifth >> j & 1) << 4);
+}
+
+void super_block(int type, const uint8_t* block, Piece& to) {
+  uint8_t* const codes = to.codes;
+  switch (type) {
+    case GRIFFIN_GGUF_Q2_K:
+      for (int i = 0; i < 16; i++) to.sub[i] = block[i] & 15, to.sub_offset[i] = block[i] >> 4;
+      for (int half = 0; half < 2; half++)
+        for (int f = 0; f < 4; f++)
+          for (int j = 0; j < 32; j++) codes[128 * half + 32 * f + j] = block[16 + 32 * half + j] >> 2 * f & 3;
+      memcpy(to.scale, block + 80, 2), memcpy(to.offset, block + 82, 2);
+      break;
+    case GRIFFIN_GGUF_Q3_K: {
+      const uint8_t *const high = block, *const low = block + 32, *const scales = block + 96;
+      for (int half = 0; half < 2; half++)
+        for (int f = 0; f < 4; f++)
+          for (int j = 0; j < 32; j++)
+            codes[128 * half + 32 * f + j] =
+                static_cast<uint8_t>((low[32 * half + j] >> 2 * f & 3) | (high[j] >> (4 * half + f) & 1) << 2);
+      for (int i = 0; i < 16; i++) {
+        const int four = i < 8 ? scales[i] & 15 : scales[i - 8] >> 4, two = scales[8 + i % 4] >> 2 * (i / 4) & 3;
+        to.sub[i] = static_cast<uint8_t>((four | two << 4) - 32);
+      }
+      memcpy(to.scale, block + 108, 2);
+      break;
+    }
+    case GRIFFIN_GGUF_Q4_K:
+    case GRIFFIN_GGUF_Q5_K: {
+      const bool five = type == GRIFFIN_GGUF_Q5_K;
+      memcpy(to.scale, block, 2), memcpy(to.offset, block + 2, 2);
+      six_bit_pairs(block + 4, to.sub, to.sub_offset);
+      const uint8_t *const high = block + 16, *const low = block + (five ? 48 : 16);
+      for (int i = 0; i < 4; i++) nibbles(low + 32 * i, 32, codes + 64 * i, codes + 64 * i + 32);
+      if (five)
+        for (int g = 0; g < 8; g++)
+          for (int j = 0; j < 32; j++)
+            codes[32 * g + j] = static_cast<uint8_t>(codes[32 * g + j] | (high[j] >> g & 1) << 4);
+      break;
+    }
+    default: {  // Q6_K
+      const uint8_t *const low = block, *const high = block + 128;
+      for (int half = 0; half < 2; half++)
+        for (int j = 0; j < 32; j++) {
+          const uint8_t a = low[64 * half + j], b = low[64 * half + 32 + j], h = high[32 * half + j];
+          uint8_t* const out = codes + 128 * half + j;
+          out[0] = static_cast<uint8_t>((a & 15) | (h & 3) << 4),
+          out[32] = static_cast<uint8_t>((b & 15) | (h >> 2 & 3) << 4);
+          out[64] = static_cast<uint8_t>(a >> 4 | (h >> 4 & 3) << 4),
+          out[96] = static_cast<uint8_t>(b >> 4 | (h >> 6) << 4);
+        }
+      memcpy(to.sub, block + 192, 16), memcpy(to.scale, block + 208, 2);
+    }
+  }
+}
+
+struct Type {
+  int weights, bytes;
+  griffin_grouped format;
+};
+
+const Type* type_of(int type) {
+  static constexpr Type q4_0{32, 18, {4, 32, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_NONE, 8, 32}};
+  static constexpr Type q4_1{32, 20, {4, 32, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_F16, 0, 32}};
+  static constexpr Type q5_0{32, 22, {5, 32, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_NONE, 16, 32}};
+  static constexpr Type q5_1{32, 24, {5, 32, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_F16, 0, 32}};
+  static constexpr Type q8_0{32, 34, {8, 32, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_NONE, 128, 32}};
+  static constexpr Type q2_k{256, 84, {2, 16, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_SUB, 0, 256}};
+  static constexpr Type q3_k{256, 110, {3, 16, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_NONE, 4, 256}};
+  static constexpr Type q4_k{256, 144, {4, 32, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_SUB, 0, 256}};
+  static constexpr Type q5_k{256, 176, {5, 32, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_SUB, 0, 256}};
+  static constexpr Type q6_k{256, 210, {6, 16, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_NONE, 32, 256}};
+  switch (type) {
+    case GRIFFIN_GGUF_Q4_0: return &q4_0;
+    case GRIFFIN_GGUF_Q4_1: return &q4_1;
+    case GRIFFIN_GGUF_Q5_0: return &q5_0;
+    case GRIFFIN_GGUF_Q5_1: return &q5_1;
+    case GRIFFIN_GGUF_Q8_0: return &q8_0;
+    case GRIFFIN_GGUF_Q2_K: return &q2_k;
+    case GRIFFIN_GGUF_Q3_K: return &q3_k;
+    case GRIFFIN_GGUF_Q4_K: return &q4_k;
+    case GRIFFIN_GGUF_Q5_K: return &q5_k;
+    case GRIFFIN_GGUF_Q6_K: return &q6_k;
+    default: return nullptr;
+  }
+}
+
+// -- sources -------------------------------------------------------------------------------------------------------
+
+// Where the weights come from: piece `i` (weights 256 i ..) of row `row`, `n` of them.
+struct Source {
+  virtual ~Source() = default;
+  virtual void read(int64_t row, int64_t i, int n, Piece& to) const = 0;
+};
+
+struct GgufSource : Source {
+  const uint8_t* base;
+  int64_t row_bytes;
+  int number;
+  const Type* type;
+  const int64_t* order;  // row r of the matrix is row order[r] of the file's; null: the same
+
+  void read(int64_t row, int64_t i, int n, Piece& to) const override {
+    const uint8_t* const from =
+        base + (order ? order[row] : row) * row_bytes + i * (kSuper / type->weights) * type->bytes;
+    if (type->weights == kSuper) return super_block(number, from, to);
+    for (int b = 0; 32 * b < n; b++) small_block(number, from + b * type->bytes, b, to);
+  }
+};
+
+struct CodeSource : Source {
+  const griffin_codes* from;
+  const griffin_grouped* format;
+  int64_t d_in;  // padded to whole groups
+
+  void read(int64_t row, int64_t i, int n, Piece& to) const override {
+    const griffin_grouped& f = *format;
+    const int64_t supers = (d_in + kSuper - 1) / kSuper, spans = (d_in + f.span - 1) / f.span, groups = d_in / f.group;
+    const auto copy = [](uint8_t* target, const void* base, int64_t element, int64_t at, int64_t count) {
+      if (base) memcpy(target, static_cast<const uint8_t*>(base) + at * element, static_cast<size_t>(count * element));
+    };
+    copy(to.codes, from->codes, 1, row * d_in + i * kSuper, n);
+    if (has_supers(f)) {
+      copy(to.scale, from->scale, 2, row * supers + i, 1), copy(to.offset, from->offset, 2, row * supers + i, 1);
+      const int64_t at = row * groups + i * kSuper / f.group;
+      copy(to.sub, from->sub, 1, at, n / f.group), copy(to.sub_offset, from->sub_offset, 1, at, n / f.group);
+    } else {
+      const int64_t at = row * spans + i * kSuper / f.span, count = (n + f.span - 1) / f.span;
+      copy(to.scale, from->scale, f.scale == GRIFFIN_SCALE_F32 ? 4 : 2, at, count);
+      copy(to.offset, from->offset, f.offset == GRIFFIN_OFFSET_F16 ? 2 : 1, at, count);
+    }
+  }
+};
+
+// -- into the layouts ------------------------------------------------------------------------------------------------
+
+// Two bits (`shift` up) of four fields' codes into bytes.
+void combine(const uint8_t* const* field, int n, int shift, uint8_t* out) {
+  for (int b = 0; b < n; b++)
+    out[b] = static_cast<uint8_t>((field[0][b] >> shift & 3) | (field[1][b] >> shift & 3) << 2 |
+                                  (field[2][b] >> shift & 3) << 4 | (field[3][b] >> shift & 3) << 6);
+}
+
+void pack_bits(const uint8_t* codes, int n, uint8_t* out) {
+  memset(out, 0, static_cast<size_t>((n + 7) / 8));
+  for (int b = 0; b < n; b++) out[b / 8] = static_cast<uint8_t>(out[b / 8] | (codes[b] & 1) << b % 8);
+}
+
+// A row's planes from its codes, which lie in order.
+void pack_planes(const RowPlan& p, const uint8_t* codes, uint8_t* row) {
+  const int group = p.format.group, bits = p.format.bits, steps = group / 4, vectors = steps / 4, pairs = bits / 2;
+  uint8_t ordered[8][64];
+  for (int g = 0; g < p.groups; g += kChunkGroups) {
+    const int lanes = std::min(kChunkGroups, p.groups - g);
+    for (int t = 0; t < steps; t++)
+      for (int lane = 0; lane < lanes; lane++)
+        memcpy(ordered[t] + 4 * lane, codes + static_cast<int64_t>(g + lane) * group + 4 * t, 4);
+    const int64_t at = static_cast<int64_t>(g) * group / 4;
+    for (int plane = 0; plane < pairs; plane++)
+      for (int v = 0; v < vectors; v++) {
+        const uint8_t* const field[4] = {ordered[v], ordered[v + vectors], ordered[v + 2 * vectors],
+                                         ordered[v + 3 * vectors]};
+        combine(field, 4 * lanes, bits - 2 * (plane + 1), row + p.plane[plane] + at + v * 4 * lanes);
+      }
+    if (bits % 2)
+      for (int t = 0; t < steps; t++)
+        pack_bits(ordered[t], 4 * lanes,
+                  row + p.plane[pairs] + static_cast<int64_t>(g) / kChunkGroups * (kChunkGroups / 2) * steps +
+                      t * ((lanes + 1) / 2));
+  }
+}
+
+// A neuron's planes from its codes, one for each (padded) output.
+void pack_neuron(const NeuronPlan& p, const uint8_t* codes, uint8_t* row) {
+  const int bits = p.format.bits, pairs = bits / 2;
+  uint8_t ordered[4][64];
+  for (int begin = 0; begin < p.d; begin += 256) {
+    const int n = std::min(256, p.d - begin), bytes = n / 4, blocks = bytes / 16;
+    for (int f = 0; f < 4; f++)
+      for (int k = 0; k < blocks; k++)
+        for (int i = 0; i < 4; i++)
+          memcpy(ordered[f] + 16 * k + 4 * i, codes + begin + f * bytes + 4 * blocks * i + 4 * k, 4);
+    const uint8_t* const field[4] = {ordered[0], ordered[1], ordered[2], ordered[3]};
+    for (int plane = 0; plane < pairs; plane++)
+      combine(field, bytes, bits - 2 * (plane + 1), row + p.plane[plane] + begin / 4);
+    if (bits % 2)
+      for (int f = 0; f < 4; f++) pack_bits(ordered[f], bytes, row + p.plane[pairs] + (begin + f * bytes) / 8);
+  }
+}
+
+void pack_rows(const griffin_matrix& matrix, const Source& source, int64_t first, int64_t last, uint8_t* codes) {
+  const griffin_grouped& f = matrix.grouped;
+  const RowPlan p = row_plan(f, matrix.d_in);
+  Piece piece;
+  for (int64_t o = first; o < last; o++) {
+    uint8_t* const row = static_cast<uint8_t*>(const_cast<void*>(matrix.weight)) + o * matrix.stride;
+    memset(row, 0, static_cast<size_t>(p.plane[0]));
+    for (int i = 0; i < p.supers; i++) {
+      const int n = std::min(kSuper, p.d - kSuper * i);
+      source.read(o, i, n, piece);
+      memcpy(codes + static_cast<int64_t>(i) * kSuper, piece.codes, static_cast<size_t>(n));
+      if (has_supers(f)) {
+        const int groups = n / f.group, at = i * kSuper / f.group;
+        memcpy(row + 2 * i, piece.scale, 2), memcpy(row + p.sub + at, piece.sub, static_cast<size_t>(groups));
+        if (f.offset != GRIFFIN_OFFSET_SUB) continue;
+        memcpy(row + p.offset + 2 * i, piece.offset, 2);
+        memcpy(row + p.sub_offset + at, piece.sub_offset, static_cast<size_t>(groups));
+      } else {
+        const int scale = f.scale == GRIFFIN_SCALE_F32 ? 4 : 2, at = i * kSuper / f.span,
+                  count = (n + f.span - 1) / f.span;
+        const int offset = f.offset == GRIFFIN_OFFSET_F16 ? 2 : f.offset == GRIFFIN_OFFSET_CODE ? 1 : 0;
+        memcpy(row + scale * at, piece.scale, static_cast<size_t>(scale * count));
+        memcpy(row + p.offset + offset * at, piece.offset, static_cast<size_t>(offset * count));
+      }
+    }
+    pack_planes(p, codes, row);
+  }
+}
+
+// 256 neurons at a time.
+void pack_neurons(const griffin_matrix& matrix, const Source& source, int64_t super, uint8_t* codes) {
+  const griffin_grouped& f = matrix.grouped;
+  const NeuronPlan p = neuron_plan(f, matrix.d_out, matrix.d_in);
+  uint8_t* const scales = static_cast<uint8_t*>(const_cast<void*>(matrix.scales));
+  const int n = std::min<int>(kSuper, p.d_ff - static_cast<int>(super) * kSuper);
+  const int whole = static_cast<int>(up_to(n, f.group));  // the last group may have fewer neurons
+  memset(codes, 0, static_cast<size_t>(kSuper) * p.d);
+  Piece piece;
+  for (int64_t o = 0; o < matrix.d_out; o++) {
+    source.read(o, super, whole, piece);
+    for (int j = 0; j < n; j++) codes[static_cast<int64_t>(j) * p.d + o] = piece.codes[j];
+    if (has_supers(f)) {
+      uint8_t* const at = scales + super * p.super_stride;
+      memcpy(at + 2 * o, piece.scale, 2);
+      if (f.offset == GRIFFIN_OFFSET_SUB) memcpy(at + p.offset + 2 * o, piece.offset, 2);
+      for (int g = 0; g < whole / f.group; g++) {
+        uint8_t* const sub = scales + p.sub + (super * kSuper / f.group + g) * p.sub_stride;
+        sub[o] = piece.sub[g];
+        if (f.offset == GRIFFIN_OFFSET_SUB) sub[p.sub_offset + o] = piece.sub_offset[g];
+      }
+    } else {
+      const int scale = f.scale == GRIFFIN_SCALE_F32 ? 4 : 2;
+      const int offset = f.offset == GRIFFIN_OFFSET_F16 ? 2 : f.offset == GRIFFIN_OFFSET_CODE ? 1 : 0;
+      for (int s = 0; s < (n + f.span - 1) / f.span; s++) {
+        uint8_t* const at = scales + (super * kSuper / f.span + s) * p.super_stride;
+        memcpy(at + scale * o, piece.scale + scale * s, static_cast<size_t>(scale));
+        memcpy(at + p.offset + offset * o, piece.offset + offset * s, static_cast<size_t>(offset));
+      }
+    }
+  }
+  uint8_t* const rows = static_cast<uint8_t*>(const_cast<void*>(matrix.weight));
+  for (int j = 0; j < n; j++)
+    pack_neuron(p, codes + static_cast<int64_t>(j) * p.d, rows + (super * kSuper + j) * matrix.stride);
+}
+
+int pack(const griffin_matrix& matrix, const Source& source, int threads) {
+  struct Call {
+    const griffin_matrix& matrix;
+    const Source& source;
+    int64_t room;  // bytes of a thread's codes
+    uint8_t* codes;
+  };
+  const bool neurons = matrix.neuron_major;
+  const int64_t room = neurons ? kSuper * up_to(matrix.d_out, 64) : up_to(matrix.d_in, kSuper);
+  const std::unique_ptr<uint8_t[]> codes(new (std::nothrow) uint8_t[static_cast<size_t>(room * threads)]);
+  if (!codes) return GRIFFIN_NO_MEMORY;
+  if (neurons) {
+    const NeuronPlan p = neuron_plan(matrix.grouped, matrix.d_out, matrix.d_in);
+    memset(const_cast<void*>(matrix.scales), 0, static_cast<size_t>(p.scale_bytes));
+  }
+  Call call{matrix, source, room, codes.get()};
+  parallel(
+      threads,
+      [](void* data, int thread, int team) {
+        const Call& c = *static_cast<Call*>(data);
+        const griffin_matrix& m = c.matrix;
+        uint8_t* const own = c.codes + thread * c.room;
+        if (!m.neuron_major)
+          return pack_rows(m, c.source, int64_t{m.d_out} * thread / team, int64_t{m.d_out} * (thread + 1) / team, own);
+        const int64_t supers = (m.d_in + kSuper - 1) / kSuper;
+        for (int64_t s = supers * thread / team; s < supers * (thread + 1) / team; s++)
+          pack_neurons(m, c.source, s, own);
+      },
+      &call);
+  return GRIFFIN_OK;
+}
+
+bool writable(const griffin_matrix* matrix, int threads) {
+  return matrix && threads >= 1 && matrix->format == GRIFFIN_GROUPED && valid_matrix(*matrix);
+}
+
+}  // namespace
+}  // namespace griffin
+
+using namespace griffin;
+
+extern "C" {
+
+int griffin_gguf_format(int type, griffin_grouped* format, int32_t* block_weights, int32_t* block_bytes) {
+  const Type* const found = type_of(type);
+  if (!found || !format || !block_weights || !block_bytes) return GRIFFIN_BAD_ARGUMENT;
+  *format = found->format, *block_weights = found->weights, *block_bytes = found->bytes;
+  return GRIFFIN_OK;
+}
+
+int64_t griffin_grouped_bytes(const griffin_matrix* matrix, int64_t* row_bytes) {
+  if (!matrix || !row_bytes || !valid_grouped(matrix->grouped) || matrix->d_in < 1 || matrix->d_out < 1 ||
+      matrix->d_in > kMaxSupers * kSuper)
+    return -1;
+  if (!matrix->neuron_major) {
+    *row_bytes = row_plan(matrix->grouped, matrix->d_in).bytes;
+    return 0;
+  }
+  const NeuronPlan p = neuron_plan(matrix->grouped, matrix->d_out, matrix->d_in);
+  *row_bytes = p.bytes;
+  return p.scale_bytes;
+}
+
+int griffin_pack_gguf(const griffin_matrix* matrix, int type, const void* blocks, const int64_t* row_order,
+                      int threads) {
+  const Type* const found = type_of(type);
+  if (!writable(matrix, threads) || !found || !blocks ||
+      memcmp(&matrix->grouped, &found->format, sizeof found->format) || matrix->d_in % found->weights)
+    return GRIFFIN_BAD_ARGUMENT;
+  GgufSource source;
+  source.base = static_cast<const uint8_t*>(blocks);
+  source.row_bytes = int64_t{matrix->d_in} / found->weights * found->bytes;
+  source.number = type, source.type = found, source.order = row_order;
+  return pack(*matrix, source, threads);
+}
+
+int griffin_pack_codes(const griffin_matrix* matrix, const griffin_codes* from, int threads) {
+  if (!writable(matrix, threads) || !from || !from->codes || !from->scale) return GRIFFIN_BAD_ARGUMENT;
+  const griffin_grouped& f = matrix->grouped;
+  if ((has_supers(f) && !from->sub) || (f.offset != GRIFFIN_OFFSET_NONE && !from->offset) ||
+      (f.offset == GRIFFIN_OFFSET_SUB && !from->sub_offset))
+    return GRIFFIN_BAD_ARGUMENT;
+  CodeSource source;
+  source.from = from, source.format = &f, source.d_in = up_to(matrix->d_in, f.group);
+  return pack(*matrix, source, threads);
+}
+
+}  // extern "C"
