@@ -35,10 +35,9 @@ class Library:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.model, self.tokenizer = griffin.load(
-            name, dtype=torch.bfloat16
-        )  # the numbers of the folder that vLLM reads
-        self.model.float()
+        self.model, self.tokenizer = griffin.load(name, dtype=torch.float32)
+        for parameter in self.model.parameters():  # the numbers of the folder that vLLM reads
+            parameter.data = parameter.data.to(torch.bfloat16).float()
         self.prompts: list[list[int]] = [self.tokenizer(text)["input_ids"] for text in TEXTS]
 
     def tokens(self, prompt: list[int], density: float | None) -> tuple[list[int], dict[int, list[int]]]:
