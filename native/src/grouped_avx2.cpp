@@ -10,7 +10,7 @@ namespace {
 struct B256 {
   using I = __m256i;
   using F = __m256;
-  static constexpr int kBytes = 32, kLanes = 8;
+  static constexpr int kBytes = 32, kLanes = 8, kTile = 4;
   static I load(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static I none() { return _mm256_setzero_si256(); }
   static I set1(uint8_t v) { return _mm256_set1_epi8((char)v); }
@@ -43,10 +43,18 @@ struct B256 {
       return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
     }
   }
-  template <int n> static I left32(I v) { return _mm256_slli_epi32(v, n); }
   static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
   static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  // Inputs of 16 bits, which meet every other code as 16 bits: half of the multiplications that bytes would take.
+  static constexpr bool kByteInputs = false;
+  static constexpr int kOperands = 2;
+  static I first_operand(I codes) { return both(codes, _mm256_set1_epi16(255)); }
+  static I second_operand(I codes) { return _mm256_srli_epi16(codes, 8); }
+  template <int bits> static I dot_x(I acc, I operand, I x) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(operand, x));
+  }
+  static I join(I first, I second) { return add(first, second); }
   static I low8(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm256_unpackhi_epi8(a, b); }
   static I low16(I a, I b) { return _mm256_unpacklo_epi16(a, b); }

@@ -11,7 +11,7 @@ namespace {
 struct B512 {
   using I = __m512i;
   using F = __m512;
-  static constexpr int kBytes = 64, kLanes = 16;
+  static constexpr int kBytes = 64, kLanes = 16, kTile = 8;
   static I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I none() { return _mm512_setzero_si512(); }
   static I set1(uint8_t v) { return _mm512_set1_epi8((char)v); }
@@ -46,6 +46,13 @@ struct B512 {
   static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
   static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  // Inputs of two bytes, 128 high + low: their products apart.
+  static constexpr bool kByteInputs = true;
+  static constexpr int kOperands = 1;
+  static I first_operand(I codes) { return codes; }
+  static I second_operand(I codes) { return codes; }
+  template <int bits> static I dot_x(I acc, I operand, I x) { return dot<bits>(acc, operand, x); }
+  static I join(I high, I low) { return add(left32<7>(high), low); }
   static I low8(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
   static I low16(I a, I b) { return _mm512_unpacklo_epi16(a, b); }

@@ -11,7 +11,7 @@ constexpr float kWide = 127.f * 128.f;
 // A row of input in integers, in groups of the weights' size: x = scale * (128 high + low). Padded to whole chunks with
 // zeros.
 struct GroupedInput {
-  const int8_t* q;     // in the order of the steps (grouped.h): chunk, step, high or low, group, 4 values
+  const int8_t* q;     // in the order of the steps (grouped.h): chunk, step, half (quantise_groups), group, 4 bytes
   const float* scale;  // one a group
   const float* sum;    // scale * sum of the integers, one a group
 };
@@ -50,10 +50,18 @@ struct ManyZ {
 // The same for many rows: the codes are unpacked once. `of` has neither z nor what belongs to it.
 using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, int begin, int end, const ManyZ& z);
 
+constexpr int kManyInputs = 32;  // that a block of weight rows meets at most
+
+// out[i * stride + r] = <row[i], x[r]> for i < m <= tile, r < n <= kManyInputs: to the bit what GroupedDotFn gives.
+using GroupedRowsFn = void (*)(const RowPlan&, const uint8_t* const* row, int m, const GroupedInput* const* x, int n,
+                               float* out, int64_t stride);
+
 struct GroupedKernels {
   GroupedDotFn dot[2][7];  // [group == 32][bits - 2]
   GroupedDownFn down[7];   // [bits - 2]
   GroupedDownManyFn down_many[7];
+  GroupedRowsFn rows[2][7];  // [group == 32][bits - 2]
+  int tile;                  // weight rows that `rows` takes at once
   void (*quantise)(const float* x, int d, int group, int8_t* q, float* scale, float* sum);
 };
 

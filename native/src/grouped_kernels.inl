@@ -133,13 +133,13 @@ void grouped_dot_of(const RowPlan& p, const uint8_t* row, const GroupedInput* co
       for (int n = 0; n < N; n++) {
         const uint8_t* const q = (const uint8_t*)x[n]->q + 2 * (int64_t)g * kGroup + part * B::kBytes;
         // Two chains each, as a long one fills the scheduler with what waits for it.
-        I high[2] = {B::none(), B::none()}, low[2] = {B::none(), B::none()};
+        I first[2] = {B::none(), B::none()}, second[2] = {B::none(), B::none()};
 #pragma GCC unroll 8
         for (int t = 0; t < kSteps; t++) {
-          high[t % 2] = B::template dot<kBits>(high[t % 2], code[t], B::load(q + 128 * t));
-          low[t % 2] = B::template dot<kBits>(low[t % 2], code[t], B::load(q + 128 * t + 64));
+          first[t % 2] = B::template dot_x<kBits>(first[t % 2], B::first_operand(code[t]), B::load(q + 128 * t));
+          second[t % 2] = B::template dot_x<kBits>(second[t % 2], B::second_operand(code[t]), B::load(q + 128 * t + 64));
         }
-        const I sum = B::add(B::template left32<7>(B::add(high[0], high[1])), B::add(low[0], low[1]));
+        const I sum = B::join(B::add(first[0], first[1]), B::add(second[0], second[1]));
         acc[n] = B::minus_product(acc[n], offset, B::load_floats(x[n]->sum + lane));
         acc[n] = B::fma(B::to_float(sum), B::mul(scale, B::load_floats(x[n]->scale + lane)), acc[n]);
       }
@@ -258,60 +258,81 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
   }
 }
 
-// y[c] += factor * (s[c] * sums[c] - total * m[c]) for the outputs begin .. begin + n of a group of neurons.
+// Scales and offsets of a group of neurons for the outputs c .. c + kLanes. Without offsets of its own a format has a code
+// that means 0, and m is not set.
 template <class B, int kScale, int kOffset>
-inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int n, const int32_t* sums, float* y) {
+inline void neuron_scales(const NeuronPlan& p, const uint8_t* scales, int group, int c, typename B::F* s,
+                          typename B::F* m) {
   const griffin_grouped& f = p.format;
-  const int64_t span = of.group * f.group / (kScale <= GRIFFIN_SCALE_SUB_SIGNED ? kSuper : f.span);
-  const uint8_t* const base = of.scales + span * p.super_stride;
-  const uint8_t* const sub = of.scales + p.sub + of.group * p.sub_stride;
-  const typename B::F factor = B::set1_float(of.factor), z_sum = B::set1_float(of.factor * (float)of.total);
-  const typename B::I zero = B::set1_int(of.total * f.zero);
-  for (int c = begin; c < begin + n; c += B::kLanes) {
-    typename B::F s =
-        kScale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)base + c) : B::halves((const uint16_t*)base + c);
-    if (kScale == GRIFFIN_SCALE_SUB_UNSIGNED) s = B::mul(s, B::unsigned_bytes(sub + c));
-    if (kScale == GRIFFIN_SCALE_SUB_SIGNED) s = B::mul(s, B::signed_bytes((const int8_t*)sub + c));
-    typename B::I sum = B::load((const uint8_t*)(sums + (c - begin)));
-    typename B::F acc = B::load_floats(y + c);
-    if (kOffset == GRIFFIN_OFFSET_NONE) {
-      sum = B::subtract(sum, zero);
-    } else if (kOffset == GRIFFIN_OFFSET_SUB) {
-      const typename B::F m =
-          B::mul(B::halves((const uint16_t*)(base + p.offset) + c), B::unsigned_bytes(sub + p.sub_offset + c));
-      acc = B::minus_product(acc, m, z_sum);
-    } else if (kOffset == GRIFFIN_OFFSET_F16) {
-      acc = B::fma(B::halves((const uint16_t*)(base + p.offset) + c), z_sum, acc);
-    } else {
-      acc = B::minus_product(acc, B::mul(s, B::unsigned_bytes(base + p.offset + c)), z_sum);
-    }
-    B::store(y + c, B::fma(B::to_float(sum), B::mul(s, factor), acc));
-  }
+  const int64_t span = group * f.group / (kScale <= GRIFFIN_SCALE_SUB_SIGNED ? kSuper : f.span);
+  const uint8_t* const base = scales + span * p.super_stride;
+  const uint8_t* const sub = scales + p.sub + group * p.sub_stride + c;
+  *s = kScale == GRIFFIN_SCALE_F32 ? B::load_floats((const float*)base + c) : B::halves((const uint16_t*)base + c);
+  if (kScale == GRIFFIN_SCALE_SUB_UNSIGNED) *s = B::mul(*s, B::unsigned_bytes(sub));
+  if (kScale == GRIFFIN_SCALE_SUB_SIGNED) *s = B::mul(*s, B::signed_bytes((const int8_t*)sub));
+  if (kOffset == GRIFFIN_OFFSET_SUB)
+    *m = B::mul(B::halves((const uint16_t*)(base + p.offset) + c), B::unsigned_bytes(sub + p.sub_offset));
+  else if (kOffset == GRIFFIN_OFFSET_F16)
+    *m = B::minus_product(B::zero(), B::set1_float(1.f), B::halves((const uint16_t*)(base + p.offset) + c));
+  else if (kOffset == GRIFFIN_OFFSET_CODE)
+    *m = B::mul(*s, B::unsigned_bytes(base + p.offset + c));
 }
 
+// What the sums of one input over a group of neurons are scaled with: z = factor * its int8, total: the int8's sum.
+template <class B> struct Scaled {
+  typename B::F factor, z_sum;
+  typename B::I zero;
+  Scaled(const NeuronPlan& p, float z_factor, int total)
+      : factor(B::set1_float(z_factor)), z_sum(B::set1_float(z_factor * (float)total)),
+        zero(B::set1_int(total * p.format.zero)) {}
+  // acc + factor * (s * sum - total * m)
+  template <bool kOffsets>
+  typename B::F add(typename B::F acc, typename B::I sum, typename B::F s, typename B::F m) const {
+    if (kOffsets)
+      acc = B::minus_product(acc, m, z_sum);
+    else
+      sum = B::subtract(sum, zero);
+    return B::fma(B::to_float(sum), B::mul(s, factor), acc);
+  }
+};
+
+template <int kOfScale, int kOfOffset> struct ScaleKind {
+  static constexpr int kScale = kOfScale, kOffset = kOfOffset;
+};
+
+// use(ScaleKind) for the format's kind of scales and offsets.
+template <class Use> inline void with_kind(const griffin_grouped& f, const Use& use) {
+  if (f.scale == GRIFFIN_SCALE_SUB_UNSIGNED) {
+    if (f.offset == GRIFFIN_OFFSET_SUB) return use(ScaleKind<GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_SUB>());
+    return use(ScaleKind<GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_NONE>());
+  }
+  if (f.scale == GRIFFIN_SCALE_SUB_SIGNED) {
+    if (f.offset == GRIFFIN_OFFSET_SUB) return use(ScaleKind<GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_SUB>());
+    return use(ScaleKind<GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_NONE>());
+  }
+  if (f.scale == GRIFFIN_SCALE_F16) {
+    if (f.offset == GRIFFIN_OFFSET_NONE) return use(ScaleKind<GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_NONE>());
+    if (f.offset == GRIFFIN_OFFSET_F16) return use(ScaleKind<GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_F16>());
+    return use(ScaleKind<GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_CODE>());
+  }
+  if (f.offset == GRIFFIN_OFFSET_NONE) return use(ScaleKind<GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_NONE>());
+  if (f.offset == GRIFFIN_OFFSET_F16) return use(ScaleKind<GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_F16>());
+  return use(ScaleKind<GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_CODE>());
+}
+
+// y[c] += factor * (s[c] * sums[c] - total * m[c]) for the outputs begin .. begin + n of a group of neurons.
 template <class B>
 inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int n, const int32_t* sums, float* y) {
-  const int scale = p.format.scale, offset = p.format.offset;
-  if (scale == GRIFFIN_SCALE_SUB_UNSIGNED && offset == GRIFFIN_OFFSET_SUB)
-    return add_scaled<B, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_SUB>(p, of, begin, n, sums, y);
-  if (scale == GRIFFIN_SCALE_SUB_SIGNED && offset == GRIFFIN_OFFSET_NONE)
-    return add_scaled<B, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
-  if (scale == GRIFFIN_SCALE_SUB_SIGNED)
-    return add_scaled<B, GRIFFIN_SCALE_SUB_SIGNED, GRIFFIN_OFFSET_SUB>(p, of, begin, n, sums, y);
-  if (scale == GRIFFIN_SCALE_SUB_UNSIGNED)
-    return add_scaled<B, GRIFFIN_SCALE_SUB_UNSIGNED, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
-  if (scale == GRIFFIN_SCALE_F16) {
-    if (offset == GRIFFIN_OFFSET_NONE)
-      return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
-    if (offset == GRIFFIN_OFFSET_F16)
-      return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_F16>(p, of, begin, n, sums, y);
-    return add_scaled<B, GRIFFIN_SCALE_F16, GRIFFIN_OFFSET_CODE>(p, of, begin, n, sums, y);
-  }
-  if (offset == GRIFFIN_OFFSET_NONE)
-    return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_NONE>(p, of, begin, n, sums, y);
-  if (offset == GRIFFIN_OFFSET_F16)
-    return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_F16>(p, of, begin, n, sums, y);
-  return add_scaled<B, GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_CODE>(p, of, begin, n, sums, y);
+  const Scaled<B> z(p, of.factor, of.total);
+  with_kind(p.format, [&](auto kind) {
+    using Kind = decltype(kind);
+    for (int c = begin; c < begin + n; c += B::kLanes) {
+      typename B::F s, m = B::zero();
+      neuron_scales<B, Kind::kScale, Kind::kOffset>(p, of.scales, of.group, c, &s, &m);
+      const typename B::I sum = B::load((const uint8_t*)(sums + (c - begin)));
+      B::store(y + c, z.template add<Kind::kOffset != GRIFFIN_OFFSET_NONE>(B::load_floats(y + c), sum, s, m));
+    }
+  });
 }
 
 template <class B, int kBits>
@@ -325,41 +346,9 @@ void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int 
   }
 }
 
-template <class B, int kBits>
-void grouped_down_many(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int end, const ManyZ& z) {
-  using I = typename B::I;
-  constexpr int kParts = 64 / B::kBytes;
-  alignas(64) uint8_t codes[8][kParts][16][B::kBytes];  // [quad][part][4 f + i]
-  alignas(64) int32_t sums[256];
-  for (int at = begin; at < end; at += 256) {
-    const int n = end - at < 256 ? end - at : 256, bytes = n / 4, parts = (bytes + B::kBytes - 1) / B::kBytes;
-    for (int q = 0; q < of.quads; q++)
-      for (int part = 0; part < parts; part++) {
-        I field[4][4];
-        quad_fields<B, kBits>(p, of.rows + 4 * q, at, bytes, part, field);
-        for (int i = 0; i < 16; i++) B::store_int((int32_t*)codes[q][part][i], field[i / 4][i % 4]);
-      }
-    for (int r = 0; r < z.rows; r++) {
-      const int32_t* const own = z.z + r * z.z_stride;
-      for (int part = 0; part < parts; part++) {
-        I acc[4][4];
-        for (int i = 0; i < 16; i++) acc[i / 4][i % 4] = B::none();
-        for (int q = 0; q < of.quads; q++) {
-          const I factor = B::set1_int(own[q]);
-          for (int i = 0; i < 16; i++)
-            acc[i / 4][i % 4] = B::template dot<kBits>(acc[i / 4][i % 4], B::load(codes[q][part][i]), factor);
-        }
-        store_sums<B>(acc, bytes, part, sums);
-      }
-      GroupOfNeurons row = of;
-      row.total = z.total[r * z.stride], row.factor = z.factor[r * z.stride];
-      add_scaled<B>(p, row, at, n, sums, z.y + r * z.y_stride);
-    }
-  }
-}
-
-// Quantise a row of d floats (a multiple of the group) in groups, in the order of the steps.
-template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, float* scale, float* sum) {
+// Quantise a row of d floats (a multiple of the group) in groups, in the order of the steps. A step's four values lie in
+// two places, as two bytes each, 128 high + low (high bytes first), or as pairs of 16 bits (values 0 and 2 first).
+template <int kGroup, bool kBytes> void quantise_groups(const float* x, int d, int8_t* q, float* scale, float* sum) {
   const int groups = d / kGroup, padded = (int)up_to(groups, kChunkGroups);
   if (padded > groups) memset(q + 2 * (int64_t)(padded - kChunkGroups) * kGroup, 0, 2 * (size_t)kChunkGroups * kGroup);
   for (int g = 0; g < groups; g++) {
@@ -373,27 +362,39 @@ template <int kGroup> void quantise_groups(const float* x, int d, int8_t* q, flo
     const float s = finite ? float_of(top) / kWide : float_of(0x7fc00000u);  // NaN and infinity come out as NaN
     // kWide / max rather than 1 / s: a denormal maximum would make that infinite. Maxima below 1e-30 become zero.
     const float inverse = finite && top > 0x0da24260u ? kWide / float_of(top) : 0.f;
-    int8_t high[kGroup] = {}, low[kGroup] = {};
+    int16_t value[kGroup] = {};
     int32_t total = 0;
     if (finite)
-      for (int i = 0; i < kGroup; i++) {
-        const int32_t value = (int32_t)__builtin_rintf(from[i] * inverse), h = (value + 64) >> 7;
-        high[i] = (int8_t)h, low[i] = (int8_t)(value - 128 * h), total += value;
-      }
+      for (int i = 0; i < kGroup; i++) value[i] = (int16_t)__builtin_rintf(from[i] * inverse), total += value[i];
     scale[g] = s, sum[g] = s * (float)total;
     int8_t* const to = q + 2 * (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
-    for (int t = 0; t < kGroup / 4; t++)
-      memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
+    if (kBytes) {
+      int8_t high[kGroup], low[kGroup];
+      for (int i = 0; i < kGroup; i++) {
+        const int h = (value[i] + 64) >> 7;
+        high[i] = (int8_t)h, low[i] = (int8_t)(value[i] - 128 * h);
+      }
+      for (int t = 0; t < kGroup / 4; t++)
+        memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
+    } else {
+      for (int t = 0; t < kGroup / 4; t++) {
+        const int16_t* const v = value + 4 * t;
+        const int16_t even[2] = {v[0], v[2]}, odd[2] = {v[1], v[3]};
+        memcpy(to + 128 * t, even, 4), memcpy(to + 128 * t + 64, odd, 4);
+      }
+    }
   }
   for (int g = groups; g < padded; g++) scale[g] = sum[g] = 0;
 }
 
-inline void grouped_quantise(const float* x, int d, int group, int8_t* q, float* scale, float* sum) {
+template <class B> void grouped_quantise(const float* x, int d, int group, int8_t* q, float* scale, float* sum) {
   if (group == 16)
-    quantise_groups<16>(x, d, q, scale, sum);
+    quantise_groups<16, B::kByteInputs>(x, d, q, scale, sum);
   else
-    quantise_groups<32>(x, d, q, scale, sum);
+    quantise_groups<32, B::kByteInputs>(x, d, q, scale, sum);
 }
+
+#include "grouped_many.inl"
 
 template <class B> constexpr GroupedKernels grouped_kernels() {
   return {{{grouped_dot<B, 2, 16>, grouped_dot<B, 3, 16>, grouped_dot<B, 4, 16>, grouped_dot<B, 5, 16>,
@@ -404,5 +405,10 @@ template <class B> constexpr GroupedKernels grouped_kernels() {
            grouped_down<B, 8>},
           {grouped_down_many<B, 2>, grouped_down_many<B, 3>, grouped_down_many<B, 4>, grouped_down_many<B, 5>,
            grouped_down_many<B, 6>, nullptr, grouped_down_many<B, 8>},
-          grouped_quantise};
+          {{grouped_rows<B, 2, 16>, grouped_rows<B, 3, 16>, grouped_rows<B, 4, 16>, grouped_rows<B, 5, 16>,
+            grouped_rows<B, 6, 16>, nullptr, grouped_rows<B, 8, 16>},
+           {grouped_rows<B, 2, 32>, grouped_rows<B, 3, 32>, grouped_rows<B, 4, 32>, grouped_rows<B, 5, 32>,
+            grouped_rows<B, 6, 32>, nullptr, grouped_rows<B, 8, 32>}},
+          B::kTile,
+          grouped_quantise<B>};
 }

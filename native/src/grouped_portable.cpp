@@ -20,7 +20,7 @@ struct Portable {
   struct F {
     float at[4];
   };
-  static constexpr int kBytes = 16, kLanes = 4;
+  static constexpr int kBytes = 16, kLanes = 4, kTile = 2;
   template <class Fn> static I each(Fn f) {
     I out;
     for (int i = 0; i < 16; i++) out.at[i] = (uint8_t)f(i);
@@ -87,6 +87,13 @@ struct Portable {
     for (int i = 0; i < 4; i++) out.set(i, a.word(i) + b.word(i));
     return out;
   }
+  // Inputs of two bytes, 128 high + low: their products apart.
+  static constexpr bool kByteInputs = true;
+  static constexpr int kOperands = 1;
+  static I first_operand(I codes) { return codes; }
+  static I second_operand(I codes) { return codes; }
+  template <int bits> static I dot_x(I acc, I operand, I x) { return dot<bits>(acc, operand, x); }
+  static I join(I high, I low) { return add(left32<7>(high), low); }
   static I low8(I a, I b) {
     return each([&](int i) { return (i % 2 ? b : a).at[i / 2]; });
   }

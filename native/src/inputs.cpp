@@ -96,6 +96,20 @@ void Rows::dot(int64_t o, const int* rows, int n, float* out, const uint8_t* nex
   grouped_(plan_, row(o), x, n, out, next);
 }
 
+void Rows::dot_many(int64_t o, int m, int first, int n, float* out, int64_t stride) const {
+  const GroupedKernels& set = *kernels().grouped;
+  const bool wide = matrix_.grouped.group == 32;
+  const auto many = set.rows[wide][matrix_.grouped.bits - 2];
+  const GroupedInput* x[kManyInputs];
+  for (int r = 0; r < n; r++) x[r] = &inputs_[first + r].grouped[wide];
+  for (int i = 0; i < m; i += set.tile) {
+    const uint8_t* rows[16];
+    const int count = m - i < set.tile ? m - i : set.tile;
+    for (int t = 0; t < count; t++) rows[t] = row(o + i + t);
+    many(plan_, rows, count, x, n, out + i * stride, stride);
+  }
+}
+
 void Rows::dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next) {
   if (a.grouped_ || a.room_ || b.room_ || a.dot_ != b.dot_) {
     a.dot(&o, 1, rows, n, out, &next), b.dot(&o, 1, rows, n, out + n, &next);

@@ -12,7 +12,8 @@ namespace griffin {
 namespace {
 
 constexpr int kRowsAhead = 2;   // rows of W to the one that is prefetched
-constexpr int kBlockRows = 64;  // rows of W that many inputs meet before the next
+constexpr int kBlockRows = 32;  // rows of W that many inputs meet before the next
+constexpr int kMany = 6;        // inputs from which on unpacked rows are kept for all of them
 
 void store(void* y, bool bf16, int64_t at, float value) {
   if (!bf16) {
@@ -29,32 +30,48 @@ struct Call {
   Barrier barrier;
 };
 
-// Rows begin..end of one matrix. Many inputs are taken a few at a time, which stay in the first-level cache, for a block
-// of rows, which stays in the second.
-void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
-  const Rows w(*product.matrix, x);
-  const bool grouped = w.grouped(), many = rows > kMaxRows;
-  const int rows_ahead = grouped ? 6 * kRowsAhead : kRowsAhead, at_once = many && grouped ? kMaxRows / 2 : kMaxRows;
-  const int64_t block = many ? kBlockRows : end - begin;
-  int all[kMaxInputs];
+// Rows begin..end of one matrix, two at a time.
+void multiply_few(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
+  const int rows_ahead = w.grouped() ? 6 * kRowsAhead : kRowsAhead;
+  int all[GRIFFIN_MAX_ROWS];
   for (int r = 0; r < rows; r++) all[r] = r;
-  for (int64_t from = begin; from < end; from += block) {
-    const int64_t to = end - from < block ? end : from + block;
-    for (int first = 0; first < rows; first += at_once) {
-      const int n = rows - first < at_once ? rows - first : at_once;
-      for (int64_t o = from; o < to; o += 2) {
-        const int m = to - o >= 2 ? 2 : 1;
-        const int64_t ahead = o + rows_ahead + 2 <= to ? o + rows_ahead : o;
-        const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
-        float out[2 * kMaxRows];
-        w.dot(own, m, all + first, n, out, next);
-        for (int i = 0; i < m; i++)
-          for (int r = 0; r < n; r++)
-            store(static_cast<char*>(product.y) + (first + r) * product.y_stride, product.bf16, o + i,
-                  out[i * n + r] + w.bias(o + i));
+  for (int first = 0; first < rows; first += kMaxRows) {
+    const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
+    for (int64_t o = begin; o < end; o += 2) {
+      const int m = end - o >= 2 ? 2 : 1;
+      const int64_t ahead = o + rows_ahead + 2 <= end ? o + rows_ahead : o;
+      const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
+      float out[2 * kMaxRows];
+      w.dot(own, m, all + first, n, out, next);
+      for (int i = 0; i < m; i++)
+        for (int r = 0; r < n; r++)
+          store(static_cast<char*>(product.y) + (first + r) * product.y_stride, product.bf16, o + i,
+                out[i * n + r] + w.bias(o + i));
+    }
+  }
+}
+
+// The same for many inputs of a grouped matrix: a block of its rows stays in the second-level cache for all of them.
+void multiply_many(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
+  float out[kBlockRows * kManyInputs];
+  for (int64_t from = begin; from < end; from += kBlockRows) {
+    const int m = static_cast<int>(end - from < kBlockRows ? end - from : kBlockRows);
+    for (int first = 0; first < rows; first += kManyInputs) {
+      const int n = rows - first < kManyInputs ? rows - first : kManyInputs;
+      w.dot_many(from, m, first, n, out, kManyInputs);
+      for (int r = 0; r < n; r++) {
+        float own[kBlockRows];
+        for (int i = 0; i < m; i++) own[i] = out[i * kManyInputs + r] + w.bias(from + i);
+        char* const y = static_cast<char*>(product.y) + (first + r) * product.y_stride;
+        kernels().reduce(own, 0, 1, nullptr, y + from * (product.bf16 ? 2 : 4), product.bf16, m);
       }
     }
   }
+}
+
+void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
+  const Rows w(*product.matrix, x);
+  (w.grouped() && rows >= kMany ? multiply_many : multiply_few)(product, w, rows, begin, end);
 }
 
 }  // namespace
