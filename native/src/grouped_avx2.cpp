@@ -32,16 +32,16 @@ struct B256 {
     const I set = _mm256_cmpeq_epi8(both(bytes, bit), bit);  // -1 where the bit is 1
     return _mm256_sub_epi8(_mm256_add_epi8(code, code), set);
   }
+  // Products with int8: up to 4 bits the sums of 8 products of 4 fit 16 bits, and are widened once.
   template <int bits> static I dot(I acc, I codes, I q) {
-    const I ones = _mm256_set1_epi16(1);
-    if constexpr (bits <= 6) {
-      return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), ones));
-    } else {  // by nibbles, whose sums of two products fit 16 bits
-      const I low = _mm256_maddubs_epi16(both(codes, set1(15)), q);
-      const I high = _mm256_maddubs_epi16(both(right<4>(codes), set1(15)), q);
-      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, ones));
-      return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
-    }
+    if constexpr (bits <= 4) return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, q));
+    if constexpr (bits <= 6)
+      return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), _mm256_set1_epi16(1)));
+    acc = dot_x<bits>(acc, first_operand(codes), _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8));
+    return dot_x<bits>(acc, second_operand(codes), _mm256_srai_epi16(q, 8));
+  }
+  template <int bits> static I whole(I acc) {
+    return bits <= 4 ? _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) : acc;
   }
   static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
   static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }

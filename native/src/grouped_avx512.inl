@@ -42,6 +42,7 @@ struct B512 {
     }
 #endif
   }
+  template <int bits> static I whole(I acc) { return acc; }  // sums of up to 8 `dot`
   template <int n> static I left32(I v) { return _mm512_slli_epi32(v, n); }
   static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
   static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }

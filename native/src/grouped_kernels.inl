@@ -219,18 +219,19 @@ inline void quad_fields(const NeuronPlan& p, const uint8_t* const* row, int begi
 }
 
 // Sums in the order of the outputs: acc[f][i] of part `part` of a chunk.
-template <class B>
+template <class B, int kBits>
 inline void store_sums(const typename B::I (*acc)[4], int bytes, int part, int32_t* sums) {
   const int blocks = bytes / kFieldBlock;
   const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
   for (int f = 0; f < 4; f++)
     for (int i = 0; i < 4; i++) {
       int32_t* const to = sums + f * bytes + 4 * blocks * i + part * B::kLanes;
+      const typename B::I own = B::template whole<kBits>(acc[f][i]);
       if (valid == B::kLanes) {
-        B::store_int(to, acc[f][i]);
+        B::store_int(to, own);
       } else {
         int32_t room[B::kLanes];
-        B::store_int(room, acc[f][i]);
+        B::store_int(room, own);
         memcpy(to, room, sizeof(int32_t) * valid);
       }
     }
@@ -254,7 +255,7 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
       for (int f = 0; f < 4; f++)
         for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
     }
-    store_sums<B>(acc, bytes, part, sums);
+    store_sums<B, kBits>(acc, bytes, part, sums);
   }
 }
 

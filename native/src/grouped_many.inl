@@ -100,7 +100,7 @@ inline void add_chunk(const NeuronPlan& p, const uint8_t (*codes)[64 / B::kBytes
         for (int i = 0; i < kSums; i++) {
           const int c = 16 * (from + i) + part * B::kLanes;
           const F less = kOffsets ? B::load_floats(m + c) : B::zero();
-          B::store(y + c, scaled.template add<kOffsets>(B::load_floats(y + c), acc[r][i], B::load_floats(s + c), less));
+          B::store(y + c, scaled.template add<kOffsets>(B::load_floats(y + c), B::template whole<kBits>(acc[r][i]), B::load_floats(s + c), less));
         }
       }
     }

@@ -69,6 +69,7 @@ struct Portable {
     }
     return out;
   }
+  template <int bits> static I whole(I acc) { return acc; }  // sums of up to 8 `dot`
   template <int n> static I left32(I v) {
     I out;
     for (int i = 0; i < 4; i++) out.set(i, (int32_t)((uint32_t)v.word(i) << n));

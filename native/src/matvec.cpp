@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kRowsAhead = 2;   // rows of W to the one that is prefetched
 constexpr int kBlockRows = 32;  // rows of W that many inputs meet before the next
-constexpr int kMany = 6;        // inputs from which on unpacked rows are kept for all of them
+constexpr int kMany = 2;        // inputs from which on unpacked rows are kept for all of them
 
 void store(void* y, bool bf16, int64_t at, float value) {
   if (!bf16) {
