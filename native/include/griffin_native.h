@@ -95,7 +95,8 @@ typedef struct {
   int64_t x_stride, y_stride;
   int32_t x_type, y_type, rows;
   int32_t index_bytes; /* 4 or 8: the type of `experts` */
-  const void* experts; /* (n_experts,) each in 0..D_ff-1, or NULL: all neurons. Ignored by matvec. */
+  const void* experts; /* (n_experts,) each in 0..D_ff-1, ascending (else a row's bits depend on the rows beside it), or
+                          NULL: all neurons. Ignored by matvec. */
   int64_t n_experts;
   const uint16_t* row_mask;       /* (n_experts,) or NULL: bit r of entry i says that row r wants expert i */
   const griffin_dynamic* dynamic; /* or NULL: every expert is computed. Ignored by matvec. */

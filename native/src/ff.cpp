@@ -1,5 +1,5 @@
-// The fused feedforward call. Each thread takes a contiguous share of the experts (so the order of summation, and the
-// result to the bit, depend on the thread count alone), a few experts at a time: gate and up products first, then their
+// The fused feedforward call. Each thread takes the experts of a fixed share of all neurons, so that a row's order of
+// summation, and its result to the bit, depend on the thread count alone and not on the rows beside it; a few experts at a time: gate and up products first, then their
 // down rows together into an accumulator of its own of D floats a row of input, so that a visit of the accumulator
 // serves several experts. After a barrier the threads add their accumulators up, each in its share of the columns.
 #include <math.h>
@@ -271,6 +271,26 @@ struct Call {
   Barrier barrier;
 };
 
+// The first of k ascending experts that are thread `thread`'s: shares are of all neurons, in whole groups of 32. (Of experts
+// in another order every one is still somebody's.)
+template <class At>
+int64_t share_begin(const griffin_ff_block& block, int64_t k, const At& at, int thread, int threads) {
+  int64_t begin = 0;
+  for (int t = 1; t <= thread && t < threads; t++) {
+    const int64_t first = int64_t{block.up.d_out} / 32 * t / threads * 32;
+    int64_t low = begin, high = k;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (at(middle) < first)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    begin = low;
+  }
+  return thread == threads ? k : begin;
+}
+
 }  // namespace
 
 void ff_meet(const griffin_ff_block& block, const griffin_io& io, Inputs& inputs) {
@@ -288,12 +308,13 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const In
   float* const mine = accumulators + thread * floats;
   memset(mine, 0, sizeof(float) * floats);
   const int64_t k = chosen ? chosen->count : io.experts ? io.n_experts : block.up.d_out;
-  const int64_t begin = k * thread / threads, end = k * (thread + 1) / threads;
   const Experts expert{io};
   const int32_t* const places = chosen ? chosen->places : nullptr;
   const uint16_t* const masks = chosen ? chosen->masks : io.row_mask;
   const uint32_t all = (1u << io.rows) - 1;
   const auto at = [&](int64_t i) { return expert[places ? places[i] : i]; };
+  const int64_t begin = share_begin(block, k, at, thread, threads);
+  const int64_t end = share_begin(block, k, at, thread + 1, threads);
   const auto mask = [&](int64_t i) { return masks ? masks[i] & all : all; };
   const int chunk = io.rows == 1 ? 4 : kExperts;  // measured: several inputs want large visits
   Part part(block, x, io.rows, mine);

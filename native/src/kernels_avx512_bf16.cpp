@@ -21,7 +21,7 @@ struct Bf16Dot {
   static constexpr int kMaxN = 8;
   template <int M, int N>
   static void run(const uint8_t* const* w, const Input* const* x, int d, float* out, const uint8_t* const* next) {
-    constexpr int U = M * N >= 4 ? 1 : 4 / (M * N);
+    constexpr int U = kChains;
     __m512 acc[U][M][N];
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++)

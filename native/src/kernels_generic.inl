@@ -5,11 +5,14 @@
 
 template <int kFormat> constexpr int element_bytes() { return kFormat == 0 ? 4 : 2; }
 
+// Sums that a product is kept in, whatever M and N are: so that its bits do not depend on them.
+constexpr int kChains = 2;
+
 template <class V, int kFormat> struct FloatDot {
   static constexpr int kMaxN = V::kMaxN;
   template <int M, int N>
   static void run(const uint8_t* const* w, const Input* const* x, int d, float* out, const uint8_t* const* next) {
-    constexpr int W = V::kWidth, U = M * N >= 4 ? 1 : 4 / (M * N), kBytes = element_bytes<kFormat>();
+    constexpr int W = V::kWidth, U = kChains, kBytes = element_bytes<kFormat>();
     typename V::F acc[U][M][N];
     for (int u = 0; u < U; u++)
       for (int m = 0; m < M; m++)
@@ -46,18 +49,24 @@ template <class V, int kFormat> struct FloatDot {
   }
 };
 
-// From a kernel K of fixed M and N to the run-time ones. Rows beyond K::kMaxN, which fills the registers, take another
-// pass, over weights that are in the first-level cache by then.
+// From a kernel K of fixed M and N to the run-time ones. K::kMaxN products fill the registers; rows beyond them take
+// another pass, over weights that are in the first-level cache by then.
 template <class K, int M>
 void dot_rows_m(const uint8_t* const* w, const Input* const* x, int n, int d, float* out, const uint8_t* const* next) {
+  if (M == 2 && n > K::kMaxN / 2) {
+    for (int m = 0; m < 2; m++) dot_rows_m<K, 1>(w + m, x, n, d, out + m * n, next + m);
+    return;
+  }
   switch (n) {
     case 1: return K::template run<M, 1>(w, x, d, out, next);
     case 2: return K::template run<M, 2>(w, x, d, out, next);
-    case 3: return K::template run<M, 3>(w, x, d, out, next);
-    case 4: return K::template run<M, 4>(w, x, d, out, next);
     default: break;
   }
-  if constexpr (K::kMaxN >= 8) {
+  if constexpr (M * 4 <= K::kMaxN) {
+    if (n == 3) return K::template run<M, 3>(w, x, d, out, next);
+    if (n == 4) return K::template run<M, 4>(w, x, d, out, next);
+  }
+  if constexpr (M * 8 <= K::kMaxN) {
     switch (n) {
       case 5: return K::template run<M, 5>(w, x, d, out, next);
       case 6: return K::template run<M, 6>(w, x, d, out, next);
@@ -65,13 +74,8 @@ void dot_rows_m(const uint8_t* const* w, const Input* const* x, int n, int d, fl
       default: return K::template run<M, 8>(w, x, d, out, next);
     }
   }
-  float part[M * 4];
-  for (int r = 0; r < n; r += 4) {
-    const int count = n - r < 4 ? n - r : 4;
-    dot_rows_m<K, M>(w, x + r, count, d, part, next);
-    for (int m = 0; m < M; m++)
-      for (int j = 0; j < count; j++) out[m * n + r + j] = part[m * count + j];
-  }
+  for (int r = 0; r < n && M == 1; r += K::kMaxN)
+    dot_rows_m<K, M>(w, x + r, n - r < K::kMaxN ? n - r : K::kMaxN, d, out + r, next);
 }
 
 template <class K>
