@@ -37,9 +37,19 @@ inline bool valid_block(const griffin_ff_block& block) {
   return !gate.weight || (valid_rows(gate) && gate.d_in == block.up.d_in && gate.d_out == block.up.d_out);
 }
 
+// Whether rows can be read to their first planes.
+inline bool has_planes(const griffin_matrix& m) { return m.format == GRIFFIN_GROUPED && !m.table; }
+
 inline bool valid_dynamic(const griffin_ff_block& block, const griffin_dynamic& dynamic) {
   if (!dynamic.weight || dynamic.weight_stride < 0 || dynamic.k < 1) return false;
   const griffin_matrix& gate = dynamic.gate;
+  if (dynamic.n_levels) {
+    const bool planes = has_planes(block.up) && has_planes(block.down) && (!block.gate.weight || has_planes(block.gate));
+    if (!planes || gate.weight || !dynamic.whole || dynamic.n_levels < 1 || dynamic.n_levels > 4) return false;
+    if (dynamic.first < 1 || dynamic.first > 4 || dynamic.levels[0] != dynamic.k) return false;
+    for (int l = 1; l < dynamic.n_levels; l++)
+      if (dynamic.levels[l] < 0 || dynamic.levels[l] > dynamic.levels[l - 1]) return false;
+  }
   return !gate.weight || (valid_rows(gate) && gate.d_in == block.up.d_in && gate.d_out == block.up.d_out);
 }
 

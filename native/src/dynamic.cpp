@@ -1,6 +1,7 @@
 #include "dynamic.h"
 
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 
@@ -11,6 +12,7 @@
 namespace griffin {
 namespace {
 
+constexpr int kGatesAhead = 6;  // grouped rows to the one that is prefetched
 constexpr int kShift = 20, kBins = 1 << (31 - kShift);  // a float's exponent and 3 bits of its fraction
 
 // Of n scores those above `least` are chosen, and of those equal to it the first `equals`: k together, or all of them
@@ -18,37 +20,50 @@ constexpr int kShift = 20, kBins = 1 << (31 - kShift);  // a float's exponent an
 struct Edge {
   float least = 0;
   int64_t equals = 0;
+  // Whether the next score is chosen.
+  bool takes(float score) { return !(score <= least) || (score == least && equals-- > 0); }  // a NaN is above
 };
 
 // The bits of |value|: they order as the magnitudes do, with NaN the largest.
 uint32_t magnitude(float value) { return bits_of(value) & 0x7fffffffu; }
 
-// A histogram over the scores' highest bits finds the bin that holds the k-th largest score; only that bin is sorted
-// further. A NaN counts as the largest.
-Edge edge(const float* scores, int64_t n, int64_t k, float* room) {
-  uint32_t bins[kBins] = {};
-  for (int64_t i = 0; i < n; i++)
-    if (!(scores[i] < 0)) bins[magnitude(scores[i]) >> kShift]++;
-  int64_t above = 0;
-  int bin = kBins - 1;
-  while (bin > 0 && above + bins[bin] < k) above += bins[bin--];
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i++)
-    if (!(scores[i] < 0) && static_cast<int>(magnitude(scores[i]) >> kShift) == bin) room[count++] = scores[i];
-  const int64_t wanted = std::min(k - above, count);
-  if (wanted <= 0) return {};
-  const auto larger = [](float a, float b) { return magnitude(a) > magnitude(b); };
-  std::nth_element(room, room + (wanted - 1), room + count, larger);
-  Edge found{room[wanted - 1], wanted};
-  for (int64_t i = 0; i < wanted - 1; i++) found.equals -= larger(room[i], found.least);
-  return found;
-}
+// A histogram over the scores' highest bits finds the bin that holds the k-th largest score, for one k after the other;
+// only that bin is sorted further. A NaN counts as the largest.
+class Edges {
+ public:
+  Edges(const float* scores, int64_t n) : scores_(scores), n_(n) {
+    for (int64_t i = 0; i < n; i++)
+      if (!(scores[i] < 0)) bins_[magnitude(scores[i]) >> kShift]++;
+  }
+  Edge of(int64_t k, float* room) const {
+    int64_t above = 0;
+    int bin = kBins - 1;
+    while (bin > 0 && above + bins_[bin] < k) above += bins_[bin--];
+    int64_t count = 0;
+    for (int64_t i = 0; i < n_; i++)
+      if (!(scores_[i] < 0) && static_cast<int>(magnitude(scores_[i]) >> kShift) == bin) room[count++] = scores_[i];
+    const int64_t wanted = std::min(k - above, count);
+    if (wanted <= 0) return {};
+    const auto larger = [](float a, float b) { return magnitude(a) > magnitude(b); };
+    std::nth_element(room, room + (wanted - 1), room + count, larger);
+    Edge found{room[wanted - 1], wanted};
+    for (int64_t i = 0; i < wanted - 1; i++) found.equals -= larger(room[i], found.least);
+    return found;
+  }
+
+ private:
+  const float* const scores_;
+  const int64_t n_;
+  uint32_t bins_[kBins] = {};
+};
+
+constexpr Edge kNone = {INFINITY, 0};
 
 }  // namespace
 
 int64_t Dynamic::floats(const griffin_ff_block& block, const griffin_io& io, int threads) {
   const int64_t stride = round_up(experts(block, io), 16);
-  return 2 * io.rows * stride + threads * (2 * stride + stride / 2);
+  return 2 * io.rows * stride + threads * own_floats(stride, io.rows);
 }
 
 Dynamic::Dynamic(const griffin_ff_block& block, const griffin_io& io, float* memory)
@@ -65,24 +80,28 @@ Dynamic::Dynamic(const griffin_ff_block& block, const griffin_io& io, float* mem
 void Dynamic::gate(const Inputs& x, int thread, int threads) {
   const int64_t begin = n_ * thread / threads, end = n_ * (thread + 1) / threads;
   const Experts expert{io_};
-  const Rows w(rows_, x);
-  int all[GRIFFIN_MAX_ROWS];
-  for (int r = 0; r < io_.rows; r++) all[r] = r;
-  for (int64_t i = begin; i < end; i += 2) {
-    const int m = end - i >= 2 ? 2 : 1;
+  const Rows whole(rows_, x), first(rows_, x, dynamic_.n_levels ? dynamic_.first : 0);
+  const uint32_t all = (1u << io_.rows) - 1;
+  const int step = whole.grouped() ? 1 : 2, ahead = whole.grouped() ? kGatesAhead : 2;
+  int64_t bytes = 0;
+  for (int64_t i = begin; i < end; i += step) {
+    const int m = end - i >= step ? step : 1;
     const int64_t j[2] = {expert[i], expert[i + m - 1]};
-    const int64_t ahead = i + 4 <= end ? i + 2 : i;
-    const int64_t next[2] = {expert[ahead], expert[ahead + m - 1]};
-    for (int first = 0; first < io_.rows; first += kMaxRows) {
-      const int n = std::min(io_.rows - first, kMaxRows);
-      float out[2 * kMaxRows];
-      w.dot(j, m, all + first, n, out, next);
-      for (int p = 0; p < m; p++) {
-        const float bias = bias_ ? bias_[j[p]] : 0.f;
-        for (int r = 0; r < n; r++) {
-          const int64_t at = (first + r) * stride_ + i + p;
-          gates_[at] = out[p * n + r] + bias;
-        }
+    const int64_t after = i + ahead + m <= end ? i + ahead : i;
+    const int64_t next[2] = {expert[after], expert[after + m - 1]};
+    const uint32_t wholly = dynamic_.n_levels ? dynamic_.whole[i] & all : all;
+    bytes += m * (wholly ? whole : first).row_bytes();
+    for (const uint32_t mask : {wholly, all & ~wholly}) {
+      int rows[GRIFFIN_MAX_ROWS], count = 0;
+      for (int r = 0; r < io_.rows; r++)
+        if (mask >> r & 1) rows[count++] = r;
+      for (int from = 0; from < count; from += kMaxRows) {
+        const int n = std::min(count - from, kMaxRows);
+        float out[2 * kMaxRows];
+        (mask == wholly ? whole : first).dot(j, m, rows + from, n, out, next);
+        for (int p = 0; p < m; p++)
+          for (int r = 0; r < n; r++)
+            gates_[rows[from + r] * stride_ + i + p] = out[p * n + r] + (bias_ ? bias_[j[p]] : 0.f);
       }
     }
   }
@@ -94,15 +113,22 @@ void Dynamic::gate(const Inputs& x, int thread, int threads) {
       scores[i] = wanted ? fabsf(gates[i]) * dynamic_.weight[r * dynamic_.weight_stride + expert[i]] : -1.f;
     }
   }
-  count_ff_bytes((end - begin) * w.row_bytes());
+  count_ff_bytes(bytes);
 }
 
 Chosen Dynamic::choose(int thread) const {
-  float* const room = own_ + thread * (2 * stride_ + stride_ / 2);
+  float* const room = own_ + thread * own_floats(stride_, io_.rows);
   int32_t* const places = reinterpret_cast<int32_t*>(room + stride_);
   uint16_t* const masks = reinterpret_cast<uint16_t*>(room + 2 * stride_);
-  Edge edges[GRIFFIN_MAX_ROWS];
-  for (int r = 0; r < io_.rows; r++) edges[r] = edge(scores_ + r * stride_, n_, dynamic_.k, room);
+  uint8_t* const levels = reinterpret_cast<uint8_t*>(room + 2 * stride_ + stride_ / 2);
+  const int more = dynamic_.n_levels > 1 ? dynamic_.n_levels - 1 : 0;
+  Edge edges[GRIFFIN_MAX_ROWS], higher[GRIFFIN_MAX_ROWS][3];
+  for (int r = 0; r < io_.rows; r++) {
+    const Edges of(scores_ + r * stride_, n_);
+    edges[r] = of.of(dynamic_.k, room);
+    for (int l = 0; l < more; l++)
+      higher[r][l] = dynamic_.levels[l + 1] ? of.of(dynamic_.levels[l + 1], room) : kNone;
+  }
   int64_t count = 0;
   if (io_.rows == 1) {  // without branches: this is a visible share of a small block's time
     const Edge only = edges[0];
@@ -113,20 +139,28 @@ Chosen Dynamic::choose(int thread) const {
       count += above | (equal & (equals > 0));
       equals -= equal;
     }
-    return {places, nullptr, count, gates_, stride_};
+    if (dynamic_.n_levels) {
+      memset(levels, 1, static_cast<size_t>(count));
+      for (int l = 0; l < more; l++)
+        for (int64_t c = 0; c < count; c++) levels[c] += higher[0][l].takes(scores_[places[c]]);
+    }
+    return {places, nullptr, count, gates_, stride_, dynamic_.n_levels ? levels : nullptr};
   }
   for (int64_t i = 0; i < n_; i++) {
     uint32_t mask = 0;
     for (int r = 0; r < io_.rows; r++) {
       const float score = scores_[r * stride_ + i];
-      const bool above = !(score <= edges[r].least);
-      mask |= static_cast<uint32_t>(above || (score == edges[r].least && edges[r].equals-- > 0)) << r;
+      const bool takes = edges[r].takes(score);
+      mask |= static_cast<uint32_t>(takes) << r;
+      if (!dynamic_.n_levels) continue;
+      levels[count * io_.rows + r] = takes;
+      for (int l = 0; takes && l < more; l++) levels[count * io_.rows + r] += higher[r][l].takes(score);
     }
     places[count] = static_cast<int32_t>(i);
     masks[count] = static_cast<uint16_t>(mask);
     count += mask != 0;
   }
-  return {places, masks, count, gates_, stride_};
+  return {places, masks, count, gates_, stride_, dynamic_.n_levels ? levels : nullptr};
 }
 
 }  // namespace griffin

@@ -1,5 +1,5 @@
 // Dynamic neuron selection: for each token, the gates of all experts, then the choice of the k experts whose up and
-// down are read. Its relatives TEAL and CATS threshold activations; here the k largest gate scores of a token are
+// down are read, and of how many planes of them. Its relatives TEAL and CATS threshold activations; here the k largest gate scores of a token are
 // chosen.
 #pragma once
 #include "inputs.h"
@@ -13,6 +13,7 @@ struct Chosen {
   int64_t count;
   const float* gates;  // act(gate) of every expert, (rows, stride)
   int64_t stride;
+  const uint8_t* levels;  // of every chosen one, (count, rows): planes of its up and down; null: all are read whole
 };
 
 class Dynamic {
@@ -29,6 +30,9 @@ class Dynamic {
   static int64_t experts(const griffin_ff_block& block, const griffin_io& io) {
     return io.experts ? io.n_experts : block.up.d_out;
   }
+
+  // Of one thread: room for scores, places, masks, levels.
+  static int64_t own_floats(int64_t stride, int rows) { return 2 * stride + stride / 2 + (rows + 3) / 4 * stride; }
 
   const griffin_ff_block& block_;
   const griffin_io& io_;

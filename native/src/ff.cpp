@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kExperts = 8;     // whose float down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
+constexpr int kAllPlanes = 4;
 constexpr int kVisit = 32;      // experts of a visit at most: kExperts, or those of a group of neurons
 constexpr int kRowsAhead = 6;   // rows to the grouped one that is prefetched
 
@@ -30,17 +31,31 @@ struct Visit {
   int n = 0;
   int64_t neuron[kVisit];
   uint32_t mask[kVisit];
+  const uint8_t* levels = nullptr;  // (n, rows): planes of up and down that a row reads; null: all
+
+  // The planes of the s-th that its row r reads.
+  int level(int s, int r, int rows) const { return levels ? levels[s * rows + r] : kAllPlanes; }
+  // The most that any row reads.
+  int most(int s, int rows) const {
+    int most = 0;
+    for (int r = 0; r < rows; r++) most = mask[s] >> r & 1 && level(s, r, rows) > most ? level(s, r, rows) : most;
+    return most;
+  }
 };
 
 class Part {
  public:
-  Part(const griffin_ff_block& block, const Inputs& inputs, int rows, float* acc)
+  Part(const griffin_ff_block& block, const Inputs& inputs, int rows, bool levels, float* acc)
       : block_(block), kernels_(kernels()), up_(block.up, inputs), gate_(gated() ? block.gate : block.up, inputs),
-        grouped_(in_integers(block.down)), down_bytes_(row_bytes(block.down)), rows_(rows), acc_(acc) {
+        grouped_(in_integers(block.down)), rows_(rows), acc_(acc) {
+    for (int planes = 1; planes < kAllPlanes && levels; planes++) up_first_[planes].emplace(block.up, inputs, planes);
+    for (int planes = 1; planes <= kAllPlanes; planes++) down_bytes_[planes] = static_cast<int>(row_bytes(block.down));
     if (block.down.format != GRIFFIN_GROUPED) return;
     if (block.down.table) room_.reset(new float[kExperts * accumulator_stride(block.down.d_out)]);
     const griffin_grouped& f = block.down.grouped;
     down_plan_ = neuron_plan(f, block.down.d_out, block.down.d_in);
+    for (int planes = 1; planes < plane_count(f.bits); planes++)
+      down_bytes_[planes] = static_cast<int>(down_plan_.plane[planes]);
     group_shift_ = f.group == 32 ? 5 : 4;
     group_bytes_ = has_supers(f) ? down_plan_.sub_stride + down_plan_.super_stride * f.group / kSuper
                                  : down_plan_.super_stride * f.group / f.span;
@@ -91,14 +106,15 @@ class Part {
       kernels_.activate(block_.activation, first_[r], gated() ? second_[r] : nullptr, z, visit.n);
       list(r, visit, z);
     }
-    count_down();
+    count_down(visit);
   }
 
   // The same for neurons whose gates are known: row r's act(gate) of the visit's s-th is gates[r * stride + place[s]].
   // Without a gate, that is act(up), and z itself.
   void enter(const Visit& visit, const Visit& next, const float* gates, int64_t stride, const int32_t* place) {
     memset(second_, 0, sizeof second_[0] * rows_);
-    if (gated() && up_.grouped()) stream(up_, second_, visit, up_, next);
+    if (gated() && up_.grouped() && !visit.levels) stream(up_, second_, visit, up_, next);
+    if (gated() && visit.levels) stream_levels(visit, next);
     if (gated() && !up_.grouped()) {
       for (int s = 0; s < visit.n;
            s += 2) {  // two neurons at a time share the loads of x, if they are for the same rows
@@ -113,7 +129,7 @@ class Part {
         s -= 2 - m;
       }
     }
-    if (gated()) bytes_ += visit.n * up_.row_bytes();
+    for (int s = 0; gated() && s < visit.n; s++) bytes_ += up_to(visit.most(s, rows_)).row_bytes();
     for (int r = 0; r < rows_; r++) {
       float z[kVisit];
       for (int s = 0; s < visit.n; s++) {
@@ -122,7 +138,7 @@ class Part {
       }
       list(r, visit, z);
     }
-    count_down();
+    count_down(visit);
   }
 
   // Bytes of weights and scales that were read.
@@ -132,8 +148,14 @@ class Part {
   // and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
   void leave(const Visit& next) {
     const uint8_t* ahead[kVisit];
-    for (int s = 0; s < next.n; s++) ahead[s] = down_row(next.neuron[s]);
-    if (grouped_)
+    int bytes[kVisit];
+    for (int s = 0; s < next.n; s++) {
+      ahead[s] = down_row(next.neuron[s]);
+      if (levels_) bytes[s] = down_bytes_[next.most(s, rows_)];
+    }
+    if (levels_)
+      add_levels(ahead, bytes, next.n);
+    else if (grouped_)
       add_group(ahead, next.n);
     else
       add_rows(ahead, next.n);
@@ -178,6 +200,28 @@ class Part {
     }
   }
 
+  // Up's rows to their first planes.
+  const Rows& up_to(int planes) const { return planes < kAllPlanes ? *up_first_[planes] : up_; }
+
+  // Products and biases of up's rows, each to the planes that its rows of input read.
+  void stream_levels(const Visit& visit, const Visit& next) {
+    for (int s = 0; s < visit.n; s++) {
+      const int ahead = s + kRowsAhead, over = ahead - visit.n;
+      const int64_t j = visit.neuron[s];
+      const uint8_t* const prefetched =
+          up_.row(ahead < visit.n ? visit.neuron[ahead] : over < next.n ? next.neuron[over] : j);
+      for (int planes = 1; planes <= kAllPlanes; planes++) {
+        uint32_t mask = 0;
+        for (int r = 0; r < rows_; r++) mask |= static_cast<uint32_t>(visit.level(s, r, rows_) == planes) << r;
+        in_passes(visit.mask[s] & mask, [&](const int* rows, int n) {
+          float products[kMaxRows];
+          up_to(planes).dot(j, rows, n, products, prefetched);
+          for (int i = 0; i < n; i++) second_[rows[i]][s] = products[i] + up_.bias(j);
+        });
+      }
+    }
+  }
+
   // The visit's down rows join row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
   void list(int r, const Visit& visit, const float* z) {
     int n = 0;
@@ -185,18 +229,22 @@ class Part {
       if (z[s] == 0.f) continue;
       if (room_ && !(any_ >> s & 1)) unpack_row(block_.down, visit.neuron[s], unpacked(s));
       any_ |= 1u << s;
+      if (visit.levels) level_[r][n] = static_cast<uint8_t>(visit.level(s, r, rows_));
       z_[r][n] = z[s];
       down_[r][n++] = room_ ? reinterpret_cast<const uint8_t*>(unpacked(s)) : down_row(visit.neuron[s]);
     }
     listed_[r] = n;
+    levels_ = visit.levels != nullptr;
     group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
   }
 
   // Where the visit's s-th down row of a table format is, as float32.
   float* unpacked(int s) const { return room_.get() + s * accumulator_stride(block_.down.d_out); }
 
-  void count_down() {
-    bytes_ += __builtin_popcount(any_) * down_bytes_ + (any_ ? group_bytes_ : 0);
+  void count_down(const Visit& visit) {
+    for (int s = 0; s < visit.n; s++)
+      if (any_ >> s & 1) bytes_ += down_bytes_[visit.most(s, rows_)];
+    bytes_ += any_ ? group_bytes_ : 0;
     any_ = 0;
   }
 
@@ -240,12 +288,48 @@ class Part {
     }
   }
 
+  // The same where the codes of a neuron are read to its level: sums of every level, scaled together.
+  void add_levels(const uint8_t* const* ahead, const int* ahead_bytes, int n_ahead) {
+    const int bits = block_.down.grouped.bits;
+    for (int r = 0; r < rows_; r++) {
+      const int n = listed_[r];
+      if (!n) continue;
+      int32_t packed[kVisit / 4];
+      GroupOfNeurons of{};
+      of.scales = static_cast<const uint8_t*>(block_.down.scales), of.group = group_;
+      of.factor = quantise_z(z_[r], n, packed, &of.total);
+      of.ahead = ahead, of.n_ahead = n_ahead;
+      const int8_t* const z = reinterpret_cast<const int8_t*>(packed);
+      const uint8_t* rows[kAllPlanes][kVisit + 4];
+      int8_t own[kAllPlanes][kVisit + 4] = {};
+      int32_t quads[kAllPlanes][kVisit / 4];
+      LevelOfNeurons levels[kAllPlanes];
+      int used = 0;
+      for (int planes = 1; planes <= kAllPlanes; planes++) {
+        int count = 0, total = 0;
+        for (int i = 0; i < n; i++)
+          if ((level_[r][i] < plane_count(bits) ? level_[r][i] : kAllPlanes) == planes)
+            rows[used][count] = down_[r][i], own[used][count++] = z[i], total += z[i];
+        if (!count) continue;
+        const int read = bits_of_planes(bits, planes);
+        for (int i = count; i % 4; i++) rows[used][i] = rows[used][count - 1];
+        memcpy(quads[used], own[used], static_cast<size_t>((count + 3) / 4 * 4));
+        levels[used] = {read, bits - read, (count + 3) / 4, total, rows[used], quads[used]};
+        used++;
+      }
+      kernels_.grouped->down_levels(down_plan_, of, levels, used, ahead_bytes, down_plan_.d,
+                                    acc_ + r * accumulator_stride(block_.down.d_out));
+      n_ahead = 0;
+    }
+  }
+
   const griffin_ff_block& block_;
   const Kernels& kernels_;
   const Rows up_, gate_;
+  std::optional<Rows> up_first_[kAllPlanes];  // [planes]
   const bool grouped_;
   NeuronPlan down_plan_ = {};
-  const int64_t down_bytes_;
+  int down_bytes_[kAllPlanes + 1] = {};  // of a row's first planes
   const int rows_;
   float* const acc_;
   int64_t bytes_ = 0, group_bytes_ = 0;
@@ -255,6 +339,8 @@ class Part {
   int listed_[GRIFFIN_MAX_ROWS] = {};
   float first_[GRIFFIN_MAX_ROWS][kVisit], second_[GRIFFIN_MAX_ROWS][kVisit];  // what is activated, its factor
   float z_[GRIFFIN_MAX_ROWS][kVisit];
+  uint8_t level_[GRIFFIN_MAX_ROWS][kVisit];
+  bool levels_ = false;
   const uint8_t* down_[GRIFFIN_MAX_ROWS][kVisit];
 };
 
@@ -317,14 +403,17 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const In
   const int64_t end = share_begin(block, k, at, thread + 1, threads);
   const auto mask = [&](int64_t i) { return masks ? masks[i] & all : all; };
   const int chunk = io.rows == 1 ? 4 : kExperts;  // measured: several inputs want large visits
-  Part part(block, x, io.rows, mine);
+  const uint8_t* const levels = chosen ? chosen->levels : nullptr;
+  Part part(block, x, io.rows, levels, mine);
   Visit visits[2];
   part.visit(begin, end, chunk, at, mask, visits[0]);
+  if (levels) visits[0].levels = levels + begin * io.rows;
   int64_t i = begin;
   for (int v = 0; i < end; v ^= 1) {
     const Visit& visit = visits[v];
     Visit& next = visits[v ^ 1];
     part.visit(i + visit.n, end, chunk, at, mask, next);
+    if (levels) next.levels = levels + (i + visit.n) * io.rows;
     if (chosen)
       part.enter(visit, next, chosen->gates, chosen->stride, places + i);
     else

@@ -32,6 +32,14 @@ RowPlan row_plan(const griffin_grouped& f, int64_t d_in) {
   return p;
 }
 
+RowPlan first_planes(const RowPlan& plan, int planes) {
+  RowPlan p = plan;
+  const int bits = bits_of_planes(plan.format.bits, planes);
+  if (bits == plan.format.bits) return p;
+  p.left = plan.format.bits - bits, p.format.bits = static_cast<uint8_t>(bits), p.bytes = plan.plane[planes];
+  return p;
+}
+
 NeuronPlan neuron_plan(const griffin_grouped& f, int64_t d_out, int64_t neurons) {
   NeuronPlan p = {};
   p.format = f;

@@ -19,6 +19,7 @@ inline int64_t up_to(int64_t value, int64_t to) { return (value + to - 1) / to *
 inline bool has_supers(const griffin_grouped& f) {
   return f.scale == GRIFFIN_SCALE_SUB_UNSIGNED || f.scale == GRIFFIN_SCALE_SUB_SIGNED;
 }
+inline int bits_of_planes(int bits, int planes) { return 2 * planes < bits ? 2 * planes : bits; }
 inline int plane_count(int bits) { return (bits + 1) / 2; }  // of 2 bits, the highest first; an odd bit is the last
 
 inline bool valid_grouped(const griffin_grouped& f) {
@@ -40,6 +41,7 @@ inline bool valid_grouped(const griffin_grouped& f) {
 // The last chunk has as many groups as there are.
 struct RowPlan {
   griffin_grouped format;
+  int left;  // lowest bits of a code that are not read, and stand at their mean
   int d, groups, supers, spans;
   int64_t offset, sub, sub_offset, plane[4], bytes;
 };
@@ -58,6 +60,8 @@ struct NeuronPlan {
 };
 
 RowPlan row_plan(const griffin_grouped& format, int64_t d_in);
+// The first `planes` planes of such rows: format.bits and bytes are of what is read.
+RowPlan first_planes(const RowPlan& plan, int planes);
 NeuronPlan neuron_plan(const griffin_grouped& format, int64_t d_out, int64_t neurons);
 
 }  // namespace griffin

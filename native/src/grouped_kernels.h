@@ -31,6 +31,13 @@ struct GroupOfNeurons {
   int n_ahead;
 };
 
+// Those of a group's neurons whose codes are read to the same bits. `total`: the sum of their int8.
+struct LevelOfNeurons {
+  int bits, left, quads, total;  // read of a code, and not read
+  const uint8_t* const* rows;
+  const int32_t* z;
+};
+
 // y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
 using GroupedDownFn = void (*)(const NeuronPlan&, const GroupOfNeurons&, int begin, int end, float* y);
 
@@ -56,10 +63,15 @@ constexpr int kManyInputs = 32;  // that a block of weight rows meets at most
 using GroupedRowsFn = void (*)(const RowPlan&, const uint8_t* const* row, int m, const GroupedInput* const* x, int n,
                                float* out, int64_t stride);
 
+// The same for neurons of several levels; `of` has neither rows nor z, `total` is of all. ahead_bytes: of each row ahead.
+using GroupedLevelsFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, const LevelOfNeurons* levels, int n,
+                                 const int* ahead_bytes, int end, float* y);
+
 struct GroupedKernels {
   GroupedDotFn dot[2][7];  // [group == 32][bits - 2]
   GroupedDownFn down[7];   // [bits - 2]
   GroupedDownManyFn down_many[7];
+  GroupedLevelsFn down_levels;
   GroupedRowsFn rows[2][7];  // [group == 32][bits - 2]
   int tile;                  // weight rows that `rows` takes at once
   void (*quantise)(const float* x, int d, int group, int8_t* q, float* scale, float* sum);

@@ -78,9 +78,15 @@ template <class B> inline typename B::F spread(typename B::F values, int each, i
   return B::load_floats(to);
 }
 
+// s and m of codes whose lowest `left` bits are not read.
+template <class B> inline void at_their_mean(int left, typename B::F* s, typename B::F* m) {
+  const float step = (float)(1 << left);
+  *m = B::minus_product(*m, *s, B::set1_float((step - 1) / 2)), *s = B::mul(*s, B::set1_float(step));
+}
+
 // s and m of the groups g .. g + kLanes, zero from `lanes` on.
 template <class B, int kGroup>
-inline void scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of, int g, int lanes, typename B::F* s,
+inline void whole_scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of, int g, int lanes, typename B::F* s,
                       typename B::F* m) {
   const griffin_grouped& f = p.format;
   if (has_supers(f)) {
@@ -103,6 +109,13 @@ inline void scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of,
     *m = B::mul(*s, B::set1_float(f.zero));
   if (each > 1) *s = spread<B>(*s, each, g), *m = spread<B>(*m, each, g);
   if (lanes < B::kLanes) *s = B::first(*s, lanes), *m = B::first(*m, lanes);  // what lies behind may be no number
+}
+
+template <class B, int kGroup>
+inline void scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of, int g, int lanes, typename B::F* s,
+                      typename B::F* m) {
+  whole_scales_at<B, kGroup>(p, row, of, g, lanes, s, m);
+  if (p.left) at_their_mean<B>(p.left, s, m);
 }
 
 // A row with N inputs.
@@ -178,13 +191,22 @@ template <class B> inline void interleave(const typename B::I* row, typename B::
 // hardware fetch what follows.
 struct Ahead {
   const uint8_t* const* row;
+  const int* own;             // bytes of each row, or null: all of them have `lines`
   int rows, lines, at, each;  // lines of a row, the next one, lines a step
   Ahead(const uint8_t* const* of, int n, int64_t bytes, int steps)
-      : row(of), rows(n), lines((int)(bytes / 64)), at(0), each((n * lines + steps - 1) / (steps ? steps : 1)) {}
+      : row(of), own(nullptr), rows(n), lines((int)(bytes / 64)), at(0),
+        each((n * lines + steps - 1) / (steps ? steps : 1)) {}
+  Ahead(const uint8_t* const* of, int n, const int* bytes, int steps)
+      : row(of), own(bytes), rows(n), lines(n ? (bytes[0] + 63) / 64 : 0), at(0), each(0) {
+    for (int i = 0; i < n; i++) each += (bytes[i] + 63) / 64;
+    each = (each + steps - 1) / (steps ? steps : 1);
+  }
   template <class B> void step() {
     for (int i = 0; i < each && rows; i++) {
       B::prefetch_far(*row + 64 * at);
-      if (++at == lines) at = 0, row++, rows--;
+      if (++at < lines) continue;
+      at = 0, row++, rows--;
+      if (own && rows) lines = (*++own + 63) / 64;
     }
   }
 };
@@ -397,6 +419,8 @@ template <class B> void grouped_quantise(const float* x, int d, int group, int8_
 
 #include "grouped_many.inl"
 
+#include "grouped_levels.inl"
+
 template <class B> constexpr GroupedKernels grouped_kernels() {
   return {{{grouped_dot<B, 2, 16>, grouped_dot<B, 3, 16>, grouped_dot<B, 4, 16>, grouped_dot<B, 5, 16>,
             grouped_dot<B, 6, 16>, nullptr, grouped_dot<B, 8, 16>},
@@ -406,6 +430,7 @@ template <class B> constexpr GroupedKernels grouped_kernels() {
            grouped_down<B, 8>},
           {grouped_down_many<B, 2>, grouped_down_many<B, 3>, grouped_down_many<B, 4>, grouped_down_many<B, 5>,
            grouped_down_many<B, 6>, nullptr, grouped_down_many<B, 8>},
+          grouped_down_levels<B>,
           {{grouped_rows<B, 2, 16>, grouped_rows<B, 3, 16>, grouped_rows<B, 4, 16>, grouped_rows<B, 5, 16>,
             grouped_rows<B, 6, 16>, nullptr, grouped_rows<B, 8, 16>},
            {grouped_rows<B, 2, 32>, grouped_rows<B, 3, 32>, grouped_rows<B, 4, 32>, grouped_rows<B, 5, 32>,

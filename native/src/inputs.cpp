@@ -60,12 +60,12 @@ void Inputs::prepare(int thread, int threads) {
   }
 }
 
-Rows::Rows(const griffin_matrix& matrix, const Inputs& inputs)
+Rows::Rows(const griffin_matrix& matrix, const Inputs& inputs, int planes)
     : matrix_(matrix), inputs_(inputs), row_bytes_(griffin::row_bytes(matrix)) {
   const Kernels& set = kernels();
   if (in_integers(matrix))
-    plan_ = row_plan(matrix.grouped, matrix.d_in),
-    grouped_ = set.grouped->dot[matrix.grouped.group == 32][matrix.grouped.bits - 2];
+    plan_ = first_planes(row_plan(matrix.grouped, matrix.d_in), planes ? planes : plane_count(matrix.grouped.bits)),
+    grouped_ = set.grouped->dot[matrix.grouped.group == 32][plan_.format.bits - 2], row_bytes_ = plan_.bytes;
   else if (matrix.format == GRIFFIN_GROUPED)
     dot_ = set.dot[GRIFFIN_F32], room_.reset(new float[2 * round_up(matrix.d_in, kPad)]);
   else

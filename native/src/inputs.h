@@ -38,7 +38,8 @@ class Inputs {
 // The rows of a matrix, for products with prepared inputs.
 class Rows {
  public:
-  Rows(const griffin_matrix& matrix, const Inputs& inputs);
+  // planes: of a grouped matrix, the first that are read of every row; 0: all.
+  Rows(const griffin_matrix& matrix, const Inputs& inputs, int planes = 0);
   // out[i * n + at] = <row o[i], input rows[at]> for i < m (1 or 2), n (1..kMaxRows); without the bias. `next`: rows that
   // will be wanted soon.
   void dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const;

@@ -12,7 +12,7 @@ import torch
 
 from griffin import activation
 
-ABI = 7
+ABI = 8
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
 FORMATS = ("f32", "bf16", "f16", "grouped")
@@ -57,7 +57,16 @@ class BlockStruct(ctypes.Structure):
 
 
 class DynamicStruct(ctypes.Structure):
-    _fields_ = [("gate", MatrixStruct), ("weight", _pointer), ("weight_stride", _i64), ("k", _i64)]
+    _fields_ = [
+        ("gate", MatrixStruct),
+        ("weight", _pointer),
+        ("weight_stride", _i64),
+        ("k", _i64),
+        ("whole", _pointer),
+        ("n_levels", _i32),
+        ("first", _i32),
+        ("levels", _i64 * 4),
+    ]
 
 
 class IoStruct(ctypes.Structure):

@@ -6,6 +6,7 @@ Words: D model width, D_ff feedforward width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from griffin.native import abi, grouped, library
 
+_MOST_PLANES = 4  # of 8 bits
 _FLOAT_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -67,6 +69,24 @@ class Dynamic:
     k: int
     struct: Any = field(repr=False)
     kept: tuple[Any, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """Precision of a block's rows in dynamic neuron selection: codes lie in planes of 2 bits, the highest first.
+
+    Args:
+        whole: bit r of entry i says that row r of the input reads the gate of expert i whole.
+        first: planes of the gates that are not read whole.
+        levels: up and down of the `levels[l - 1]` best of a token are read to l planes at least; `levels[0]` is k.
+
+    Shapes:
+        whole: (n_experts,) uint16
+    """
+
+    whole: Tensor
+    first: int
+    levels: tuple[int, ...]
 
 
 # -- matrices and blocks --------------------------------------------------------------
@@ -140,7 +160,9 @@ def _bias(bias: Tensor | None, length: int) -> Tensor | None:
 # -- dynamic neuron selection --------------------------------------------------------------
 
 
-def dynamic(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None) -> Dynamic:
+def dynamic(
+    block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None, planes: Planes | None = None
+) -> Dynamic:
     """Compute, for each token, up and down only for the k experts with the largest scores `|act(gate)| * weight`.
 
     In a block without a gate, up takes its place: it is computed for all experts, and down for the k. Relatives are
@@ -151,6 +173,7 @@ def dynamic(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None)
         weight: factors of the scores, not negative.
         k: experts of a token.
         gate: the gate in another format, read in place of the block's; its bias is still the block's.
+        planes: how many planes of the rows are read; None: all. Not with a `gate`.
 
     Shapes:
         weight: (D_ff,), or (B, D_ff) with one row for each row of input; float32
@@ -170,4 +193,16 @@ def dynamic(block: Block, weight: Tensor, k: int, *, gate: Matrix | None = None)
     struct = abi.DynamicStruct(weight=rows.data_ptr(), weight_stride=block.d_ff if len(rows) > 1 else 0, k=k)
     if gate is not None:
         struct.gate = gate.struct
-    return Dynamic(k, struct, (rows, gate))
+    if planes is not None:
+        counts = planes.levels
+        if gate is not None or not 1 <= planes.first <= _MOST_PLANES or not 1 <= len(counts) <= _MOST_PLANES:
+            raise ValueError(f"{planes}: expected first and 1 to {_MOST_PLANES} levels, and no gate of its own")
+        if counts[0] != k or any(not 0 <= more <= less for less, more in pairwise(counts)):
+            raise ValueError(f"levels {counts}: expected k = {k} first, and none above the one before it")
+        if planes.whole.dtype != torch.uint16 or planes.whole.dim() != 1 or not planes.whole.is_contiguous():
+            raise ValueError(f"whole: {tuple(planes.whole.shape)} {planes.whole.dtype}, expected uint16, one an expert")
+        if any(matrix.struct.format != abi.GROUPED or matrix.struct.table for matrix in block.matrices):
+            raise ValueError(f"planes of {block.format} weights: expected weights in groups, without a table")
+        struct.whole, struct.n_levels, struct.first = planes.whole.data_ptr(), len(counts), planes.first
+        struct.levels[: len(counts)] = counts
+    return Dynamic(k, struct, (rows, gate, planes))
