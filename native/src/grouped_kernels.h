@@ -14,6 +14,10 @@ struct GroupedInput {
   const int8_t* q;     // in the order of the steps (grouped.h): chunk, step, half (quantise_groups), group, 4 bytes
   const float* scale;  // one a group
   const float* sum;    // scale * sum of the integers, one a group
+  // Only the high bytes, which are enough where a weight's lowest bits are not read either: apart where q has pairs of
+  // 16 bits (a step is 64 bytes), in q where that has bytes (a step is 128). And 128 scale * their sum.
+  const int8_t* high;
+  const float* high_sum;
 };
 
 // out[r] = <row, x[r]>, r < n. `next`: a row that will be wanted soon (prefetched only).
@@ -68,13 +72,15 @@ using GroupedLevelsFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, co
                                  const int* ahead_bytes, int end, float* y);
 
 struct GroupedKernels {
-  GroupedDotFn dot[2][7];  // [group == 32][bits - 2]
+  GroupedDotFn dot[2][7];       // [group == 32][bits - 2]
+  GroupedDotFn dot_first[2][5];  // of rows read to their first planes
   GroupedDownFn down[7];   // [bits - 2]
   GroupedDownManyFn down_many[7];
   GroupedLevelsFn down_levels;
   GroupedRowsFn rows[2][7];  // [group == 32][bits - 2]
   int tile;                  // weight rows that `rows` takes at once
-  void (*quantise)(const float* x, int d, int group, int8_t* q, float* scale, float* sum);
+  bool high_apart;  // GroupedInput::high is not in q
+  void (*quantise)(const float* x, int d, int group, const GroupedInput& to);
 };
 
 extern const GroupedKernels kGroupedPortable;

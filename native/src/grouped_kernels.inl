@@ -118,8 +118,8 @@ inline void scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of,
   if (p.left) at_their_mean<B>(p.left, s, m);
 }
 
-// A row with N inputs.
-template <class B, int kBits, int kGroup, int N>
+// A row with N inputs. kHigh: with their high bytes only.
+template <class B, int kBits, int kGroup, int N, bool kHigh>
 void grouped_dot_of(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, float* out,
                     const uint8_t* next) {
   using I = typename B::I;
@@ -144,7 +144,20 @@ void grouped_dot_of(const RowPlan& p, const uint8_t* row, const GroupedInput* co
       scales_at<B, kGroup>(p, row, scales, lane, lanes - part * B::kLanes, &scale, &offset);
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
-        const uint8_t* const q = (const uint8_t*)x[n]->q + 2 * (int64_t)g * kGroup + part * B::kBytes;
+        constexpr int kOf = kHigh && !B::kByteInputs ? 1 : 2;  // bytes of a value from one step to the next
+        const uint8_t* const q =
+            (const uint8_t*)(kHigh ? x[n]->high : x[n]->q) + kOf * (int64_t)g * kGroup + part * B::kBytes;
+        if constexpr (kHigh) {
+          I sum[2] = {B::none(), B::none()};
+#pragma GCC unroll 8
+          for (int t = 0; t < kSteps; t++)
+            sum[t % 2] = B::template dot<kBits>(sum[t % 2], code[t], B::load(q + kOf * 64 * t));
+          const I total = B::add(B::template whole<kBits>(sum[0]), B::template whole<kBits>(sum[1]));
+          const F x_scale = B::mul(B::load_floats(x[n]->scale + lane), B::set1_float(128.f));
+          acc[n] = B::minus_product(acc[n], offset, B::load_floats(x[n]->high_sum + lane));
+          acc[n] = B::fma(B::to_float(total), B::mul(scale, x_scale), acc[n]);
+          continue;
+        }
         // Two chains each, as a long one fills the scheduler with what waits for it.
         I first[2] = {B::none(), B::none()}, second[2] = {B::none(), B::none()};
 #pragma GCC unroll 8
@@ -163,16 +176,16 @@ void grouped_dot_of(const RowPlan& p, const uint8_t* row, const GroupedInput* co
   for (int n = 0; n < N; n++) out[n] = B::sum(acc[n]);
 }
 
-template <class B, int kBits, int kGroup>
+template <class B, int kBits, int kGroup, bool kHigh = false>
 void grouped_dot(const RowPlan& p, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
                  const uint8_t* next) {
   for (int r = 0; r < n; next = row) {
     if (n - r >= 4)
-      grouped_dot_of<B, kBits, kGroup, 4>(p, row, x + r, out + r, next), r += 4;
+      grouped_dot_of<B, kBits, kGroup, 4, kHigh>(p, row, x + r, out + r, next), r += 4;
     else if (n - r >= 2)
-      grouped_dot_of<B, kBits, kGroup, 2>(p, row, x + r, out + r, next), r += 2;
+      grouped_dot_of<B, kBits, kGroup, 2, kHigh>(p, row, x + r, out + r, next), r += 2;
     else
-      grouped_dot_of<B, kBits, kGroup, 1>(p, row, x + r, out + r, next), r += 1;
+      grouped_dot_of<B, kBits, kGroup, 1, kHigh>(p, row, x + r, out + r, next), r += 1;
   }
 }
 
@@ -371,9 +384,13 @@ void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int 
 
 // Quantise a row of d floats (a multiple of the group) in groups, in the order of the steps. A step's four values lie in
 // two places, as two bytes each, 128 high + low (high bytes first), or as pairs of 16 bits (values 0 and 2 first).
-template <int kGroup, bool kBytes> void quantise_groups(const float* x, int d, int8_t* q, float* scale, float* sum) {
+template <int kGroup, bool kBytes> void quantise_groups(const float* x, int d, const GroupedInput& to_input) {
+  int8_t *const q = (int8_t*)to_input.q, *const apart = (int8_t*)to_input.high;
+  float *const scale = (float*)to_input.scale, *const sum = (float*)to_input.sum, *const high_sum = (float*)to_input.high_sum;
   const int groups = d / kGroup, padded = (int)up_to(groups, kChunkGroups);
-  if (padded > groups) memset(q + 2 * (int64_t)(padded - kChunkGroups) * kGroup, 0, 2 * (size_t)kChunkGroups * kGroup);
+  const int64_t last = (int64_t)(padded - kChunkGroups) * kGroup;
+  if (padded > groups) memset(q + 2 * last, 0, 2 * (size_t)kChunkGroups * kGroup);
+  if (padded > groups && !kBytes) memset(apart + last, 0, (size_t)kChunkGroups * kGroup);
   for (int g = 0; g < groups; g++) {
     const float* const from = x + (int64_t)g * kGroup;
     uint32_t top = 0;  // of |x|, as bits: they order as the values do
@@ -389,14 +406,16 @@ template <int kGroup, bool kBytes> void quantise_groups(const float* x, int d, i
     int32_t total = 0;
     if (finite)
       for (int i = 0; i < kGroup; i++) value[i] = (int16_t)__builtin_rintf(from[i] * inverse), total += value[i];
-    scale[g] = s, sum[g] = s * (float)total;
-    int8_t* const to = q + 2 * (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup + g % kChunkGroups * 4;
+    int8_t high[kGroup], low[kGroup];
+    int32_t high_total = 0;
+    for (int i = 0; i < kGroup; i++) {
+      const int h = (value[i] + 64) >> 7;
+      high[i] = (int8_t)h, low[i] = (int8_t)(value[i] - 128 * h), high_total += h;
+    }
+    scale[g] = s, sum[g] = s * (float)total, high_sum[g] = s * 128.f * (float)high_total;
+    const int64_t chunk = (int64_t)(g / kChunkGroups) * kChunkGroups * kGroup;
+    int8_t* const to = q + 2 * chunk + g % kChunkGroups * 4;
     if (kBytes) {
-      int8_t high[kGroup], low[kGroup];
-      for (int i = 0; i < kGroup; i++) {
-        const int h = (value[i] + 64) >> 7;
-        high[i] = (int8_t)h, low[i] = (int8_t)(value[i] - 128 * h);
-      }
       for (int t = 0; t < kGroup / 4; t++)
         memcpy(to + 128 * t, high + 4 * t, 4), memcpy(to + 128 * t + 64, low + 4 * t, 4);
     } else {
@@ -404,17 +423,18 @@ template <int kGroup, bool kBytes> void quantise_groups(const float* x, int d, i
         const int16_t* const v = value + 4 * t;
         const int16_t even[2] = {v[0], v[2]}, odd[2] = {v[1], v[3]};
         memcpy(to + 128 * t, even, 4), memcpy(to + 128 * t + 64, odd, 4);
+        memcpy(apart + chunk + g % kChunkGroups * 4 + 64 * t, high + 4 * t, 4);
       }
     }
   }
-  for (int g = groups; g < padded; g++) scale[g] = sum[g] = 0;
+  for (int g = groups; g < padded; g++) scale[g] = sum[g] = high_sum[g] = 0;
 }
 
-template <class B> void grouped_quantise(const float* x, int d, int group, int8_t* q, float* scale, float* sum) {
+template <class B> void grouped_quantise(const float* x, int d, int group, const GroupedInput& to) {
   if (group == 16)
-    quantise_groups<16, B::kByteInputs>(x, d, q, scale, sum);
+    quantise_groups<16, B::kByteInputs>(x, d, to);
   else
-    quantise_groups<32, B::kByteInputs>(x, d, q, scale, sum);
+    quantise_groups<32, B::kByteInputs>(x, d, to);
 }
 
 #include "grouped_many.inl"
@@ -426,6 +446,8 @@ template <class B> constexpr GroupedKernels grouped_kernels() {
             grouped_dot<B, 6, 16>, nullptr, grouped_dot<B, 8, 16>},
            {grouped_dot<B, 2, 32>, grouped_dot<B, 3, 32>, grouped_dot<B, 4, 32>, grouped_dot<B, 5, 32>,
             grouped_dot<B, 6, 32>, nullptr, grouped_dot<B, 8, 32>}},
+          {{grouped_dot<B, 2, 16, true>, nullptr, grouped_dot<B, 4, 16, true>, nullptr, grouped_dot<B, 6, 16, true>},
+           {grouped_dot<B, 2, 32, true>, nullptr, grouped_dot<B, 4, 32, true>, nullptr, grouped_dot<B, 6, 32, true>}},
           {grouped_down<B, 2>, grouped_down<B, 3>, grouped_down<B, 4>, grouped_down<B, 5>, grouped_down<B, 6>, nullptr,
            grouped_down<B, 8>},
           {grouped_down_many<B, 2>, grouped_down_many<B, 3>, grouped_down_many<B, 4>, grouped_down_many<B, 5>,
@@ -436,5 +458,6 @@ template <class B> constexpr GroupedKernels grouped_kernels() {
            {grouped_rows<B, 2, 32>, grouped_rows<B, 3, 32>, grouped_rows<B, 4, 32>, grouped_rows<B, 5, 32>,
             grouped_rows<B, 6, 32>, nullptr, grouped_rows<B, 8, 32>}},
           B::kTile,
+          !B::kByteInputs,
           grouped_quantise<B>};
 }

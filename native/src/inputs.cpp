@@ -20,6 +20,9 @@ Inputs::Inputs(const griffin_io& io, int d, void* memory)
       in.grouped[i].q = reinterpret_cast<int8_t*>(at), at += 2 * pad;
       in.grouped[i].scale = reinterpret_cast<float*>(at), at += 4 * groups;
       in.grouped[i].sum = reinterpret_cast<float*>(at), at += 4 * groups;
+      in.grouped[i].high_sum = reinterpret_cast<float*>(at), at += 4 * groups;
+      in.grouped[i].high = in.grouped[i].q;
+      if (kernels_.grouped->high_apart) in.grouped[i].high = reinterpret_cast<int8_t*>(at), at += pad;
     }
   }
 }
@@ -54,8 +57,7 @@ void Inputs::prepare(int thread, int threads) {
       const GroupedInput& to = in.grouped[i];
       const int group = i ? 32 : 16;
       if (wants_grouped_[i])
-        kernels_.grouped->quantise(row, static_cast<int>(round_up(d_, group)), group, const_cast<int8_t*>(to.q),
-                                   const_cast<float*>(to.scale), const_cast<float*>(to.sum));
+        kernels_.grouped->quantise(row, static_cast<int>(round_up(d_, group)), group, to);
     }
   }
 }
@@ -63,9 +65,11 @@ void Inputs::prepare(int thread, int threads) {
 Rows::Rows(const griffin_matrix& matrix, const Inputs& inputs, int planes)
     : matrix_(matrix), inputs_(inputs), row_bytes_(griffin::row_bytes(matrix)) {
   const Kernels& set = kernels();
+  const bool wide = matrix.grouped.group == 32;
   if (in_integers(matrix))
     plan_ = first_planes(row_plan(matrix.grouped, matrix.d_in), planes ? planes : plane_count(matrix.grouped.bits)),
-    grouped_ = set.grouped->dot[matrix.grouped.group == 32][plan_.format.bits - 2], row_bytes_ = plan_.bytes;
+    row_bytes_ = plan_.bytes, grouped_ = plan_.left ? set.grouped->dot_first[wide][plan_.format.bits - 2]
+                                                    : set.grouped->dot[wide][plan_.format.bits - 2];
   else if (matrix.format == GRIFFIN_GROUPED)
     dot_ = set.dot[GRIFFIN_F32], room_.reset(new float[2 * round_up(matrix.d_in, kPad)]);
   else

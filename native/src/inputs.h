@@ -16,7 +16,7 @@ constexpr int kMaxInputs = 64;  // rows of input of a product that has more than
 
 class Inputs {
  public:
-  static int64_t bytes(int d, int rows) { return round_up(rows * d_padded(d) * 11, 64); }
+  static int64_t bytes(int d, int rows) { return round_up(rows * d_padded(d) * 14, 64); }
   Inputs(const griffin_io& io, int d, void* memory);
   // That rows of this matrix will meet the inputs.
   void meet(const griffin_matrix& matrix);
