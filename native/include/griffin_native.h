@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 7, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
+enum { GRIFFIN_ABI = 8, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_GROUPED };
 /* Where a group's scale s comes from: a float16 for 256 weights times a byte of the group's own, or a value of its own
  * (for `span` weights). */
@@ -44,7 +44,9 @@ enum griffin_status {
   GRIFFIN_BAD_ARGUMENT, /* null pointer, unknown format or activation, size out of range */
   GRIFFIN_BAD_EXPERT,   /* an expert outside 0..D_ff-1 (only griffin_union checks) */
   GRIFFIN_NO_MEMORY,
-  GRIFFIN_NO_ISA /* instruction set unknown, not built, or not on this machine */
+  GRIFFIN_NO_ISA, /* instruction set unknown, not built, or not on this machine */
+  GRIFFIN_READ_ERROR,
+  GRIFFIN_FILE_ENDED /* before the bytes that were to be read */
 };
 
 /* A format of weights in groups. */
