@@ -66,7 +66,7 @@ def test_a_struct_of_another_size_is_refused(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(abi.STRUCTS, name, Larger)
     size = ctypes.sizeof(known)
-    refused = library._load.__wrapped__()
+    refused = library._open.__wrapped__()
     assert isinstance(refused, str)
     assert f"has a {name} of {size} bytes, this package needs {size + 8}: reinstall griffin-llm" in refused
 
@@ -84,14 +84,14 @@ def test_a_last_field_elsewhere_is_refused(name: str, monkeypatch: pytest.Monkey
 
     assert ctypes.sizeof(Split) == ctypes.sizeof(known)
     monkeypatch.setitem(abi.STRUCTS, name, Split)
-    refused = library._load.__wrapped__()
+    refused = library._open.__wrapped__()
     assert isinstance(refused, str)
     assert f"has the last field of {name} at byte {getattr(known, last[0]).offset}, this package needs" in refused
 
 
 def test_another_interface_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(abi, "ABI", abi.ABI + 1)
-    refused = library._load.__wrapped__()
+    refused = library._open.__wrapped__()
     assert isinstance(refused, str)
     assert f"has interface {abi.ABI - 1}, this package needs {abi.ABI}: reinstall griffin-llm" in refused
 

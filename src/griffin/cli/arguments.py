@@ -183,9 +183,9 @@ def begin_loading(args: argparse.Namespace) -> None:
 
         early.begin(Path(args.model).expanduser())
     if args.own_process:
-        from griffin.cli.lean import lean
+        from griffin.cli.lean import import_lean
 
-        lean()
+        import_lean()
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

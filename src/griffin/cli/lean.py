@@ -1,30 +1,43 @@
 """Transformers imported without what answering prompts in a process of our own does not need.
 
 `transformers.modeling_utils` imports torch's compiler and its distributed tensors, and with them sympy; and SciPy,
-accelerate and scikit-learn where they are installed. That is half of its time and 100 MB. It does without them where
-they do not exist, so here they do not.
+accelerate and scikit-learn where they are installed. That is more than a third of the time of all imports, and 100 MB.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 _NOT_NEEDED = ("accelerate", "scipy", "sklearn")
 
 
-def lean() -> None:
-    """Before transformers is imported: hide these packages, for good. Imports torch."""
+def import_lean() -> None:
+    """Import torch and transformers' models; what is not needed looks, for good, as if it were not installed."""
     if "transformers" in sys.modules:
         return
     for name in _NOT_NEEDED:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # Python's own way to say "not installed"
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # Python's own way to say so
     import torch
 
     torch.distributed.is_available = lambda: False
-    # nothing is compiled here, and to decorate imports the compiler
-    torch.compiler.disable = _undecorated  # type: ignore[assignment]
+    stand_in = _Undecorating("torch._dynamo")
+    sys.modules["torch._dynamo"] = torch._dynamo = stand_in  # type: ignore[assignment]
+    try:
+        import transformers.modeling_utils  # noqa: F401
+    finally:  # whoever compiles gets the real one
+        del sys.modules["torch._dynamo"], torch._dynamo
+
+
+class _Undecorating(ModuleType):
+    """In place of torch's compiler: its decorators, which transformers uses when it is imported, change nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _undecorated
 
 
 def _undecorated(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Any:
