@@ -15,7 +15,7 @@ _NOT_NEEDED = ("accelerate", "scipy", "sklearn")
 
 
 def import_lean() -> None:
-    """Import torch and transformers' models; what is not needed looks, for good, as if it were not installed."""
+    """Import what loads and answers; what that does not need looks, for good, as if it were not installed."""
     if "transformers" in sys.modules:
         return
     for name in _NOT_NEEDED:
@@ -26,7 +26,8 @@ def import_lean() -> None:
     stand_in = _Undecorating("torch._dynamo")
     sys.modules["torch._dynamo"] = torch._dynamo = stand_in  # type: ignore[assignment]
     try:
-        import transformers.modeling_utils  # noqa: F401
+        import griffin.generation.chat
+        import griffin.models.load  # noqa: F401
     finally:  # whoever compiles gets the real one
         del sys.modules["torch._dynamo"], torch._dynamo
 
