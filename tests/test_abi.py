@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from griffin import activation
 from griffin.native import abi, grouped, library
 
 if (reason := library.why_not()) is not None:
@@ -49,7 +50,7 @@ def test_numbers_are_the_headers(headers: str) -> None:
     numbers = dict(re.findall(r"GRIFFIN_GGUF_(\w+) = (\d+)", headers))
     assert numbers == {name: str(number) for name, number in grouped.GGUF_TYPES.items()}
     assert re.findall(r"GRIFFIN_SLACK = (\d+)", headers) == [str(grouped.SLACK)]
-    assert enum("griffin_activation") == list(abi.ACTIVATIONS)
+    assert enum("griffin_activation") == list(abi.ACTIVATIONS) == list(activation.ACTIVATIONS)
     assert len(enum("griffin_status")) == 1 + len(abi.STATUS)
 
 

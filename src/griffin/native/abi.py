@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from griffin import activation
-
 ABI = 8
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
@@ -19,8 +17,8 @@ GROUPED = FORMATS.index("grouped")
 SCALES = ("sub unsigned", "sub signed", "f16", "f32")
 OFFSETS = ("none", "sub", "f16", "code")
 """Of grouped formats; the place in the tuple is the interface's number."""
-ACTIVATIONS = tuple(activation.ACTIVATIONS)
-"""The place in the tuple is the interface's number."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+"""Those of `griffin.activation`; the place in the tuple is the interface's number."""
 STATUS = {
     1: "bad argument",
     2: "an expert outside 0..D_ff-1",
