@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 _NOT_NEEDED = ("accelerate", "scipy", "sklearn")
+_IMPORTED = ("griffin.generation.chat", "griffin.models.load", "transformers.generation.utils")
 
 
 def import_lean() -> None:
@@ -24,10 +26,11 @@ def import_lean() -> None:
 
     torch.distributed.is_available = lambda: False
     stand_in = _Undecorating("torch._dynamo")
-    sys.modules["torch._dynamo"] = torch._dynamo = stand_in  # type: ignore[assignment]
+    stand_in.__path__ = [f"{folder}/_dynamo" for folder in torch.__path__]  # its modules can be imported one by one
+    sys.modules["torch._dynamo"] = torch._dynamo = stand_in
     try:
-        import griffin.generation.chat
-        import griffin.models.load  # noqa: F401
+        for name in _IMPORTED:
+            import_module(name)
     finally:  # whoever compiles gets the real one
         del sys.modules["torch._dynamo"], torch._dynamo
 
