@@ -53,6 +53,7 @@ import torch
 from llama_gguf import FAMILIES, TYPES, bytes_per_token, written
 from llama_programs import LlamaBench
 from rich.table import Table
+from row_table import made
 
 import griffin
 from griffin.analysis import benchmark, files, machine, shapes, workload
@@ -151,41 +152,44 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     load, begin = machine.load_average(), datetime.now(UTC)
     rows: list[Any] = []
-    about: dict[str, Any] = {}
+    about = {"date": f"{begin:%Y-%m-%d %H:%M} UTC", "load_average": load} | machine.machine()
     if args.perplexity is not None:
+        about |= {"text": args.perplexity.name}
+    for what in args.gguf or formats:
         bench = LlamaBench(args.llama_bench.resolve(), args.threads)
-        for file in args.gguf:
-            scored, told = gguf_quality.quality(file, args.perplexity, args.tokens, args.density, bench)
+        if args.perplexity is not None:
+            scored, told = gguf_quality.quality(what, args.perplexity, args.tokens, args.density, bench)
             rows += scored
             for line in told:
-                print(f"{file.name}: {line}", file=sys.stderr)
-        about = {"text": args.perplexity.name}
-        table = gguf_quality.table(rows)
-    else:
-        for what in args.gguf or formats:
-            bench = LlamaBench(args.llama_bench.resolve(), args.threads)
+                print(f"{what.name}: {line}", file=sys.stderr)
+        else:
             if args.gguf:
                 timed, read = gguf_speed.speed(what, args.density, args.prompt, args.generate, args.repeats, bench)
-                rows += timed
             else:
-                own, read = compare(args, what, bench)
-                rows += own
+                timed, read = compare(args, what, bench)
+            rows += timed
             bench.tell_variation()
             name = what.stem if args.gguf else what
             about[f"llama_cpp_rounds_{name}"] = [round(speed, 2) for speed in bench.generation]
             about[f"llama_cpp_prompt_rounds_{name}"] = [round(speed, 1) for speed in bench.prompt]
             about[f"read_bandwidth_{name}"] = read
-        table = gguf_speed.table(rows) if args.gguf else _table(rows)
-    about = {"date": f"{begin:%Y-%m-%d %H:%M} UTC", "load_average": load} | machine.machine() | about
-    versions = machine.versions() | {"llama.cpp": bench.build}
-    dicts = [asdict(row) for row in rows]
-    if args.csv is not None:
-        files.write_text(args.csv, files.csv_text(dicts, about, versions))
-    if args.json is not None:
-        text = json.dumps({"machine": about, "versions": versions, "rows": dicts}, indent=2)
-        files.write_text(args.json, text + "\n")
+        versions = machine.versions() | {"llama.cpp": bench.build}
+        _write(args, about, versions, [asdict(row) for row in rows])  # each time: a later one may fail
     print_pairs("machine", [(name, str(value)) for name, value in (about | versions).items()])
-    print_table(table)
+    if args.perplexity is not None:
+        print_table(gguf_quality.table(rows))
+    else:
+        print_table(gguf_speed.table(rows) if args.gguf else _table(rows))
+
+
+def _write(
+    args: argparse.Namespace, about: dict[str, Any], versions: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    if args.csv is not None:
+        files.write_text(args.csv, files.csv_text(rows, about, versions))
+    if args.json is not None:
+        text = json.dumps({"machine": about, "versions": versions, "rows": rows}, indent=2)
+        files.write_text(args.json, text + "\n")
 
 
 def compare(args: argparse.Namespace, weights: str, bench: LlamaBench) -> tuple[list[Row], list[float]]:
@@ -247,25 +251,26 @@ def _llama_shapes() -> list[str]:
 
 def _table(rows: list[Row]) -> Table:
     first = rows[0]
-    table = Table(title=f"{first.model}, {first.prompt_tokens} + {first.generated_tokens} tokens, medians")
-    for name in ("engine", "format"):
-        table.add_column(name)
     columns = ("density", "prompt\ntok/s", "to\nllama.cpp", "generation\ntok/s", "to\nllama.cpp", "MB a\ntoken")
-    for name in (*columns, "share of\nbandwidth"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            row.engine,
-            row.format,
-            f"{row.density:g}",
-            f"{row.prompt_tokens_per_s:.1f}",
-            f"{row.prompt_ratio:.2f}x",
-            f"{row.generation_tokens_per_s:.2f}",
-            f"{row.generation_ratio:.2f}x",
-            f"{row.bytes_per_token / 1e6:.0f}",
-            "?" if row.share_of_read_bandwidth is None else f"{row.share_of_read_bandwidth:.0%}",
-        )
-    return table
+    return made(
+        f"{first.model}, {first.prompt_tokens} + {first.generated_tokens} tokens, medians",
+        ("engine", "format"),
+        (*columns, "share of\nbandwidth"),
+        [
+            (
+                row.engine,
+                row.format,
+                f"{row.density:g}",
+                f"{row.prompt_tokens_per_s:.1f}",
+                f"{row.prompt_ratio:.2f}x",
+                f"{row.generation_tokens_per_s:.2f}",
+                f"{row.generation_ratio:.2f}x",
+                f"{row.bytes_per_token / 1e6:.0f}",
+                "?" if row.share_of_read_bandwidth is None else f"{row.share_of_read_bandwidth:.0%}",
+            )
+            for row in rows
+        ],
+    )
 
 
 if __name__ == "__main__":

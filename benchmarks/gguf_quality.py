@@ -14,6 +14,7 @@ import torch
 from llama_gguf import format_of
 from llama_programs import LlamaBench
 from rich.table import Table
+from row_table import made
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,22 +102,23 @@ def quality(
 
 def table(rows: Sequence[QualityRow]) -> Table:
     """The rows, for a person."""
-    made = Table(title=f"{rows[0].windows} windows of {WINDOW} tokens, {rows[0].scored_tokens} scored")
-    for name in ("file", "engine"):
-        made.add_column(name, overflow="fold")
-    for name in ("density", "perplexity", "ln of the ratio\nto llama.cpp", "KL", "same likeliest\ntoken"):
-        made.add_column(name, justify="right")
-    for row in rows:
-        made.add_row(
-            row.file,
-            row.engine,
-            f"{row.density:g}",
-            f"{row.perplexity:.4f} ± {row.standard_error:.3f}",
-            f"{row.log_ratio:+.5f}",
-            f"{row.kl:.5f}",
-            f"{row.agreement:.2%}",
-        )
-    return made
+    return made(
+        f"{rows[0].windows} windows of {WINDOW} tokens, {rows[0].scored_tokens} scored",
+        ("file", "engine"),
+        ("density", "perplexity", "ln of the ratio\nto llama.cpp", "KL", "same likeliest\ntoken"),
+        [
+            (
+                row.file,
+                row.engine,
+                f"{row.density:g}",
+                f"{row.perplexity:.4f} ± {row.standard_error:.3f}",
+                f"{row.log_ratio:+.5f}",
+                f"{row.kl:.5f}",
+                f"{row.agreement:.2%}",
+            )
+            for row in rows
+        ],
+    )
 
 
 def _read_logits(path: Path) -> tuple[Tensor, np.ndarray[tuple[int, int], np.dtype[np.uint16]]]:

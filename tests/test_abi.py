@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from griffin import activation
 from griffin.native import abi, grouped, library
 
 if (reason := library.why_not()) is not None:
@@ -49,7 +50,7 @@ def test_numbers_are_the_headers(headers: str) -> None:
     numbers = dict(re.findall(r"GRIFFIN_GGUF_(\w+) = (\d+)", headers))
     assert numbers == {name: str(number) for name, number in grouped.GGUF_TYPES.items()}
     assert re.findall(r"GRIFFIN_SLACK = (\d+)", headers) == [str(grouped.SLACK)]
-    assert enum("griffin_activation") == list(abi.ACTIVATIONS)
+    assert enum("griffin_activation") == list(abi.ACTIVATIONS) == list(activation.ACTIVATIONS)
     assert len(enum("griffin_status")) == 1 + len(abi.STATUS)
 
 
@@ -66,7 +67,7 @@ def test_a_struct_of_another_size_is_refused(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(abi.STRUCTS, name, Larger)
     size = ctypes.sizeof(known)
-    refused = library._load.__wrapped__()
+    refused = library._open.__wrapped__()
     assert isinstance(refused, str)
     assert f"has a {name} of {size} bytes, this package needs {size + 8}: reinstall griffin-llm" in refused
 
@@ -84,14 +85,14 @@ def test_a_last_field_elsewhere_is_refused(name: str, monkeypatch: pytest.Monkey
 
     assert ctypes.sizeof(Split) == ctypes.sizeof(known)
     monkeypatch.setitem(abi.STRUCTS, name, Split)
-    refused = library._load.__wrapped__()
+    refused = library._open.__wrapped__()
     assert isinstance(refused, str)
     assert f"has the last field of {name} at byte {getattr(known, last[0]).offset}, this package needs" in refused
 
 
 def test_another_interface_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(abi, "ABI", abi.ABI + 1)
-    refused = library._load.__wrapped__()
+    refused = library._open.__wrapped__()
     assert isinstance(refused, str)
     assert f"has interface {abi.ABI - 1}, this package needs {abi.ABI}: reinstall griffin-llm" in refused
 

@@ -31,6 +31,15 @@ typedef struct {
   const uint8_t* sub_offset; /* (out, in / group) */
 } griffin_codes;
 
+/* A matrix, or some rows of one, in a file: where it is, and where it goes. */
+typedef struct {
+  griffin_matrix matrix;    /* its weight and scales are filled */
+  const int64_t* row_order; /* see griffin_pack_gguf */
+  int64_t offset, bytes;    /* of the blocks in the file */
+  int32_t file;             /* descriptor, open for reading */
+  int32_t type;             /* griffin_gguf_type */
+} griffin_gguf_tensor;
+
 /* The format of a GGUF type, with its weights and bytes a block. */
 GRIFFIN_API int griffin_gguf_format(int type, griffin_grouped* format, int32_t* block_weights, int32_t* block_bytes);
 /* Bytes that a matrix of this format and shape needs: of a row (of W; of a neuron if neuron-major), and as the result
@@ -41,6 +50,9 @@ GRIFFIN_API int64_t griffin_grouped_bytes(const griffin_matrix* matrix, int64_t*
  * (out,) row r of the matrix is row row_order[r] of the file's; null: the same. */
 GRIFFIN_API int griffin_pack_gguf(const griffin_matrix* matrix, int type, const void* blocks, const int64_t* row_order,
                                   int threads);
+/* Read tensors from files and pack them, one after the other: number *next, which is counted up, until it is n. Several
+ * threads share the work if they call with the same `next`. After an error all stop; what was filled is not told. */
+GRIFFIN_API int griffin_pack_tensors(const griffin_gguf_tensor* tensors, int64_t n, int64_t* next);
 GRIFFIN_API int griffin_pack_codes(const griffin_matrix* matrix, const griffin_codes* from, int threads);
 /* Fill `out`'s arrays from float weights (rows, d_in): with sub-scales and -offsets by a search for the least squares,
  * weighted by `importance` (d_in,) if there is one (mean squares of the inputs); or symmetric, by the largest. */

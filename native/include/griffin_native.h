@@ -44,7 +44,9 @@ enum griffin_status {
   GRIFFIN_BAD_ARGUMENT, /* null pointer, unknown format or activation, size out of range */
   GRIFFIN_BAD_EXPERT,   /* an expert outside 0..D_ff-1 (only griffin_union checks) */
   GRIFFIN_NO_MEMORY,
-  GRIFFIN_NO_ISA /* instruction set unknown, not built, or not on this machine */
+  GRIFFIN_NO_ISA, /* instruction set unknown, not built, or not on this machine */
+  GRIFFIN_READ_ERROR,
+  GRIFFIN_FILE_ENDED /* before the bytes that were to be read */
 };
 
 /* A format of weights in groups. */

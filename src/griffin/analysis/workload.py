@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from griffin.analysis.machine import Bandwidth
 from griffin.analysis.shapes import Shape
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
+from griffin.gguf.reader import GgufFile
 from griffin.layouts import decoder_layers
+from griffin.models.builtin import BUILTIN, builtin_file
 from griffin.models.load import load
+from griffin.native.packing import GGUF_TYPES
 from griffin.weights.quantised import FLOATS
 
 PACKED_BYTES = {"int8": 1.0625, "int4": 0.578125}  # bytes per weight, including its share of the scale
@@ -160,6 +165,16 @@ def _verified_model(plan: Plan, longest: int, done: Callable[[str], None]) -> tu
     prompts = passage_prompts(ids, tokenizer.bos_token_id, plan.batch, longest)
     benchmark.verified(model, prompts, plan.configs, lambda: done(f"{plan.model} verified"))
     return model, prompts
+
+
+def stored_quantised(name: str) -> str | None:
+    """The most frequent type of a GGUF file's quantised tensors; `None`: there are none, or it is no such file."""
+    path = builtin_file(BUILTIN[name]) if name in BUILTIN else Path(name).expanduser()
+    if path.suffix.lower() != ".gguf":
+        return None
+    with GgufFile(path) as file:
+        types = Counter(tensor.type.name for tensor in file.tensors.values() if tensor.type.name in GGUF_TYPES)
+    return types.most_common(1)[0][0] if types else None
 
 
 def passage_prompts(ids: list[int], bos: int | None, batch: int, length: int) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Container
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.config import BACKENDS, BATCHES, REFINEMENTS, GriffinConfig
@@ -172,6 +173,19 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
 
     given = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
     return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+
+def begin_loading(args: argparse.Namespace) -> None:
+    """Before torch is imported, by commands that answer prompts: start to read the model, if it is a file, and make
+    the imports light."""
+    if args.model.lower().endswith(".gguf") and args.dtype is None and args.weights is None:
+        from griffin.models import early
+
+        early.begin(Path(args.model).expanduser())
+    if args.own_process:
+        from griffin.cli.lean import import_lean
+
+        import_lean()
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedConfig
 
 from griffin.errors import GriffinError
 from griffin.gguf.dequantise import dequantise
-from griffin.gguf.names import IGNORED, NAMINGS, sources
+from griffin.gguf.names import IGNORED, NAMINGS, Source, sources
 from griffin.gguf.reader import AGAIN, GgufFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # The largest Gemma 2 and Gemma 3 scale queries by the size of the hidden state, and nothing in a file says so.
@@ -48,12 +50,27 @@ def why_not(file: GgufFile) -> str | None:
     return None
 
 
+def sources_of(file: GgufFile) -> Iterator[Source]:
+    """Where the modules of the model in a file are that `why_not` lets pass; see `griffin.gguf.names.sources`.
+
+    Raises:
+        GriffinError: the metadata lacks something.
+    """
+    keys = _Keys(file)
+    heads = keys.integer("attention.head_count")
+    return sources(
+        file.architecture, keys.integer("block_count"), heads, keys.integer("attention.head_count_kv", heads)
+    )
+
+
 def config_of(file: GgufFile) -> PreTrainedConfig:
-    """The config of the model in a file that `why_not` lets pass.
+    """The config of the model in a file that `why_not` lets pass. Imports transformers.
 
     Raises:
         GriffinError: the metadata lacks something, contradicts itself or the tensors.
     """
+    from transformers import AutoConfig
+
     architecture = file.architecture
     keys = _Keys(file)
     heads, head_dim = keys.integer("attention.head_count"), _head_dim(keys)

@@ -68,9 +68,23 @@ def tokenizer_of(file: GgufFile, config: PreTrainedConfig) -> PreTrainedTokenize
         if not (isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerFast)):
             kind = PreTrainedTokenizerFast
         tokenizer: PreTrainedTokenizerBase = kind(  # type: ignore[no-untyped-call, unused-ignore]
-            tokenizer_object=backend, **given, **more
+            tokenizer_object=_Itself(backend), **given, **more
         )
     except Exception as error:  # transformers and tokenizers raise whatever a garbled vocabulary makes them
         text = " ".join(str(error).split())[:300]
         raise GriffinError(f"{file.path}: its tokenizer cannot be made: {text}; {AGAIN}") from error
     return tokenizer
+
+
+class _Itself:
+    """Transformers makes a deep copy of the tokenizer that it is given, by way of JSON: the longest part of making one.
+
+    Args:
+        backend: which nobody else holds.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self._backend

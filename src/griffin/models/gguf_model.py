@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from transformers.initialization import no_init_weights
 from griffin.errors import GriffinError
 from griffin.gguf import config as gguf_config
 from griffin.gguf.dequantise import dequantise
-from griffin.gguf.names import Source, row_order, sources
+from griffin.gguf.names import Source, row_order
 from griffin.gguf.reader import AGAIN, GgufFile, GgufTensor
 from griffin.gguf.tokenizer import tokenizer_of
+from griffin.models import early
 from griffin.models.cache_entry import one_line
 from griffin.native import library
-from griffin.native.grouped import GGUF_TYPES, Packed, from_gguf
+from griffin.native.grouped import Packed
+from griffin.native.packing import GGUF_TYPES, PackedTensor
 from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear, forget_ties
 
 logger = logging.getLogger("griffin")
@@ -43,7 +45,7 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, P
     """Model and tokenizer of a GGUF file, or of the split one that the file is a part of.
 
     Args:
-        path: the file, or any part.
+        path: the file, or any part. What `griffin.models.early` has begun of it is taken up.
         dtype: dequantise all weights to it. None: weights stay exactly what the file says, quantised ones packed as
             the native library reads them (`QuantisedLinear`, `QuantisedEmbedding`), all else float32. Where there are
             no quantised ones, or no native library, or a family that the reader does not know, bfloat16.
@@ -52,65 +54,52 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, P
         ValueError: there is no such file, a tensor's type is not read, or no causal language model is in it.
         GriffinError: it is no GGUF file, is damaged, incomplete, or changes while it is read.
     """
-    with GgufFile(path) as file:
+    if dtype is not None:
+        early.dropped(path)
+    file, packing = early.taken(path) if dtype is None else (GgufFile(path), None)
+    with file, packing or nullcontext():
         if (reason := gguf_config.why_not(file)) is not None:
             return _by_transformers(file, dtype or torch.bfloat16, reason)
-        packs = dtype is None and _may_pack(file)
-        model = empty_model(file, dtype or (torch.float32 if packs else torch.bfloat16))
-        if packs:
-            pack(model, file)
-        fill(model, file)
+        if dtype is None and packing is None:
+            _tell_dequantised(file)
+        model = empty_model(file, dtype or (torch.bfloat16 if packing is None else torch.float32))
         tokenizer = tokenizer_of(file, model.config)
+        if packing is not None:
+            pack(model, file, packing.wait())
+        fill(model, file)
         file.check_unchanged()
         return model, tokenizer
 
 
-def _may_pack(file: GgufFile) -> bool:
+def _tell_dequantised(file: GgufFile) -> None:
     quantised = any(tensor.type.name in GGUF_TYPES for tensor in file.tensors.values())
     if quantised and (reason := library.why_not()) is not None:
         logger.warning("%s: the weights are dequantised to bfloat16, several times the file: %s", file.path, reason)
-        return False
-    return quantised
 
 
 @torch.no_grad()
-def pack(model: PreTrainedModel, file: GgufFile) -> None:
-    """Replace the modules whose weights the file holds quantised by modules over exactly these, in memory of their own.
+def pack(model: PreTrainedModel, file: GgufFile, packed: Mapping[str, PackedTensor]) -> None:
+    """Replace the modules whose weights are packed by modules over exactly these.
 
     The codes and scales are the file's; an FF block's output projection is stored neuron-major.
 
-    Raises:
-        GriffinError: the file has become shorter.
+    Args:
+        model: of `empty_model`.
+        file: its file.
+        packed: matrices by the names of their tensors; tied embeddings share one.
     """
-    room = torch.empty(0, dtype=torch.uint8)
-    packed: dict[str, Packed] = {}  # by tensor: tied embeddings are read once
-
-    def read(tensor: GgufTensor, source: Source) -> Packed:
-        nonlocal room
-        if tensor.name not in packed:
-            if room.numel() < tensor.nbytes:
-                room = torch.empty(tensor.nbytes, dtype=torch.uint8)
-            blocks = room[: tensor.nbytes]
-            tensor.read(out=blocks.numpy().reshape(tensor.rows, tensor.row_bytes))
-            order = None if source.heads is None else torch.from_numpy(row_order(tensor.rows, source.heads))
-            d_out, d_in = tensor.shape
-            major = source.tensor.endswith("ffn_down")
-            packed[tensor.name] = from_gguf(tensor.type.name, blocks, d_out, d_in, neuron_major=major, row_order=order)
-        return packed[tensor.name]
-
-    found = {source.module: source for name, source in _sources(file, model.config) if name.endswith("weight")}
+    found = {source.module: f"{source.tensor}.weight" for source in gguf_config.sources_of(file)}
+    matrices = {name: Packed.of(tensor) for name, tensor in packed.items()}
     tied = model.config.tie_word_embeddings
     for path, module in list(model.named_modules()):
-        source = found.get("model.embed_tokens" if path == "lm_head" and tied else path)
-        if source is None or (tensor := file.tensors.get(f"{source.tensor}.weight")) is None:
-            continue
-        if tensor.type.name not in GGUF_TYPES:
+        tensor = found.get("model.embed_tokens" if path == "lm_head" and tied else path, "")
+        if (matrix := matrices.get(tensor)) is None:
             continue
         new: torch.nn.Module
         if isinstance(module, torch.nn.Embedding):
-            new = QuantisedEmbedding(read(tensor, source), scale=getattr(module, "embed_scale", None))
+            new = QuantisedEmbedding(matrix, scale=getattr(module, "embed_scale", None))
         else:
-            new = QuantisedLinear([read(tensor, source)], module.bias)
+            new = QuantisedLinear([matrix], module.bias)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
     forget_ties(model)
@@ -125,7 +114,7 @@ def empty_model(file: GgufFile, dtype: torch.dtype) -> PreTrainedModel:
     config = gguf_config.config_of(file)
     with torch.device("meta"):
         wanted = dict(unfilled(config, dtype).named_parameters())
-    there = {name: source for name, source in _sources(file, config) if name in wanted}
+    there = {name: source for name, source in _sources(file) if name in wanted}
     if missing := sorted(
         name for name in wanted if name not in there or _tensor(there[name], name) not in file.tensors
     ):
@@ -159,7 +148,7 @@ def fill(model: PreTrainedModel, file: GgufFile) -> None:
     Raises:
         GriffinError: the file has become shorter.
     """
-    named = dict(_sources(file, model.config))
+    named = dict(_sources(file))
     for name, parameter in model.named_parameters():
         _fill(parameter, file.tensors[_tensor(named[name], name)], named[name])
 
@@ -181,10 +170,11 @@ def _fill(parameter: Tensor, tensor: GgufTensor, source: Source) -> None:
             target.copy_(part)
 
 
-def _sources(file: GgufFile, config: PreTrainedConfig) -> Iterator[tuple[str, Source]]:
+def _sources(file: GgufFile) -> Iterator[tuple[str, Source]]:
     """By parameter."""
-    found = sources(file.architecture, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
-    return ((f"{source.module}.{kind}", source) for source in found for kind in ("weight", "bias"))
+    for source in gguf_config.sources_of(file):
+        for kind in ("weight", "bias"):
+            yield f"{source.module}.{kind}", source
 
 
 def _tensor(source: Source, parameter: str) -> str:

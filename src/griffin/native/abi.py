@@ -8,10 +8,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
-
-from griffin import activation
-
 ABI = 8
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
@@ -21,11 +17,16 @@ GROUPED = FORMATS.index("grouped")
 SCALES = ("sub unsigned", "sub signed", "f16", "f32")
 OFFSETS = ("none", "sub", "f16", "code")
 """Of grouped formats; the place in the tuple is the interface's number."""
-ACTIVATIONS = tuple(activation.ACTIVATIONS)
-"""The place in the tuple is the interface's number."""
-ROW_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes of inputs and outputs, and the interface's numbers."""
-STATUS = {1: "bad argument", 2: "an expert outside 0..D_ff-1", 3: "out of memory", 4: "no such instruction set"}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+"""Those of `griffin.activation`; the place in the tuple is the interface's number."""
+STATUS = {
+    1: "bad argument",
+    2: "an expert outside 0..D_ff-1",
+    3: "out of memory",
+    4: "no such instruction set",
+    5: "the file cannot be read",
+    6: "the file has become shorter",
+}
 
 _pointer, _i32, _i64, _f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _int = ctypes.c_int
@@ -142,9 +143,19 @@ class CodesStruct(ctypes.Structure):
     _fields_ = [(name, _pointer) for name in ("codes", "scale", "offset", "sub", "sub_offset")]
 
 
+class GgufTensorStruct(ctypes.Structure):
+    _fields_ = [
+        ("matrix", MatrixStruct),
+        ("row_order", _pointer),
+        *[(name, _i64) for name in ("offset", "bytes")],
+        *[(name, _i32) for name in ("file", "type")],
+    ]
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "griffin_grouped": GroupedStruct,
     "griffin_codes": CodesStruct,
+    "griffin_gguf_tensor": GgufTensorStruct,
     "griffin_ff_block": BlockStruct,
     "griffin_matrix": MatrixStruct,
     "griffin_dynamic": DynamicStruct,
@@ -177,6 +188,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "griffin_gguf_format": (_int, [_int, _pointer, _pointer, _pointer]),
     "griffin_grouped_bytes": (_i64, [_pointer, _pointer]),
     "griffin_pack_gguf": (_int, [_pointer, _int, _pointer, _pointer, _int]),
+    "griffin_pack_tensors": (_int, [_pointer, _i64, _pointer]),
     "griffin_pack_codes": (_int, [_pointer, _pointer, _int]),
     "griffin_quantise": (_int, [_pointer, _pointer, _i64, _i64, _pointer, _pointer, _int]),
     "griffin_unpack": (_int, [_pointer, _pointer, *[_i64] * 4, _pointer, _int, _i64, _int]),

@@ -14,10 +14,9 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from griffin.native import abi, library, memory
+from griffin.native import abi, library
+from griffin.native.packing import GGUF_TYPES, SLACK, PackedTensor, huge_pages
 
-SLACK = 64
-"""Bytes behind the last row that kernels may read."""
 _COLUMNS = 256  # a column range of neuron-major weights begins at a multiple of this
 GROUP = 32
 """Weights of a group, and inputs that share a scale where they meet them, in the formats made here."""
@@ -70,24 +69,12 @@ class Format:
         return -(-d_in // self.group) * self.group
 
 
+ROW_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of inputs and outputs, and the interface's numbers."""
 INT8 = Format("int8", 8, GROUP, "f16", "none", 128, GROUP)
 INT4 = Format("int4", 4, GROUP, "sub unsigned", "sub", 0, 256)
 MADE = {"int8": INT8, "int4": INT4}
 """What float weights can be quantised to."""
-
-# The numbers of GGUF's block types. Their layouts are in native/src/grouped_pack.cpp.
-GGUF_TYPES = {
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q5_0": 6,
-    "Q5_1": 7,
-    "Q8_0": 8,
-    "Q2_K": 10,
-    "Q3_K": 11,
-    "Q4_K": 12,
-    "Q5_K": 13,
-    "Q6_K": 14,
-}
 
 
 @cache
@@ -117,6 +104,12 @@ class Packed:
     d_in: int
     rows: Tensor
     scales: Tensor | None
+
+    @staticmethod
+    def of(tensor: PackedTensor) -> Packed:
+        """A matrix of a GGUF file, in the same memory."""
+        scales = None if tensor.scales is None else torch.from_numpy(tensor.scales)
+        return Packed(gguf_format(tensor.type)[0], tensor.d_out, tensor.d_in, torch.from_numpy(tensor.rows), scales)
 
     @property
     def neuron_major(self) -> bool:
@@ -159,14 +152,14 @@ class Packed:
         last = count if last is None else min(last, count)
         wanted = None if rows is None else rows.to(device="cpu", dtype=torch.int64).contiguous()
         n = last - first if wanted is None else wanted.numel()
-        out = torch.empty(n, end - begin, dtype=dtype if dtype in abi.ROW_TYPES else torch.float32)
+        out = torch.empty(n, end - begin, dtype=dtype if dtype in ROW_TYPES else torch.float32)
         if out.numel() == 0:
             return out.to(dtype)
         struct = self.struct()
         library.check(
             library.loaded().griffin_unpack(
                 ctypes.addressof(struct), library.address(wanted), first, n, begin, end, out.data_ptr(),
-                abi.ROW_TYPES[out.dtype], out.stride(0), threads or torch.get_num_threads(),
+                ROW_TYPES[out.dtype], out.stride(0), threads or torch.get_num_threads(),
             )
         )  # fmt: skip
         return out.to(dtype)
@@ -180,7 +173,7 @@ def row_bytes(format: Format, d_in: int) -> int:
 
 
 def empty(format: Format, d_out: int, d_in: int, *, neuron_major: bool = False) -> Packed:
-    """Memory for a matrix, in huge pages if the system gives them; not initialised.
+    """Memory for a matrix, in huge pages if the system gives them; of zeros.
 
     Raises:
         ValueError: a row longer than the library's longest (131,072).
@@ -191,9 +184,7 @@ def empty(format: Format, d_out: int, d_in: int, *, neuron_major: bool = False) 
     if scale_bytes < 0:
         raise ValueError(f"{format.name}: no matrix of shape ({d_out}, {d_in})")
     count = d_in if neuron_major else d_out
-    flat = torch.empty(count * row_bytes.value + SLACK, dtype=torch.uint8)
-    memory.advise_huge(flat)
-    flat[-SLACK:] = 0
+    flat = torch.from_numpy(huge_pages(count * row_bytes.value + SLACK))
     rows = flat[: count * row_bytes.value].view(count, row_bytes.value)
     # kernels read whole vectors of scales too
     scales = torch.zeros(scale_bytes + SLACK, dtype=torch.uint8)[:scale_bytes] if neuron_major else None

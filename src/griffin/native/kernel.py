@@ -13,25 +13,26 @@ import torch
 from torch import Tensor
 
 from griffin.native import abi, library, operands
+from griffin.native.grouped import ROW_TYPES
 
 MAX_ROWS = 16
 ANY_ROWS = 2**31 - 1
 
 
 def _io(x: Tensor, d_in: int, d_out: int, out: Tensor | None, most: int = MAX_ROWS) -> tuple[abi.IoStruct, Tensor]:
-    if x.dim() != 2 or x.shape[1] != d_in or not 1 <= x.shape[0] <= most or x.dtype not in abi.ROW_TYPES:
+    if x.dim() != 2 or x.shape[1] != d_in or not 1 <= x.shape[0] <= most or x.dtype not in ROW_TYPES:
         raise ValueError(f"x: {tuple(x.shape)} {x.dtype}, expected (1..{most}, {d_in}) float32 or bfloat16")
     if x.stride(1) != 1 and d_in > 1:
         x = x.contiguous()
     if out is None:
         out = torch.empty(x.shape[0], d_out, dtype=x.dtype)
-    elif out.shape != (x.shape[0], d_out) or out.dtype not in abi.ROW_TYPES or (d_out > 1 and out.stride(1) != 1):
+    elif out.shape != (x.shape[0], d_out) or out.dtype not in ROW_TYPES or (d_out > 1 and out.stride(1) != 1):
         raise ValueError(f"out: {tuple(out.shape)} {out.dtype}, expected ({x.shape[0]}, {d_out}), rows contiguous")
     if x.device.type != "cpu" or out.device.type != "cpu":
         raise ValueError(f"x on {x.device}, out on {out.device}: expected both on cpu")
     io = abi.IoStruct(
         x.data_ptr(), out.data_ptr(), x.stride(0) * x.element_size(), out.stride(0) * out.element_size(),
-        abi.ROW_TYPES[x.dtype], abi.ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None, None,
+        ROW_TYPES[x.dtype], ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None, None,
     )  # fmt: skip
     io.keep = x  # a copy made above lives as long as its address
     return io, out

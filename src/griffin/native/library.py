@@ -14,10 +14,12 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from griffin.native import abi
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _pointer = ctypes.c_void_p
 
@@ -62,8 +64,8 @@ def _torch_openmp() -> tuple[int, int, int] | None:
 
 
 @cache
-def _load() -> ctypes.CDLL | str:
-    """The library, ready for use, or why there is none."""
+def _open() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
     path = _find()
     if path is None:
         return (
@@ -77,17 +79,34 @@ def _load() -> ctypes.CDLL | str:
         return f"the native library {path} cannot be loaded: {error}"
     if difference is not None:
         return f"the native library {path} {difference}: reinstall griffin-llm"
-    if (openmp := _torch_openmp()) is not None:
-        library.griffin_use_openmp(*openmp)
     forced = os.environ.get("GRIFFIN_NATIVE_ISA")
     if forced and library.griffin_set_isa(forced.encode()) != 0:
         return f"GRIFFIN_NATIVE_ISA={forced}: this machine has {library.griffin_isas().decode()}"
     return library
 
 
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, with torch's pool of threads, or why there is none."""
+    import torch  # noqa: F401  # whose OpenMP runtime is to be there
+
+    library = _open()
+    if not isinstance(library, str) and (openmp := _torch_openmp()) is not None:
+        library.griffin_use_openmp(*openmp)
+    return library
+
+
+def opened() -> ctypes.CDLL:
+    """The library for functions that take no number of threads, without torch. Raises ValueError as `loaded`."""
+    return _checked(_open())
+
+
 def loaded() -> ctypes.CDLL:
     """The library, ready for use. Raises ValueError with what `why_not` says if there is none."""
-    library = _load()
+    return _checked(_load())
+
+
+def _checked(library: ctypes.CDLL | str) -> ctypes.CDLL:
     if isinstance(library, str):
         raise ValueError(library)
     return library
@@ -95,7 +114,7 @@ def loaded() -> ctypes.CDLL:
 
 def why_not() -> str | None:
     """None if the library can be used, else the reason why not, with what to do."""
-    library = _load()
+    library = _open()
     return library if isinstance(library, str) else None
 
 

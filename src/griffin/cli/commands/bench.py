@@ -114,6 +114,12 @@ def run(args: argparse.Namespace) -> int:
         if path is not None:
             files.check_writable(path)
     workload.check_fits(plan)
+    if plan.weights is not None and not plan.shapes and (found := workload.stored_quantised(plan.model)) is not None:
+        print(
+            f"warning: {plan.model} has {found} weights; they are dequantised and stored as {plan.weights}, so this is "
+            "not the file's speed; leave --weights out for that",
+            file=sys.stderr,
+        )
     load = machine.load_average()
     _print_load(load)
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ from griffin.cli.arguments import (
     add_config_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    begin_loading,
     config_from,
     load_model,
     sampling_from,
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if sys.stdin is None:
         raise ValueError("stdin is closed; griffin chat reads its messages from it")
+    begin_loading(args)
     sampling = sampling_from(args)
 
     from griffin.generation.chat import Session

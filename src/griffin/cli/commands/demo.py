@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
 
+    from griffin.analysis.benchmark import Run
     from griffin.generation.generate import Result
 
 _FULL = "full model"
@@ -28,7 +29,7 @@ CASES = {
 }
 _STATISTIC_TOKENS = 1024
 _REPEATS = 5
-_ROUNDS, _ROUND_TOKENS = 3, 24
+_ROUNDS, _ROUND_TOKENS = 5, 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.panel import Panel
 
+    from griffin.analysis.benchmark import measure
     from griffin.analysis.flocking import relative_activations
     from griffin.analysis.passage import PASSAGE
     from griffin.analysis.plots import flocking_heat_map
@@ -86,13 +88,8 @@ def run(args: argparse.Namespace) -> int:
         assert not isinstance(result, list)
         results[name] = result
         console.print(Panel(escape(result.text.strip() or "(no text)"), title=name, title_align="left"))
-    speeds: dict[str, list[Result]] = {name: [] for name in CASES}
-    for _ in range(_ROUNDS):  # interleaved, so background load hits all cases
-        for name, config in CASES.items():
-            timed = generate(model, tokenizer, prompt, griffin=config, max_tokens=_ROUND_TOKENS)
-            assert not isinstance(timed, list)
-            speeds[name].append(timed)
-    console.print(_table(speeds, _agreements(model, ids, results[_FULL].tokens)))
+    runs, _ = measure(model, ids, list(CASES.values()), _ROUND_TOKENS, _ROUNDS)  # as `griffin bench` measures
+    console.print(_table(dict(zip(CASES, runs, strict=True)), _agreements(model, ids, results[_FULL].tokens)))
 
     full_s, attached_s, selection_s, tokens, backend = _prompt_cost(model, ids)
     console.print(
@@ -152,25 +149,19 @@ def _prompt_cost(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, floa
     return *medians, tokens.shape[1], handle.backend.name
 
 
-def _table(speeds: dict[str, list[Result]], agreements: dict[str, float]) -> Table:
+def _table(speeds: dict[str, list[Run]], agreements: dict[str, float]) -> Table:
     """A table of each case's medians over rounds; a speed-up is the median of the per-round ratios."""
     from rich.table import Table
 
     table = Table("", "prompt tok/s", "generation tok/s", "speed-up", "FF read per token", "agrees with full")
-    for name, results in speeds.items():
-        ratios = [
-            result.generation_tokens_per_s / full.generation_tokens_per_s
-            for result, full in zip(results, speeds[_FULL], strict=True)
-            if full.generation_tokens_per_s
-        ]
-        read = results[0].ff_bytes_per_token
-        size = "?" if read is None else f"{read / 1e6:.0f} MB"
+    for name, runs in speeds.items():
+        ratios = [run.steps_per_s / full.steps_per_s for run, full in zip(runs, speeds[_FULL], strict=True)]
         table.add_row(
             name,
-            f"{statistics.median(result.prompt_tokens_per_s for result in results):.0f}",
-            f"{statistics.median(result.generation_tokens_per_s for result in results):.1f}",
-            f"{statistics.median(ratios):.2f}x" if ratios else "-",
-            size,
+            f"{statistics.median(run.prompt_tokens_per_s for run in runs):.0f}",
+            f"{statistics.median(run.steps_per_s for run in runs):.1f}",
+            f"{statistics.median(ratios):.2f}x",
+            f"{runs[0].ff_bytes / 1e6:.0f} MB",
             f"{agreements[name]:.0%}" if name in agreements else "-",
         )
     return table

@@ -14,6 +14,7 @@ from griffin.cli.arguments import (
     add_config_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    begin_loading,
     config_from,
     load_model,
     sampling_from,
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.raw and args.system is not None:
         raise ValueError("--system needs the chat template, which --raw skips; leave one of them out")
     text = _prompt_text(args)
+    begin_loading(args)
     sampling = sampling_from(args)
 
     from griffin.generation.generate import fold, stream_generate
