@@ -73,8 +73,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, float | int | str | None
         ratio = statistics.median(many / single for many, single in zip(seconds[rows], seconds[1], strict=True))
         found.append(
             {
-                "model": Path(args.model).name, "weights": args.weights or "as stored", "threads": torch.get_num_threads(),
-                "context": args.context, "rows": rows, "equal_rows": equal[rows],
+                "model": Path(args.model).name, "weights": args.weights or "as stored",
+                "threads": torch.get_num_threads(), "context": args.context, "rows": rows, "equal_rows": equal[rows],
                 "ms": round(1e3 * statistics.median(seconds[rows]), 3), "v": round(ratio, 3),
                 "gb_per_s": round(bytes_read_per_token(model) / one / 1e9, 2),
                 "read_gb_per_s": None if bandwidth is None else round(bandwidth.bytes_per_s / 1e9, 2),

@@ -211,8 +211,8 @@ def test_tokens_and_logits_are_those_without_drafts(
 
 @needs_native
 @pytest.mark.model
-def test_smollm2(smollm2_int8: Loaded) -> None:
-    model, tokenizer = smollm2_int8
+def test_smollm2(quantised_smollm2: Loaded) -> None:
+    model, tokenizer = quantised_smollm2
     code = "def area(width, height):\n    result = width * height\n    return result\n"
     prompts = [
         f"Repeat this code:\n{code}\nThe code again:\n{code[:20]}",
@@ -248,11 +248,11 @@ def test_smollm2(smollm2_int8: Loaded) -> None:
 
 @needs_native
 @pytest.mark.model
-def test_a_chat(smollm2_int8: Loaded) -> None:
+def test_a_chat(quantised_smollm2: Loaded) -> None:
     answers: dict[bool, list[Any]] = {}
     for lossless in (True, False):
         config, sampling = GriffinConfig(density=1.0), Sampling(max_tokens=24)
-        with Session(*smollm2_int8, config, sampling, lossless=lossless) as session:
+        with Session(*quantised_smollm2, config, sampling, lossless=lossless) as session:
             answers[lossless] = []
             for text in ("Say the days of the week.", "Say the days of the week again."):
                 list(session.ask(text))
@@ -266,8 +266,8 @@ def test_a_chat(smollm2_int8: Loaded) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2_int8() -> Loaded:
-    return griffin.load("smollm2-135m", weights="int8")
+def quantised_smollm2() -> Loaded:
+    return griffin.load("smollm2-135m")
 
 
 # -- what it refuses, and where it has nothing to do -----------------------------------------------------------------

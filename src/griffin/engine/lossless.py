@@ -34,37 +34,40 @@ class Costs:
     """V(m): the time of a step of m tokens over that of one token, both as measured lately."""
 
     def __init__(self) -> None:
+        self.plain: float | None = None
+        """Seconds of a step of one token; `None` before two were measured, as the first is no measure."""
         self._plain: deque[float] = deque(maxlen=15)  # seconds
         self._times: dict[int, deque[tuple[float, int]]] = {}  # by m: seconds over a plain step's, and when
+        self._known: dict[int, float] = {1: 1.0}  # by m: the median of these
         self._now = 0
-
-    @property
-    def plain(self) -> float | None:
-        """Seconds of a step of one token; `None` before two were measured, as the first is no measure."""
-        if len(self._plain) < 2:
-            return None
-        return statistics.median(self._plain) if len(self._plain) > 2 else min(self._plain)
 
     def add(self, rows: int, seconds: float) -> float:
         """A step of so many tokens took so long; returns how many plain steps that is."""
-        if rows == 1 or not self.plain:
+        if rows == 1 or self.plain is None:
             self._plain.append(seconds)
+            if len(self._plain) > 1:
+                self.plain = statistics.median(self._plain) if len(self._plain) > 2 else min(self._plain)
             return 1.0
         steps = min(seconds / self.plain, 2.0 * rows)  # more is another process's time
-        self._times.setdefault(rows, deque(maxlen=7)).append((steps, self._now))
+        times = self._times.setdefault(rows, deque(maxlen=7))
+        times.append((steps, self._now))
+        self._known[rows] = statistics.median(time for time, _ in times)
         return steps
 
     def pass_token(self) -> None:
         """A token was generated: times that are too old are forgotten."""
         self._now += 1
-        if self._now % 32 == 0:
-            for rows, times in list(self._times.items()):
-                fresh = [each for each in times if self._now - each[1] < _REMEMBERED]
-                self._times[rows] = deque(fresh, maxlen=times.maxlen)
+        if self._now % 32:
+            return
+        for rows, times in list(self._times.items()):
+            while times and self._now - times[0][1] > _REMEMBERED:
+                times.popleft()
+            if not times:
+                del self._times[rows], self._known[rows]
 
     def of(self, rows: int) -> float:
         """V(rows): the median of what was measured, else along the line between the nearest that were."""
-        known = {1: 1.0} | {m: statistics.median(t for t, _ in times) for m, times in self._times.items() if times}
+        known = self._known
         if rows in known:
             return known[rows]
         below = max(m for m in known if m < rows)

@@ -46,7 +46,8 @@ class Caches:
 
     def __init__(self, caches: Sequence[BufferedCache]) -> None:
         self.caches = caches
-        self._opened: list[tuple[int, int]] = []  # of each cache, when the addresses were taken: its buffers, its rows
+        self._replaced: list[int] = []  # of each cache, when the addresses were taken
+        self._rows: dict[tuple[int, ...], _Rows] = {}  # by the tokens of each cache's sequences
 
     def with_room(self, tokens: Sequence[int] | None = None) -> Any:
         """The struct, after room was made for each sequence's next tokens: a row for each of them.
@@ -60,21 +61,24 @@ class Caches:
             ValueError: a cache is empty, its layers differ in shape, or it holds several sequences that are to get
                 several tokens each.
         """
-        tokens = [1] * len(self.caches) if tokens is None else list(tokens)
-        for cache, count in zip(self.caches, tokens, strict=True):
+        counts = (1,) * len(self.caches) if tokens is None else tuple(tokens)
+        for cache, count in zip(self.caches, counts, strict=True):
             if count > 1 and cache.sequences != 1:
                 raise ValueError(f"{count} tokens a sequence need a cache for each; this one holds {cache.sequences}")
             cache.reserve(cache.length + count)
-        if self._opened != (now := [(cache.replaced, count) for cache, count in zip(self.caches, tokens, strict=True)]):
-            self._open(tokens)
-            self._opened = now
-        lengths = torch.tensor([cache.length for cache in self.caches], dtype=torch.int32)
-        torch.add(lengths.repeat_interleave(self._rows), self._ahead, out=self._lengths)
-        return self._struct
+        if self._replaced != (replaced := [cache.replaced for cache in self.caches]):
+            self._rows.clear()
+            self._replaced = replaced
+        if counts not in self._rows:
+            self._rows[counts] = _Rows(self.caches, counts)
+        return self._rows[counts].struct_for([cache.length for cache in self.caches])
 
-    def _open(self, tokens: Sequence[int]) -> None:
-        """Note where the keys and values of every row are."""
-        layers = [[cache.buffers(layer) for cache in self.caches] for layer in range(len(self.caches[0].layers))]
+
+class _Rows:
+    """Where the keys and values of every row are, with so many tokens of each cache's sequences."""
+
+    def __init__(self, caches: Sequence[BufferedCache], tokens: Sequence[int]) -> None:
+        layers = [[cache.buffers(layer) for cache in caches] for layer in range(len(caches[0].layers))]
         first = layers[0]
         for layer in layers:
             for (keys, values), (like, _) in zip(layer, first, strict=True):
@@ -92,23 +96,27 @@ class Caches:
             ]
             for which in range(2)
         ]
-        tables = [(ctypes.c_void_p * len(table))(*table) for table in addresses]
-        self._kept = tables
-        self._rows = torch.tensor([states[0].shape[0] * count for states, count in zip(first, tokens, strict=True)])
+        self._tables = [(ctypes.c_void_p * len(table))(*table) for table in addresses]
+        sequences = [states[0].shape[0] for states in first]
+        self._of_caches = torch.tensor([n * count for n, count in zip(sequences, tokens, strict=True)])
         strides = torch.tensor([states[0].stride(1) * states[0].element_size() for states in first])
-        self._strides = strides.repeat_interleave(self._rows)
-        ahead = [
-            place for states, count in zip(first, tokens, strict=True) for place in [*range(count)] * states[0].shape[0]
-        ]
+        self._strides = strides.repeat_interleave(self._of_caches)
+        ahead = [place for n, count in zip(sequences, tokens, strict=True) for place in [*range(count)] * n]
         self._ahead = torch.tensor(ahead, dtype=torch.int32)
-        self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
+        self._lengths = torch.zeros(len(ahead), dtype=torch.int32)
         self._struct = abi.CacheStruct(
-            *map(ctypes.addressof, tables),
+            *map(ctypes.addressof, self._tables),
             self._strides.data_ptr(),
             self._lengths.data_ptr(),
             None,
             _TYPES[first[0][0].dtype],
         )
+
+    def struct_for(self, lengths: Sequence[int]) -> Any:
+        """The struct for caches of these lengths."""
+        before = torch.tensor(lengths, dtype=torch.int32).repeat_interleave(self._of_caches)
+        torch.add(before, self._ahead, out=self._lengths)
+        return self._struct
 
 
 class ExpertsTable:
