@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
@@ -92,6 +92,19 @@ def test_feedforward_of_experts_of_their_own(fmt: str, rows: int, d: int, d_ff: 
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("fmt", broken(*FORMATS, among=FORMATS, reason=UNION))
+@settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
+@given(rows=st.integers(2, 16), d=st.integers(1, 200), d_ff=st.integers(40, 150), threads=st.integers(1, 2))
+def test_feedforward_with_dynamic_selection(fmt: str, rows: int, d: int, d_ff: int, threads: int) -> None:
+    torch.manual_seed(d)
+    block, x = make(fmt, d_ff, d), torch.randn(rows, d)
+    dynamic = operands.dynamic(block, torch.rand(d_ff), d_ff // 3)
+    together = kernel.ff(block, x, dynamic=dynamic, threads=threads)
+    assert torch.equal(
+        together, torch.cat([kernel.ff(block, row[None], dynamic=dynamic, threads=threads) for row in x])
+    )
+
+
 # -- the decoding step -----------------------------------------------------------------------------------------------
 
 
@@ -106,7 +119,7 @@ def to_gguf(model: PreTrainedModel, type: str) -> None:
                 setattr(parent, name, QuantisedLinear([packed], None))
 
 
-@cache
+@functools.cache
 def model_of(weights: str, family: str | None = None) -> PreTrainedModel:
     if weights in GGUF:
         model: PreTrainedModel = tiny_llama(torch.float32, hidden_size=256, intermediate_size=256)
@@ -180,9 +193,9 @@ def test_drafted_rows_that_are_cut_off_leave_no_trace() -> None:
     with full(model) as (handle, native):
         own = prompted(model, 9, 0)
         other = copy.deepcopy(own)
-        run(native, handle, [cache], [torch.tensor([5, 17, 3, 88])])
-        cache.cut(10)
-        found = run(native, handle, [cache], [torch.tensor([41, 9])])[0]
+        run(native, handle, [own], [torch.tensor([5, 17, 3, 88])])
+        own.cut(10)
+        found = run(native, handle, [own], [torch.tensor([41, 9])])[0]
         run(native, handle, [other], [torch.tensor([5])])
         assert torch.equal(found, run(native, handle, [other], [torch.tensor([41, 9])])[0])
 
@@ -190,10 +203,11 @@ def test_drafted_rows_that_are_cut_off_leave_no_trace() -> None:
 def test_several_tokens_of_a_cache_of_several_sequences_are_refused() -> None:
     model = model_of("int8")
     with full(model) as (handle, native):
-        cache = new_cache(model)
-        Forward(model, cache, None)(torch.tensor([[1, 2], [3, 4]]))
+        both = new_cache(model)
+        assert isinstance(both, BufferedCache)
+        Forward(model, both, None)(torch.tensor([[1, 2], [3, 4]]))
         with pytest.raises(ValueError, match="need a cache for each; this one holds 2"):
-            run(native, handle, [cache], [torch.tensor([5, 6])])
+            run(native, handle, [both], [torch.tensor([5, 6])])
 
 
 def test_rows_of_a_decoder_equal_its_single_steps() -> None:
