@@ -1,96 +1,103 @@
-"""What the limits of `griffin.analysis.verification` stand on: roundings against a defect, on a real model.
+"""V(m): the time of verifying m tokens of one sequence in one step, over that of a step of one token.
 
-    python benchmarks/verification.py [-m smollm2-135m --weights bf16,int8,int4 --prompts 6]
+    python benchmarks/verification.py -m MODEL [--weights int8] [--rows 1,2,4,8] [-o results/MACHINE/verification.csv]
 
-For each format, prompt length and density, over several prompts: the difference of the native backend from the
-reference; of the reference whose FF inputs are disturbed by 0.7% at random (about what rounding inputs to 8 bits does
-to an FF block) from itself; and of the reference with one expert in ten missing from itself.
+The full model, steps of all sizes interleaved within a round, medians. Before anything is timed the rows of a step are
+compared with the same tokens' own steps: the logits must be close, and it is printed how many rows are equal bit for
+bit, which lossless generation needs. The last columns hold bytes of weights read a second by a step of one token, and
+the machine's read bandwidth in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
-from itertools import islice
+import statistics
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import griffin
-from griffin.analysis.verification import STEPS, difference
-from griffin.analysis.workload import passage_prompts
-from griffin.attachment import Statistics, attach
-from griffin.backends.reference import ReferenceFF
-from griffin.config import GriffinConfig
-from griffin.engine.step import generate_step
+from griffin.analysis import files, machine
+from griffin.analysis.ceiling import bytes_read_per_token
+from griffin.analysis.passage import passage
+from griffin.engine.cache import BufferedCache
+from griffin.engine.decoders import Decoders, NativeStep, new_cache
+from griffin.engine.forward import Forward
 
-PASSAGE = Path(griffin.__file__).parent / "analysis" / "passage.txt"
-DISTURBED = 0.007
-Run = tuple[Tensor, list[Tensor], Statistics]
+CLOSE = 0.05  # of the logits' spread: other orders of summation, in bfloat16 too; a defect gives 0.25 and more
 
 
-def run(model: PreTrainedModel, config: GriffinConfig, prompt: Tensor, like: Run | None = None) -> Run:
-    """Logits, tokens and statistic of a prompt and some steps; with `like` on that run's tokens and statistic."""
-    logits, tokens = [], []
-    with attach(model, config) as handle:
-        for number, step in enumerate(islice(generate_step(model, prompt, handle=handle), STEPS + 1)):
-            gathered = handle.gathered.copy()
-            if like is not None and number == 0:
-                with handle.prompt_phase(statistics=like[2]):
-                    pass
-            if like is not None:
-                step.tokens.copy_(like[1][number])
-            logits.append(step.logits)
-            tokens.append(step.tokens.clone())
-    return torch.stack(logits), tokens, gathered
+def check(step: NativeStep, cache: BufferedCache, tokens: Tensor, rows: int) -> int:
+    """How many of so many rows are equal bit for bit to single steps. Exits if one is not even close."""
+    context = cache.length
+    single = torch.cat([step(token[None]) for token in tokens[:rows]])
+    cache.cut(context)
+    together = step.rows(tokens[:rows])
+    cache.cut(context)
+    off = float((together - single).norm() / (single - single.mean()).norm())
+    if not off < CLOSE:
+        raise SystemExit(f"a step of {rows} rows is off by {off:.3f}; nothing was timed")
+    return int((together == single).all(dim=1).sum())
 
 
-def with_change(name: str, change: Callable[..., object], measure: Callable[[], Run]) -> Run:
-    """Run with one method of the reference backend changed."""
-    with ExitStack() as undo:
-        undo.callback(setattr, ReferenceFF, name, getattr(ReferenceFF, name))
-        setattr(ReferenceFF, name, change)
-        return measure()
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> list[dict[str, float | int | str | None]]:
+    model, tokenizer = griffin.load(args.model, weights=args.weights, dtype=args.dtype)
+    ids = tokenizer(passage())["input_ids"]
+    sizes = [int(size) for size in args.rows.split(",")]
+    needed = args.context + max(sizes)
+    ids = torch.tensor((ids * (needed // len(ids) + 1))[:needed])
+    cache = new_cache(model, needed)
+    with griffin.attach(model, density=1.0) as handle:
+        with handle.gather() as statistics_:
+            Forward(model, cache, None)(ids[None, : args.context])
+        step = Decoders(model, handle).decoder([cache], handle.plan.select(statistics_))
+        if not isinstance(step, NativeStep) or not isinstance(cache, BufferedCache):
+            raise SystemExit("the native step cannot run this model; nothing was timed")
+        tokens = ids[args.context :]
+        equal = {rows: check(step, cache, tokens, rows) for rows in sizes}
+        seconds: dict[int, list[float]] = {rows: [] for rows in sizes}
+        for number in range(args.rounds + 2):
+            for rows in sizes if number % 2 else reversed(sizes):
+                start = time.perf_counter()
+                step.rows(tokens[:rows])
+                if number >= 2:  # the first rounds warm up
+                    seconds[rows].append(time.perf_counter() - start)
+                cache.cut(args.context)
+    bandwidth = machine.read_bandwidth()
+    one = statistics.median(seconds[1])
+    found: list[dict[str, float | int | str | None]] = []
+    for rows in sizes:
+        ratio = statistics.median(many / single for many, single in zip(seconds[rows], seconds[1], strict=True))
+        found.append(
+            {
+                "model": Path(args.model).name, "weights": args.weights or "as stored",
+                "threads": torch.get_num_threads(), "context": args.context, "rows": rows, "equal_rows": equal[rows],
+                "ms": round(1e3 * statistics.median(seconds[rows]), 3), "v": round(ratio, 3),
+                "gb_per_s": round(bytes_read_per_token(model) / one / 1e9, 2),
+                "read_gb_per_s": None if bandwidth is None else round(bandwidth.bytes_per_s / 1e9, 2),
+            }
+        )  # fmt: skip
+        print("  ".join(f"{name} {value}" for name, value in found[-1].items()), flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", default="smollm2-135m")
-    parser.add_argument("--weights", default="bf16,int8,int4")
-    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--weights")
+    parser.add_argument("--dtype")
+    parser.add_argument("--rows", default="1,2,4,8", help="sizes of the steps, 1 among them")
+    parser.add_argument("--context", type=int, default=256, help="tokens in the cache")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    read, select = ReferenceFF.read, ReferenceFF.select
-
-    def disturbed(own: ReferenceFF, which: int, x: Tensor) -> Tensor:
-        return read(own, which, x + DISTURBED * x.square().mean(dim=-1, keepdim=True).sqrt() * torch.randn_like(x))
-
-    def fewer(own: ReferenceFF, experts: list[Tensor]) -> None:
-        select(own, [each[: len(each) * 9 // 10] for each in experts])
-
-    for weights in args.weights.split(","):
-        model, tokenizer = griffin.load(args.model, weights=weights, dtype=None if weights == "f32" else "bf16")
-        ids = tokenizer(PASSAGE.read_text(encoding="utf-8"))["input_ids"]
-        prompts = passage_prompts(ids, tokenizer.bos_token_id, args.prompts, 64)
-        for length in (16, 64):
-            for density in (0.5, 0.25):
-                found: dict[str, list[float]] = {"native": [], "disturbed": [], "one in ten missing": []}
-                config = GriffinConfig(density=density, selection="topk", backend="reference")
-                for row in range(args.prompts):
-                    torch.manual_seed(row)
-                    prompt = prompts[row : row + 1, :length]
-                    truth = run(model, config, prompt)
-                    again = partial(run, model, config, prompt, truth)
-                    native = run(model, replace(config, backend="native"), prompt, truth)
-                    found["native"].append(difference(native[0], truth[0]))
-                    found["disturbed"].append(difference(with_change("read", disturbed, again)[0], truth[0]))
-                    found["one in ten missing"].append(difference(with_change("select", fewer, again)[0], truth[0]))
-                shown = "; ".join(f"{name} {' '.join(f'{v:.3f}' for v in own)}" for name, own in found.items())
-                print(f"{args.model} {weights}, {length} tokens, density {density}: {shown}", flush=True)
+    rows = measure(args)
+    if args.output is not None:
+        about = machine.versions() | {name: machine.machine()[name] for name in ("cpu", "native_library")}
+        files.write_text(args.output, files.csv_text(rows, about))
 
 
 if __name__ == "__main__":

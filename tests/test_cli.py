@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from griffin.analysis.ceiling import bytes_read_per_token
 from griffin.attachment import attach
 from griffin.cli import arguments, main
 from griffin.cli.commands import info
+from griffin.cli.commands.generate import summary
 from griffin.config import GriffinConfig
 from griffin.engine.step import Sampling
 from griffin.generation import chat as session
@@ -161,6 +162,8 @@ BAD = {
     "temperature": (["generate", "hi", "--temperature", "-1"], "temperature is -1.0"),
     "top p": (["chat", "--top-p", "1.5"], "top_p is 1.5"),
     "stop": (["generate", "hi", "--stop", ""], "stop is"),
+    "lossless density": (["generate", "hi", "--lossless", "--density", "0.5"], "--density is 0.5; leave one out"),
+    "lossless loss": (["chat", "--lossless", "--loss", "0.1"], "--loss is 0.1; leave one out"),
     "empty prompt": (["generate", ""], "the prompt is empty"),
     "blank prompt": (["generate", " \n"], "the prompt is empty"),
     "two prompts": (["generate", "hi", "-f", "prompt.txt"], "two prompts"),
@@ -320,6 +323,28 @@ def test_density_1_is_the_full_model(tiny: str, capsys: Any) -> None:
     full = generate(*load(tiny), [{"role": "user", "content": "w1 w2"}], density=1.0, max_tokens=6)
     assert not isinstance(full, list)
     assert capsys.readouterr().out == full.text + "\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--density", "1"]])
+def test_lossless_is_the_full_model(words: list[str], tiny: str, capsys: Any) -> None:
+    prompt = "w1 w2 w3 w1 w2 w3 w1 w2"
+    assert main(["generate", "-m", tiny, "--raw", prompt, "--lossless", "--max-tokens", "9", "--json", *words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    full = generate(*load(tiny), prompt, density=1.0, max_tokens=9)
+    assert not isinstance(full, list)
+    assert result["tokens"] == list(full.tokens)
+    assert (result["density"], result["selection"], result["config"]["density"]) == (1.0, "full", 1.0)
+    assert result["accepted"] <= result["drafted"]
+    assert "lossless_off" in result
+
+
+def test_the_summary_says_what_drafts_gave(tiny: str) -> None:
+    found = generate(*load(tiny), "w1 w2", density=1.0, max_tokens=2)
+    assert not isinstance(found, list)
+    drafts = {"drafted": 8, "accepted": 6, "acceptance": 0.75, "tokens_per_verify": 4.0, "lossless_off": "reasons"}
+    line = summary(replace(found, **drafts))
+    assert "drafted 8, accepted 6 (75%), 4.0 tokens/verification | lossless drafts off: reasons | finish" in line
+    assert "draft" not in summary(found)
 
 
 def test_system_raw_and_no_template(tiny: str, tiny_without_template: str, capsys: Any) -> None:
@@ -505,6 +530,14 @@ def test_chat_commands(tiny: str, capsys: Any, stdin: Any) -> None:
     assert lines[9].startswith("/density 0.75")
     assert lines[-2] == "the conversation is forgotten"
     assert lines[-1].startswith("0 turns | 0 tokens")
+
+
+def test_a_lossless_chat_keeps_the_full_model(tiny: str, capsys: Any, stdin: Any) -> None:
+    stdin(b"w1 w2\n/density 0.5\n/density\n")
+    assert main(["chat", "-m", tiny, "--max-tokens", "4", "--lossless"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("lossless gives the tokens of the full model, and density is 0.5")
+    assert lines[1].startswith("density 1; /density")
 
 
 def test_chat_interrupt_and_too_long_message_do_not_end_it(

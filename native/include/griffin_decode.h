@@ -40,11 +40,11 @@ typedef struct {
 } griffin_decoder;
 
 /* Keys and values of every sequence, wherever they lie: each sequence of a batch has a length and a capacity of its
- * own. A layer's keys of a sequence are (K, capacity, E), with room for one more token. */
+ * own. A layer's keys of a sequence are (K, capacity, E), with room for this step's tokens. */
 typedef struct {
   void *const *keys, *const *values; /* (n_layers, rows) */
   const int64_t* head_stride;        /* (rows,) bytes */
-  const int32_t* length;             /* (rows,) tokens in it; this step's is written behind them */
+  const int32_t* length;             /* (rows,) tokens before the row's own, which is written behind them */
   const int32_t* start;              /* (rows,) first token that is no padding, or NULL: 0 */
   int32_t type;                      /* GRIFFIN_F32 or GRIFFIN_BF16 */
   int32_t reserved;
@@ -59,7 +59,9 @@ typedef struct {
   const griffin_dynamic* dynamic;
 } griffin_experts;
 
-/* Run one token of each of `rows` sequences. experts: (n_layers,). logits: (rows, V), float32. */
+/* Run `rows` tokens, a row for each: one of each sequence, or several of one, which follow each other in its rows with
+ * the same keys and values and ascending lengths; each sees those before it. experts: (n_layers,). logits: (rows, V),
+ * float32. */
 GRIFFIN_API int griffin_decode(const griffin_decoder* decoder, const griffin_cache* cache,
                                const griffin_experts* experts, const int64_t* tokens, int rows, float* logits,
                                int threads);

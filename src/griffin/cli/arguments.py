@@ -145,6 +145,17 @@ def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str
             group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text, default=default)
 
 
+def add_lossless_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--lossless`, after `add_config_arguments`: without `--density` it means density 1.0."""
+    parser.add_argument(
+        "--lossless",
+        action="store_true",
+        help="the full model, faster where the answer repeats the prompt or itself: tokens are drafted from the text "
+        "so far and verified several at a time; the answer is exactly that of --density 1",
+    )
+    parser.set_defaults(density=None)
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare one flag for each field of `Sampling` except the seed, which `add_config_arguments` declares."""
     group = parser.add_argument_group("sampling")
@@ -157,9 +168,16 @@ def config_from(args: argparse.Namespace) -> GriffinConfig:
     """The `GriffinConfig` for the arguments.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or `--lossless` was given with `--loss` or a density below 1.
     """
     given = {field.name: getattr(args, field.name) for field in fields(GriffinConfig)}
+    if getattr(args, "lossless", False):
+        for name in ("density", "loss"):
+            if given[name] not in (None, 1.0):
+                raise ValueError(
+                    f"--lossless gives the answer of the full model, and --{name} is {given[name]:g}; leave one out"
+                )
+        given["density"] = 1.0
     return GriffinConfig(**{name: value for name, value in given.items() if value is not None})
 
 

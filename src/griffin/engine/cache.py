@@ -184,10 +184,10 @@ class BufferedCache(Cache):
                 shapes.add((states.shape[0], states.shape[2]))
         return f"the cache's layers hold batches and lengths {sorted(shapes)}" if len(shapes) > 1 else None
 
-    def advance(self) -> None:
-        """A token was written behind the others, into every layer's buffers."""
+    def advance(self, tokens: int = 1) -> None:
+        """So many tokens were written behind the others, into every layer's buffers."""
         for layer in self._buffered:
-            layer.length += 1
+            layer.length += tokens
 
     def cut(self, tokens: int) -> None:
         """Forget all tokens but the first so many."""

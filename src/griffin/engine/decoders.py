@@ -116,6 +116,14 @@ class NativeStep:
         """See `Decoder`."""
         return self._decoder.step(tokens, self._caches, self._experts, self._starts)
 
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Run the next tokens of the only sequence at once, each after those before it; all of them are appended.
+
+        Shapes: tokens (m,), int64, 1 to 16. Returns logits (m, V), float32.
+        """
+        starts = None if self._starts is None else self._starts.expand(len(tokens)).contiguous()
+        return self._decoder.step(tokens, self._caches, self._experts, starts, [len(tokens)])
+
 
 class EagerStep:
     """The model's own forward, in the generation phase."""

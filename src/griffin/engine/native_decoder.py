@@ -47,25 +47,38 @@ class Caches:
     def __init__(self, caches: Sequence[BufferedCache]) -> None:
         self.caches = caches
         self._replaced: list[int] = []  # of each cache, when the addresses were taken
+        self._rows: dict[tuple[int, ...], _Rows] = {}  # by the tokens of each cache's sequences
 
-    def with_room(self) -> Any:
-        """The struct, after room was made for one more token of each sequence.
+    def with_room(self, tokens: Sequence[int] | None = None) -> Any:
+        """The struct, after room was made for each sequence's next tokens: a row for each of them.
+
+        The rows of one sequence follow each other and have the same keys and values; each sees its own prefix.
+
+        Args:
+            tokens: how many of each cache's sequences; `None`: one.
 
         Raises:
-            ValueError: a cache is empty, or its layers differ in shape.
+            ValueError: a cache is empty, its layers differ in shape, or it holds several sequences that are to get
+                several tokens each.
         """
-        for cache in self.caches:
-            cache.reserve(cache.length + 1)
+        counts = (1,) * len(self.caches) if tokens is None else tuple(tokens)
+        for cache, count in zip(self.caches, counts, strict=True):
+            if count > 1 and cache.sequences != 1:
+                raise ValueError(f"{count} tokens a sequence need a cache for each; this one holds {cache.sequences}")
+            cache.reserve(cache.length + count)
         if self._replaced != (replaced := [cache.replaced for cache in self.caches]):
-            self._open()
+            self._rows.clear()
             self._replaced = replaced
-        lengths = torch.tensor([cache.length for cache in self.caches], dtype=torch.int32)
-        self._lengths.copy_(lengths.repeat_interleave(self._sequences))
-        return self._struct
+        if counts not in self._rows:
+            self._rows[counts] = _Rows(self.caches, counts)
+        return self._rows[counts].struct_for([cache.length for cache in self.caches])
 
-    def _open(self) -> None:
-        """Note where every sequence's keys and values are."""
-        layers = [[cache.buffers(layer) for cache in self.caches] for layer in range(len(self.caches[0].layers))]
+
+class _Rows:
+    """Where the keys and values of every row are, with so many tokens of each cache's sequences."""
+
+    def __init__(self, caches: Sequence[BufferedCache], tokens: Sequence[int]) -> None:
+        layers = [[cache.buffers(layer) for cache in caches] for layer in range(len(caches[0].layers))]
         first = layers[0]
         for layer in layers:
             for (keys, values), (like, _) in zip(layer, first, strict=True):
@@ -74,22 +87,36 @@ class Caches:
                 ):
                     raise ValueError("the cache's layers differ in shape; start with a fresh cache")
         addresses = [
-            [row.data_ptr() for layer in layers for states in layer for row in states[which].unbind()]
+            [
+                row.data_ptr()
+                for layer in layers
+                for states, count in zip(layer, tokens, strict=True)
+                for row in states[which].unbind()
+                for _ in range(count)
+            ]
             for which in range(2)
         ]
-        tables = [(ctypes.c_void_p * len(table))(*table) for table in addresses]
-        self._kept = tables
-        self._sequences = torch.tensor([states[0].shape[0] for states in first])
+        self._tables = [(ctypes.c_void_p * len(table))(*table) for table in addresses]
+        sequences = [states[0].shape[0] for states in first]
+        self._of_caches = torch.tensor([n * count for n, count in zip(sequences, tokens, strict=True)])
         strides = torch.tensor([states[0].stride(1) * states[0].element_size() for states in first])
-        self._strides = strides.repeat_interleave(self._sequences)
-        self._lengths = torch.zeros(len(self._strides), dtype=torch.int32)
+        self._strides = strides.repeat_interleave(self._of_caches)
+        ahead = [place for n, count in zip(sequences, tokens, strict=True) for place in [*range(count)] * n]
+        self._ahead = torch.tensor(ahead, dtype=torch.int32)
+        self._lengths = torch.zeros(len(ahead), dtype=torch.int32)
         self._struct = abi.CacheStruct(
-            *map(ctypes.addressof, tables),
+            *map(ctypes.addressof, self._tables),
             self._strides.data_ptr(),
             self._lengths.data_ptr(),
             None,
             _TYPES[first[0][0].dtype],
         )
+
+    def struct_for(self, lengths: Sequence[int]) -> Any:
+        """The struct for caches of these lengths."""
+        before = torch.tensor(lengths, dtype=torch.int32).repeat_interleave(self._of_caches)
+        torch.add(before, self._ahead, out=self._lengths)
+        return self._struct
 
 
 class ExpertsTable:
@@ -151,28 +178,39 @@ class NativeDecoder:
             len(self._layers),
         )
 
-    def step(self, tokens: Tensor, caches: Caches, experts: ExpertsTable, start: Tensor | None) -> Tensor:
-        """Run one token of each sequence, append its keys and values, and return the logits.
+    def step(
+        self,
+        tokens: Tensor,
+        caches: Caches,
+        experts: ExpertsTable,
+        start: Tensor | None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run the next tokens of each sequence, append their keys and values, and return the logits.
 
         Args:
-            tokens: the tokens.
+            tokens: the tokens, those of a sequence in order.
             caches: the sequences' keys and values.
-            experts: what `experts_of` gave.
-            start: first real position of each sequence in its cache; `None` where there is no padding.
+            experts: what `experts_of` gave, for one sequence or for as many as there are rows.
+            start: first real position of each row's sequence in its cache; `None` where there is no padding.
+            counts: tokens of each cache's sequence, each of which sees those before it; `None`: one of every sequence.
 
         Shapes:
-            tokens: (B,), int64. start: (B,), int32. Returns (B, V), float32.
+            tokens: (B,), int64. start: (B,), int32. Returns (B, V), float32. B: all tokens, 1 to 16.
+
+        Raises:
+            ValueError: as `Caches.with_room`.
         """
-        longest = max(cache.length for cache in caches.caches)
-        if longest >= self._positions:
+        longest = max(cache.length for cache in caches.caches) + (max(counts) if counts else 1)
+        if longest > self._positions:
             self._make_rope_tables(max(2 * longest, 1024))
-        struct = caches.with_room()
+        struct = caches.with_room(counts)
         struct.start = None if start is None else start.data_ptr()
         tokens = tokens.contiguous()
         logits = torch.empty(tokens.shape[0], self._struct.vocabulary)
         kernel.decode(self._struct, struct, experts.table, tokens, logits)
-        for cache in caches.caches:
-            cache.advance()
+        for cache, count in zip(caches.caches, counts or [1] * len(caches.caches), strict=True):
+            cache.advance(count)
         return logits
 
     # -- building ---------------------------------------------------------------------------------------------------

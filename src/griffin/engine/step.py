@@ -23,6 +23,7 @@ from transformers import (
 from griffin.attachment import Griffin, Selection
 from griffin.engine.decoders import Decoder, Decoders, new_cache
 from griffin.engine.forward import Forward
+from griffin.engine.lossless import Lossless
 from griffin.method.statistics import keep_with_cache, of_cache
 
 _LEAST_TEMPERATURE = 1e-4
@@ -119,6 +120,7 @@ def generate_step(
     sampling: Sampling | None = None,
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
+    lossless: Lossless | None = None,
 ) -> Generator[Step, Sequence[int] | None, None]:
     """Run a prompt and yield one step after another, without an end: the caller stops.
 
@@ -133,12 +135,14 @@ def generate_step(
         sampling: how tokens are drawn; its `max_tokens` and `stop` are the caller's business.
         cache: key/value cache of earlier turns; it is extended in place.
         prompt_chunk: most prompt tokens in one forward pass; `None` runs the prompt whole.
+        lossless: drafts from the text so far, for one prompt and the full model; the tokens are the same as without.
 
     Shapes:
         input_ids, attention_mask: (B, S).
 
     Raises:
-        ValueError: no new token after the cache, or `prompt_chunk` is not positive.
+        ValueError: no new token after the cache, `prompt_chunk` is not positive, or `lossless` is given for a batch or
+            for a handle that prunes.
     """
     sampling = sampling or Sampling()
     cache = new_cache(model) if cache is None else cache
@@ -147,6 +151,8 @@ def generate_step(
         raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and the cache {done}: there is none to run")
     if prompt_chunk is not None and prompt_chunk < 1:
         raise ValueError(f"prompt_chunk is {prompt_chunk}; expected a number of tokens from 1")
+    if lossless is not None:
+        _check_lossless(input_ids, handle)
     draw = Draw(sampling, input_ids)
 
     start = time.perf_counter()
@@ -163,6 +169,7 @@ def generate_step(
     tokens = draw(logits)
     kept = yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
 
+    text = [] if lossless is None else [*input_ids[0].tolist(), int(tokens)]
     decoders = Decoders(model, handle)
     decoder: Decoder | None = None
     while True:
@@ -178,8 +185,12 @@ def generate_step(
             decoder = None
         if decoder is None:
             decoder = decoders.decoder([cache], selections, attention_mask)
+            if lossless is not None:
+                decoder = lossless.over(decoder, cache, text[:-1], input_ids.shape[1] + sampling.max_tokens - len(text))
         logits = decoder(tokens)
         tokens = draw(logits)
+        if lossless is not None:
+            text.append(int(tokens))
         kept = yield Step(tokens, logits, time.perf_counter() - start, 0.0)
 
 
@@ -211,6 +222,16 @@ class Draw:
         if self._processors:
             self._seen = torch.cat([self._seen, tokens[:, None]], dim=1)
         return tokens
+
+
+def _check_lossless(input_ids: Tensor, handle: Griffin | None) -> None:
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"lossless drafts for one prompt at a time, found {input_ids.shape[0]}; give them one by one")
+    if handle is not None and handle.pruned:
+        raise ValueError(
+            f"lossless gives the tokens of the full model, and the handle's density is {handle.config.density:g}; "
+            "attach with density=1.0"
+        )
 
 
 def _whole(value: object) -> bool:

@@ -13,7 +13,7 @@ from griffin.attachment import Statistics, attach
 from griffin.config import GriffinConfig
 from griffin.engine.decoders import Decoders, new_cache
 from griffin.engine.step import Sampling
-from griffin.generation.generate import Result, fold, stream_generate
+from griffin.generation.generate import Result, fold, refuse_sparse, stream_generate
 from griffin.generation.text import encode
 
 
@@ -29,6 +29,10 @@ class Session:
         config: what to keep.
         sampling: how tokens are drawn.
         system: system message.
+        lossless: draft tokens from the conversation so far and verify them; see `griffin.stream_generate`.
+
+    Raises:
+        ValueError: `lossless` with a density below 1.0; or as `griffin.attach`.
     """
 
     def __init__(
@@ -38,7 +42,10 @@ class Session:
         config: GriffinConfig,
         sampling: Sampling,
         system: str | None = None,
+        lossless: bool = False,
     ) -> None:
+        self._lossless = lossless
+        self._check(config)
         self.config = config
         self.messages: list[dict[str, str]] = []
         self.cached: list[int] = []  # the tokens in the cache
@@ -67,7 +74,12 @@ class Session:
         return "the conversation is forgotten"
 
     def configure(self, config: GriffinConfig) -> None:
-        """Go on with another config."""
+        """Go on with another config.
+
+        Raises:
+            ValueError: as the constructor; the old config stays.
+        """
+        self._check(config)
         self._handle.detach()
         self._handle = attach(self._model, config)
         self.config = config
@@ -90,6 +102,7 @@ class Session:
             griffin=self._handle,
             sampling=self._sampling,
             cache=self._cache,
+            lossless=self._lossless,
         )
         try:
             with closing(stream):
@@ -106,6 +119,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.detach()
+
+    def _check(self, config: GriffinConfig) -> None:
+        if self._lossless:
+            refuse_sparse(config)
 
     def _reuse(self, ids: Sequence[int]) -> None:
         """Leave in the cache what `ids` begins with, but never all of `ids`: the last token has to be run."""

@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from griffin.attachment import Griffin, attach, config_from
 from griffin.config import GriffinConfig
+from griffin.engine.lossless import Lossless
 from griffin.engine.step import Sampling, generate_step
 from griffin.generation.text import Answer, Prompt, context_length, encode, pad
 from griffin.layouts import find_ff_blocks
@@ -34,7 +35,11 @@ class Result:
         density: share of FF neurons kept; with dynamic neuron selection, of the FF bytes read.
         selection: how experts were selected; `full` at density 1.0.
         ff_bytes_per_token: bytes of FF weights read for one generated token; `None` where their layout is unknown,
-            which is only allowed for the full model.
+            which is only allowed for the full model. Lossless drafts share them: divide by the tokens of a step.
+        drafted, accepted: tokens that lossless drafts named, and those of them that were right.
+        acceptance: accepted over drafted; `None` before the first draft.
+        tokens_per_verify: tokens that a step with a draft gave, on average; `None` before the first draft.
+        lossless_off: why drafts are switched off, now or in this model; `None` while they are on, or not wanted.
     """
 
     index: int
@@ -49,6 +54,11 @@ class Result:
     density: float
     selection: str
     ff_bytes_per_token: int | None
+    drafted: int = 0
+    accepted: int = 0
+    acceptance: float | None = None
+    tokens_per_verify: float | None = None
+    lossless_off: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class _Call:
     sampling: Sampling
     cache: Cache | None
     prompt_chunk: int | None
+    lossless: bool
 
 
 def stream_generate(
@@ -70,6 +81,7 @@ def stream_generate(
     sampling: Sampling | None = None,
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
+    lossless: bool = False,
     **settings: Any,
 ) -> Generator[Result, None, None]:
     """Generate, yielding each piece of text as soon as it is certain.
@@ -87,13 +99,16 @@ def stream_generate(
         sampling: how tokens are drawn.
         cache: key/value cache of earlier turns of this conversation, made by `griffin.new_cache(model)`.
         prompt_chunk: most prompt tokens in one forward pass.
+        lossless: the full model, faster where the answer repeats the prompt or itself: tokens are drafted from the text
+            so far, and several are verified by one step. The answer is that of `density=1.0`, token for token; with a
+            seed also a drawn one. For one prompt at a time. Without a density, 1.0 is the default then.
         **settings: fields of `GriffinConfig`, over those of the config, and of `Sampling`, in place of `sampling`.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, an unknown setting, a cache for a batch, or what
-            `attach` refuses.
+        ValueError: an empty prompt, one longer than the context, an unknown setting, a cache for a batch, `lossless`
+            with a density below 1.0 or for a batch, or what `attach` refuses.
     """
-    call = _call(griffin, sampling, cache, prompt_chunk, settings)
+    call = _call(griffin, sampling, cache, prompt_chunk, lossless, settings)
     ids = encode(model, tokenizer, _batch(prompt))
     with ExitStack() as stack:
         yield from _stream(model, tokenizer, ids, _handle(model, call.config, stack), call)
@@ -163,6 +178,7 @@ def _stream(
     density = 1.0 if handle is None else handle.config.density
     selection = "full" if handle is None or density == 1.0 else handle.config.selection
     bytes_per_token = full_ff_bytes(model) if handle is None else handle.ff_bytes_per_token
+    lossless = Lossless() if call.lossless else None
 
     steps = generate_step(
         model,
@@ -172,6 +188,7 @@ def _stream(
         sampling=sampling,
         cache=cache,
         prompt_chunk=call.prompt_chunk,
+        lossless=lossless,
     )
     for number, step in enumerate(steps):
         if number == 0:
@@ -205,9 +222,23 @@ def _stream(
                 density=density,
                 selection=selection,
                 ff_bytes_per_token=bytes_per_token,
+                **_measured(lossless),
             )
         if all(reasons):
             return
+
+
+def _measured(lossless: Lossless | None) -> dict[str, Any]:
+    """What a result says of lossless drafts."""
+    if lossless is None:
+        return {}
+    return {
+        "drafted": lossless.drafted,
+        "accepted": lossless.accepted,
+        "acceptance": lossless.acceptance,
+        "tokens_per_verify": lossless.tokens_per_verify,
+        "lossless_off": lossless.off,
+    }
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -230,6 +261,7 @@ def _call(
     sampling: Sampling | None,
     cache: Cache | None,
     prompt_chunk: int | None,
+    lossless: bool,
     settings: Mapping[str, Any],
 ) -> _Call:
     """Sort the settings into those of the config and those of the sampling."""
@@ -250,8 +282,19 @@ def _call(
             raise ValueError(f"griffin= is a handle, which has a config; {', '.join(of_config)} cannot change it")
         config: GriffinConfig | Griffin = griffin
     else:
+        if lossless and griffin is None and not of_config.keys() & {"density", "loss"}:
+            of_config["density"] = 1.0
         config = config_from(griffin, of_config)
-    return _Call(config, Sampling(**of_sampling) if sampling is None else sampling, cache, prompt_chunk)
+    if lossless:
+        refuse_sparse(config.config if isinstance(config, Griffin) else config)
+    return _Call(config, Sampling(**of_sampling) if sampling is None else sampling, cache, prompt_chunk, lossless)
+
+
+def refuse_sparse(config: GriffinConfig) -> None:
+    """Raise `ValueError` for a config that is not the full model, whose tokens lossless drafts keep."""
+    if config.loss is not None or config.density != 1.0:
+        found = f"density is {config.density:g}" if config.loss is None else f"loss is {config.loss:g}"
+        raise ValueError(f"lossless gives the tokens of the full model, and {found}; use density=1.0, or leave it out")
 
 
 def _is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from griffin.cli.arguments import (
     add_config_arguments,
+    add_lossless_argument,
     add_model_arguments,
     add_sampling_arguments,
     begin_loading,
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_model_arguments(parser)
     add_config_arguments(parser, selection=AUTO)
+    add_lossless_argument(parser)
     add_sampling_arguments(parser)
 
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer.chat_template is None:
         raise ValueError(f"{args.model} has no chat template; use griffin generate")
     system = None if args.system is None else without_mark(args.system)
-    with Session(model, tokenizer, config, sampling, system=system) as session:
+    with Session(model, tokenizer, config, sampling, system=system, lossless=args.lossless) as session:
         if sys.stdin.isatty():
             _say(f"{args.model}, density {config.density:g}. /help lists the commands.")
         for line in _lines():
@@ -110,9 +112,13 @@ def _density(session: Session, value: str) -> str:
     if not value:
         return f"density {session.config.density:g}; /density 0.75 changes it"
     try:
-        session.configure(replace(session.config, density=float(value), loss=None))
+        config = replace(session.config, density=float(value), loss=None)
     except ValueError:
         return f"density is {value!r}; expected a number above 0 and at most 1, for example /density 0.75"
+    try:
+        session.configure(config)
+    except ValueError as error:
+        return str(error)
     return f"density {session.config.density:g}"
 
 

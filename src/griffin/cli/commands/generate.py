@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from griffin.cli.arguments import (
     add_config_arguments,
+    add_lossless_argument,
     add_model_arguments,
     add_sampling_arguments,
     begin_loading,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object with everything measured instead")
     add_model_arguments(parser)
     add_config_arguments(parser, selection=AUTO)
+    add_lossless_argument(parser)
     add_sampling_arguments(parser)
 
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     prompt = _prompt(args, text, tokenizer)
     pieces = []
-    stream = stream_generate(model, tokenizer, prompt, griffin=config, sampling=sampling)
+    stream = stream_generate(model, tokenizer, prompt, griffin=config, sampling=sampling, lossless=args.lossless)
     with closing(stream):
         for piece in stream:
             pieces.append(piece)
@@ -91,9 +93,23 @@ def summary(result: Result) -> str:
             f"generated {result.generated_tokens} tokens, {result.generation_tokens_per_s:.1f} tokens/s",
             "full model" if result.selection == "full" else f"{result.selection}, density {result.density:g}",
             f"FF {'?' if size is None else f'{size / 1e6:.1f}'} MB/token",
+            *_drafts(result),
             f"finish {result.finish_reason or 'interrupted'}",
         )
     )
+
+
+def _drafts(result: Result) -> list[str]:
+    """What lossless drafts measured, and why they are off; nothing without them."""
+    found = []
+    if result.acceptance is not None:
+        found.append(
+            f"drafted {result.drafted}, accepted {result.accepted} ({result.acceptance:.0%}), "
+            f"{result.tokens_per_verify:.1f} tokens/verification"
+        )
+    if result.lossless_off is not None:
+        found.append(f"lossless drafts off: {result.lossless_off}")
+    return found
 
 
 def _prompt_text(args: argparse.Namespace) -> str:
