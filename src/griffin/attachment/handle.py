@@ -219,11 +219,8 @@ class Griffin:
             ValueError: as `griffin.attach`.
         """
         plan = plan_for(self.model, self.blocks, replace(config, backend=self.backend.name))
-        if plan.splits and self.backend.name == "gather":
-            raise ValueError(
-                "the gather backend copies experts once a prompt, and dynamic neuron selection chooses them for every "
-                "token; use a selection without dynamic+"
-            )
+        if plan.splits and (reason := backends.why_not_dynamic(self.backend.name)) is not None:
+            raise ValueError(f"{reason}; use a selection without dynamic+")
         return plan
 
     @contextmanager

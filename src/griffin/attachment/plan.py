@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin.attachment.selection import Selection
-from griffin.backends import native
+from griffin.backends import native, why_not_dynamic
 from griffin.config import AUTO, BEST, GriffinConfig
 from griffin.layouts import FFBlock
 from griffin.method import dynamic, profile, selection
@@ -183,7 +183,7 @@ def _dynamic_pays(blocks: Sequence[FFBlock], backend: str) -> bool:
     """Whether `auto` selects neurons dynamically: where the native library computes it. The reference does likewise."""
     if backend == "reference":
         return all(block.activation is not None for block in blocks)
-    return backend != "gather" and all(native.why_not(block) is None for block in blocks)
+    return why_not_dynamic(backend) is None and all(native.why_not(block) is None for block in blocks)
 
 
 def _of_sequence(weights: Dynamic, sequence: int) -> Dynamic:

@@ -77,7 +77,7 @@ class NativeFF:
         if not isinstance(self._ff.output, QuantisedLinear):  # which is neuron-major as it is
             make_neuron_major(self._ff.output, self._ff.path, self._undo)
         self._block: operands.Block | None = native_block(self._ff)
-        self._taken = _addresses(self._ff)
+        self._taken = addresses(self._ff)
         self._undo.callback(self._close)  # before the weights are transposed back
 
     def _close(self) -> None:
@@ -86,7 +86,7 @@ class NativeFF:
 
     def refresh(self) -> bool:
         """See `SparseFF.refresh`."""
-        if _addresses(self._ff) == self._taken:
+        if addresses(self._ff) == self._taken:
             return False
         self._undo.close()
         if (reason := why_not(self._ff)) is not None:
@@ -190,7 +190,7 @@ def why_not(block: FFBlock) -> str | None:
     return None
 
 
-def _addresses(block: FFBlock) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
+def addresses(block: FFBlock) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
     """Where and how a block's weights and biases are stored."""
     tensors = [
         tensor
