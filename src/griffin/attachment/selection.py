@@ -46,12 +46,15 @@ class LayerExperts(NamedTuple):
     dynamic: Dynamic | None
 
 
-def by_layer(selections: Sequence[Selection], blocks: Sequence[FFBlock]) -> dict[int, LayerExperts]:
+def by_layer(
+    selections: Sequence[Selection], blocks: Sequence[FFBlock], *, whole_layers: bool = False
+) -> dict[int, LayerExperts]:
     """The experts of a batch, for every layer that one of its sequences does not compute whole.
 
     Args:
         selections: one for each sequence, in order; or a single one, or the same one each time, for all of them.
         blocks: the model's FF blocks.
+        whole_layers: the other layers too: all their neurons.
 
     Raises:
         ValueError: there is no selection, or sequences differ in the split of their dynamic neuron selection.
@@ -63,7 +66,7 @@ def by_layer(selections: Sequence[Selection], blocks: Sequence[FFBlock]) -> dict
     layers = {layer for selection in selections for layer in selection.experts}
     batch = {}
     for block in blocks:
-        if block.layer not in layers:
+        if block.layer not in layers and not whole_layers:
             continue
         sets = [selection.experts.get(block.layer) for selection in selections]
         if any(experts is None for experts in sets):

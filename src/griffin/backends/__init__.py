@@ -46,6 +46,10 @@ class SparseFF(Protocol):
         Returns whether the selection is lost and has to be made again.
         """
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Tensors that `read` and `write` take the selection from; a captured step holds their addresses."""
+
     def read(self, which: int, x: Tensor) -> Tensor:
         """Input projection number `which`, for the experts.
 

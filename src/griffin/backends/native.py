@@ -136,6 +136,11 @@ class NativeFF:
         weights = dynamic.weights if len(dynamic.weights) == 1 else dynamic.weights[rows]
         return operands.dynamic(self.block, weights, dynamic.split.chosen, gate=gate)
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """See `SparseFF.buffers`."""
+        return tuple(part for each in self._sets for part in (each.experts, each.row_mask) if part is not None)
+
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
         self._x = x

@@ -91,7 +91,7 @@ class TritonFF:
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """What a captured graph reads the selection from."""
+        """See `SparseFF.buffers`."""
         return self._experts, self._counts
 
     def read(self, which: int, x: Tensor) -> Tensor:
@@ -223,7 +223,9 @@ def _launch(
     row_tiles = -(-tokens // row_tile)
     z = torch.empty(tokens, width, dtype=torch.float32, device=x.device)
 
-    neurons = 4  # of a program; with one warp a neuron's row is summed without shared memory
+    # Programs of one warp: a row is summed, and a column added up, without shared memory. Tiles are as large as
+    # registers allow, so that enough bytes are under way: 4 KB a program for one token.
+    neurons = 4
     grid = (-(-width // neurons), row_tiles)
     common = {"GATED": gate is not None, "BIASED": up_bias is not None, "ACTIVATION": activation}
     first = up if gate is None else gate
@@ -231,7 +233,7 @@ def _launch(
     up_bias = x if up_bias is None else up_bias
     if isinstance(up, Tensor):
         assert isinstance(first, Tensor)
-        columns = min(512, triton.next_power_of_2(hidden))
+        columns = min(1024 if row_tile <= 2 else 512, triton.next_power_of_2(hidden))
         kernels.read[grid](
             x, experts, counts, first, up, gate_bias, up_bias, z, tokens, hidden, width, per_set,
             first.stride(0), up.stride(0), **common, ROWS=row_tile, M=neurons, C=columns, num_warps=1,
@@ -245,7 +247,7 @@ def _launch(
             G=min(512 // up.format.group, triton.next_power_of_2(up.codes.shape[1] // up.format.group)), num_warps=1,
         )  # fmt: skip
 
-    chunk = 16  # neurons at a time
+    chunk = 16 if row_tile <= 2 else 8  # neurons at a time
     splits = min(max(8, 32 // max(row_tiles, row_tile // 4)), -(-width // chunk))
     parts = torch.empty(splits, tokens, hidden, dtype=torch.float32, device=x.device)
     if isinstance(down, Tensor):

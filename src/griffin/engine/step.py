@@ -119,6 +119,7 @@ def generate_step(
     sampling: Sampling | None = None,
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
+    step: str = "auto",
 ) -> Generator[Step, Sequence[int] | None, None]:
     """Run a prompt and yield one step after another, without an end: the caller stops.
 
@@ -133,15 +134,17 @@ def generate_step(
         sampling: how tokens are drawn; its `max_tokens` and `stop` are the caller's business.
         cache: key/value cache of earlier turns; it is extended in place.
         prompt_chunk: most prompt tokens in one forward pass; `None` runs the prompt whole.
+        step: what computes the generation steps, a name of `griffin.engine.decoders.STEPS`.
 
     Shapes:
         input_ids, attention_mask: (B, S).
 
     Raises:
-        ValueError: no new token after the cache, or `prompt_chunk` is not positive.
+        ValueError: no new token after the cache, `prompt_chunk` is not positive, or the step that was asked for by name
+            cannot be taken.
     """
     sampling = sampling or Sampling()
-    cache = new_cache(model) if cache is None else cache
+    cache = new_cache(model, step=step) if cache is None else cache
     done = int(cache.get_seq_length())
     if input_ids.shape[1] <= done:
         raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and the cache {done}: there is none to run")
@@ -163,7 +166,7 @@ def generate_step(
     tokens = draw(logits)
     kept = yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
 
-    decoders = Decoders(model, handle)
+    decoders = Decoders(model, handle, step)
     decoder: Decoder | None = None
     while True:
         start = time.perf_counter()

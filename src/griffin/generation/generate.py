@@ -59,6 +59,7 @@ class _Call:
     sampling: Sampling
     cache: Cache | None
     prompt_chunk: int | None
+    step: str
 
 
 def stream_generate(
@@ -70,6 +71,7 @@ def stream_generate(
     sampling: Sampling | None = None,
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
+    step: str = "auto",
     **settings: Any,
 ) -> Generator[Result, None, None]:
     """Generate, yielding each piece of text as soon as it is certain.
@@ -87,13 +89,14 @@ def stream_generate(
         sampling: how tokens are drawn.
         cache: key/value cache of earlier turns of this conversation, made by `griffin.new_cache(model)`.
         prompt_chunk: most prompt tokens in one forward pass.
+        step: what computes the generation steps: `auto`, or `native`, `compiled` or `eager` by name.
         **settings: fields of `GriffinConfig`, over those of the config, and of `Sampling`, in place of `sampling`.
 
     Raises:
         ValueError: an empty prompt, one longer than the context, an unknown setting, a cache for a batch, or what
             `attach` refuses.
     """
-    call = _call(griffin, sampling, cache, prompt_chunk, settings)
+    call = _call(griffin, sampling, cache, prompt_chunk, step, settings)
     ids = encode(model, tokenizer, _batch(prompt))
     with ExitStack() as stack:
         yield from _stream(model, tokenizer, ids, _handle(model, call.config, stack), call)
@@ -172,6 +175,7 @@ def _stream(
         sampling=sampling,
         cache=cache,
         prompt_chunk=call.prompt_chunk,
+        step=call.step,
     )
     for number, step in enumerate(steps):
         if number == 0:
@@ -230,6 +234,7 @@ def _call(
     sampling: Sampling | None,
     cache: Cache | None,
     prompt_chunk: int | None,
+    step: str,
     settings: Mapping[str, Any],
 ) -> _Call:
     """Sort the settings into those of the config and those of the sampling."""
@@ -251,7 +256,7 @@ def _call(
         config: GriffinConfig | Griffin = griffin
     else:
         config = config_from(griffin, of_config)
-    return _Call(config, Sampling(**of_sampling) if sampling is None else sampling, cache, prompt_chunk)
+    return _Call(config, Sampling(**of_sampling) if sampling is None else sampling, cache, prompt_chunk, step)
 
 
 def _is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
