@@ -168,6 +168,8 @@ def why_not(block: FFBlock) -> str | None:
         return f"{block.path} has an activation that the kernels do not know"
     if len({isinstance(projection, QuantisedLinear) for projection in block.inputs}) > 1:
         return f"{block.path} has one quantised input projection and one that is not"
+    if len({projection.bias is None for projection in block.inputs}) > 1:
+        return f"{block.path} has one input projection with a bias and one without"
     for projection in (*block.inputs, block.output):
         if isinstance(projection, QuantisedLinear):
             if (reason := next(filter(None, map(why_not_device, projection.parts)), None)) is not None:

@@ -8,6 +8,7 @@ copied into static buffers, which the cache holds from then on, so that the next
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -53,6 +55,11 @@ def bucket(tokens: int) -> int:
         return _LEAST
     step = max(_LEAST // 4, 1 << (tokens - 1).bit_length() - 3)
     return -(-tokens // step) * step
+
+
+def compiled_graphs() -> int:
+    """How many graphs `torch.compile` has made in this process, whatever of."""
+    return int(counters["stats"]["unique_graphs"])
 
 
 class CompiledStep:
@@ -103,8 +110,12 @@ class CompiledStep:
         return logits
 
     def _step(self, tokens: Tensor, state: _State) -> Tensor:
+        graphs = compiled_graphs()
         with torch._dynamo.config.patch(recompile_limit=_RECOMPILES):
-            return self._forward(self._model, tokens, state.length, state.starts, state.cache, *self._accepted)
+            logits = self._forward(self._model, tokens, state.length, state.starts, state.cache, *self._accepted)
+        if compiled_graphs() > graphs:
+            gc.collect()  # compilation leaves cycles that hold views of weights, which detach transposes in place
+        return logits
 
     def _state(self) -> _State:
         """The static cache that holds the sequences, with room for a token more."""

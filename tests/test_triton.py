@@ -1,0 +1,51 @@
+"""The Triton kernels: interpreted on a CPU, in a process of its own, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import griffin
+from conftest import tiny_llama
+
+ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton (290 MB)"
+)
+
+
+@needs_triton
+def test_under_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/interpreted"],
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_kernels_compile_without_spilling(architecture: int) -> None:
+    """Compiled in a process without the interpreter, whose kernels are Python."""
+    run = subprocess.run(
+        [sys.executable, "tests/interpreted/compile_kernels.py", str(architecture)],
+        cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert run.stdout.count("registers") == 8
+
+
+def test_on_a_cpu_it_is_refused_by_name() -> None:
+    expected = "Triton kernels run on a GPU" if importlib.util.find_spec("triton") else "triton is not installed"
+    with pytest.raises(ValueError, match=expected):
+        griffin.attach(tiny_llama(torch.float32), backend="triton", selection="topk")
+    with pytest.raises(ValueError, match=r"reads a list of experts .* without dynamic"):
+        griffin.attach(tiny_llama(torch.float32), backend="triton", selection="dynamic+topk")
