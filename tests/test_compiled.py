@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from transformers import Gemma3TextConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
 from conftest import tiny_llama
@@ -20,7 +20,7 @@ from griffin.engine.compiled import bucket, compiled_graphs, why_not_compiled
 from griffin.engine.decoders import Decoders, new_cache
 from griffin.engine.step import generate_step
 from griffin.native import library
-from test_native import build
+from test_native import STEPPED, build
 
 PROMPT = torch.arange(2, 13)[None]
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}  # float32 sums in another order
@@ -44,10 +44,8 @@ def steps(model: Any, prompt: Tensor, count: int, **arguments: Any) -> Tensor:
 
 
 def both(model: Any, prompt: Tensor, count: int, **arguments: Any) -> None:
-    """The compiled step equals the eager one, and the step after the prompt was the compiled one."""
-    graphs = compiled.compiled_graphs()
+    """The compiled step equals the eager one."""
     found = steps(model, prompt, count, step="compiled", **arguments)
-    assert compiled.compiled_graphs() >= graphs
     torch.testing.assert_close(found, steps(model, prompt, count, step="eager", **arguments), **CLOSE)
 
 
@@ -98,19 +96,10 @@ def test_left_padded_batches_whose_sequences_end(batch: str, counter: CompileCou
     assert counter.frame_count == 2  # three sequences, and two
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        MistralConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, vocab_size=97, sliding_window=8, pad_token_id=0),
-        Gemma3TextConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, head_dim=12,
-                         num_key_value_heads=2, vocab_size=97, sliding_window=8, pad_token_id=0,
-                         layer_types=["sliding_attention", "full_attention"]),
-    ],
-    ids=["mistral", "gemma3"],
-)  # fmt: skip
-def test_sliding_windows(config: Any, counter: CompileCounter) -> None:
-    model = build(config)
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "granite", "smollm3"])
+def test_other_families(family: str, counter: CompileCounter) -> None:
+    """Sliding windows of 6 tokens, scaled embeddings, layers without rotary embeddings; the full model too."""
+    model = build(STEPPED[family])
     with griffin.attach(model, **HALF) as handle:
         both(model, PROMPT, 6, handle=handle)
     both(model, PROMPT, 6)  # the full model, without GRIFFIN

@@ -269,7 +269,7 @@ class Griffin:
 
         Raises:
             ValueError: inside another phase, in training mode, after `detach`, before a prompt phase, on experts that
-                another thread selected, or `rows` names a prompt that there was not.
+                another thread selected or that come from scores which are not finite, or `rows` names a prompt that there was not.
         """
         with self._in_phase(Phase.GENERATION):
             if not self._selections:
@@ -279,6 +279,8 @@ class Griffin:
                     "another thread has run a prompt with this handle since, so its experts are not this thread's; use "
                     "one model and handle a thread, or hand the selections over: handle.use(selections)"
                 )
+            for selection in self._selections:
+                selection.finite.check()
             self._hand_over(self._of_rows(rows), self._whole_layers)
             yield
 

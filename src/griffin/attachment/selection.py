@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, joined
+from griffin.method.selection import Finite
 from griffin.weights.projection import device_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Selection:
         plan: the plan that selected it.
         experts: by layer, ascending; layers that are not in it stay whole.
         dynamic: by layer, for a config with dynamic neuron selection.
+        finite: whether the scores were; on an accelerator that is known later.
 
     Shapes:
         experts: each (k,), int64.
@@ -33,6 +35,7 @@ class Selection:
     plan: Plan
     experts: Mapping[int, Tensor]
     dynamic: Mapping[int, Dynamic]
+    finite: Finite = field(default_factory=Finite)
 
 
 class LayerExperts(NamedTuple):
