@@ -106,6 +106,16 @@ def test_other_families(family: str, counter: CompileCounter) -> None:
     assert counter.frame_count == 2
 
 
+def test_the_captured_step_without_torch_compile(counter: CompileCounter) -> None:
+    """On a CPU nothing is captured: its static keys and values are what is tested."""
+    model = tiny_llama(torch.float32)
+    with griffin.attach(model, **HALF) as handle:
+        assert Decoders(model, handle, "captured").name == "captured"
+        found = steps(model, PROMPT, 6, handle=handle, step="captured")
+        torch.testing.assert_close(found, steps(model, PROMPT, 6, handle=handle, step="eager"), **CLOSE)
+    assert counter.frame_count == 0
+
+
 def test_the_native_operator_in_it(counter: CompileCounter) -> None:
     if library.why_not() is not None:
         pytest.skip("the native library is not built here")
@@ -143,7 +153,7 @@ def test_what_cannot_be_compiled_says_why() -> None:
     with griffin.attach(model, density=0.5, selection="topk", backend="reference") as handle:
         with pytest.raises(ValueError, match="compiled step cannot be taken: the reference backend indexes"):
             Decoders(model, handle, "compiled")
-    with pytest.raises(ValueError, match="step is 'fast'; expected one of auto, native, compiled, eager"):
+    with pytest.raises(ValueError, match="step is 'fast'; expected one of auto, native, compiled, captured, eager"):
         Decoders(model, None, "fast")
     with pytest.raises(ValueError, match="native step cannot be taken: the full model, without GRIFFIN"):
         Decoders(model, None, "native")

@@ -1,4 +1,4 @@
-"""The generation step for an accelerator: the model's own forward, compiled, over keys and values at fixed addresses.
+"""The generation step of an accelerator: the model's own forward, compiled, over keys and values at fixed addresses.
 
 At batch 1 an eager step is bound by launches. Here `torch.compile` traces the forward once, for every selection, every
 number of experts and every length, and on a GPU the compiled step is captured as a CUDA graph, one a bucket of lengths.
@@ -71,6 +71,9 @@ class CompiledStep:
         cache: the sequences' keys and values, after their prompts.
         selections: what they are computed with: one for each sequence, or one for all.
         starts: first real position of each sequence, (B,); `None` where there is no padding.
+        compiled: whether `torch.compile` is used, which takes a minute for a large model, once a process; without it
+            the model's own kernels are captured.
+        captured: whether a CUDA graph is captured, on a GPU.
         backend: of `torch.compile`.
     """
 
@@ -81,11 +84,14 @@ class CompiledStep:
         cache: BufferedCache,
         selections: Sequence[Selection],
         starts: Tensor | None,
+        *,
+        compiled: bool = True,
+        captured: bool = True,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         self._model, self._handle, self._cache, self._selections = model, handle, cache, selections
-        self._starts = starts
-        self._forward = _compiled(backend)
+        self._starts, self._captured = starts, captured
+        self._forward = _compiled(backend) if compiled else _step
         accepted = inspect.signature(model.forward).parameters
         self._accepted = "position_ids" in accepted, "logits_to_keep" in accepted
         self._states = _STATES.setdefault(model, OrderedDict())
@@ -102,8 +108,9 @@ class CompiledStep:
 
     def _run(self, tokens: Tensor) -> Tensor:
         state = self._state()
-        if tokens.is_cuda:
-            logits = state.replay(self._step, tokens, _places(self._model, self._handle))
+        if tokens.is_cuda and self._captured:
+            places = self._forward, _places(self._model, self._handle)
+            logits = state.replay(self._step, tokens, places)
         else:
             logits = self._step(tokens, state)
         self._cache.advance()

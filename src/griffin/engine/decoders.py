@@ -24,9 +24,10 @@ from griffin.native import kernel
 
 logger = logging.getLogger("griffin")
 
-STEPS = ("auto", "native", "compiled", "eager")
+STEPS = ("auto", "native", "compiled", "captured", "eager")
 """Names of generation steps. `auto` is the native step where it runs, on a GPU the compiled one, else the model's own
-forward (`eager`)."""
+forward (`eager`). `captured` is the compiled step without `torch.compile`: a CUDA graph of the model's own kernels, which
+is ready at once."""
 
 
 def new_cache(model: PreTrainedModel, room: int = 0, step: str = "auto") -> Cache:
@@ -107,15 +108,15 @@ class Decoders:
         self._compiled = reason is None
         if reason is not None:
             self.why_not = reason
-            if self._asked == "compiled":
-                raise ValueError(f"the compiled step cannot be taken: {reason}")
+            if self._asked != "auto":
+                raise ValueError(f"the {self._asked} step cannot be taken: {reason}")
             _warn(reason)
 
     @property
     def name(self) -> str:
         """The step, with the reason where it is the slow one."""
         if self._compiled:
-            return "compiled"
+            return "compiled" if self._asked == "auto" else self._asked
         return "native" if self._native is not None else f"the model's own forward ({self.why_not})"
 
     def decoder(
@@ -146,9 +147,10 @@ class Decoders:
             if (reason := _why_not_compiled_these(self._model, caches, attention_mask)) is None:
                 starts = _starts(attention_mask)
                 assert isinstance(caches[0], BufferedCache)
-                return CompiledStep(self._model, self._handle, caches[0], selections, starts)
-            if self._asked == "compiled":
-                raise ValueError(f"the compiled step cannot be taken: {reason}")
+                compiled = self._asked != "captured"
+                return CompiledStep(self._model, self._handle, caches[0], selections, starts, compiled=compiled)
+            if self._asked != "auto":
+                raise ValueError(f"the {self._asked} step cannot be taken: {reason}")
             _warn(reason)
         return EagerStep(self._model, self._handle, caches, selections, attention_mask)
 
@@ -203,7 +205,7 @@ class EagerStep:
 
 def _wants_compiled(model: PreTrainedModel, step: str) -> bool:
     """Whether the compiled step is to be taken where it can be: on a CPU only if it was asked for."""
-    return step == "compiled" or (step == "auto" and model.device.type == "cuda")
+    return step in ("compiled", "captured") or (step == "auto" and model.device.type == "cuda")
 
 
 def _why_not_compiled_these(model: PreTrainedModel, caches: Sequence[Cache], mask: Tensor | None) -> str | None:

@@ -89,7 +89,7 @@ def stream_generate(
         sampling: how tokens are drawn.
         cache: key/value cache of earlier turns of this conversation, made by `griffin.new_cache(model)`.
         prompt_chunk: most prompt tokens in one forward pass.
-        step: what computes the generation steps: `auto`, or `native`, `compiled` or `eager` by name.
+        step: what computes the generation steps: `auto`, or `native`, `compiled`, `captured` or `eager` by name.
         **settings: fields of `GriffinConfig`, over those of the config, and of `Sampling`, in place of `sampling`.
 
     Raises:
