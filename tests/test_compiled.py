@@ -150,9 +150,9 @@ def test_buckets() -> None:
 
 def test_what_cannot_be_compiled_says_why() -> None:
     model = tiny_llama(torch.float32)
-    with griffin.attach(model, density=0.5, selection="topk", backend="reference") as handle:
-        with pytest.raises(ValueError, match="compiled step cannot be taken: the reference backend indexes"):
-            Decoders(model, handle, "compiled")
+    handle = griffin.attach(model, density=0.5, selection="topk", backend="reference")
+    with handle, pytest.raises(ValueError, match="compiled step cannot be taken: the reference backend indexes"):
+        Decoders(model, handle, "compiled")
     with pytest.raises(ValueError, match="step is 'fast'; expected one of auto, native, compiled, captured, eager"):
         Decoders(model, None, "fast")
     with pytest.raises(ValueError, match="native step cannot be taken: the full model, without GRIFFIN"):

@@ -11,8 +11,8 @@ import griffin
 from conftest import tiny_llama
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
-from griffin.method.scores import magnitude_of
 from griffin.method import selection
+from griffin.method.scores import magnitude_of
 from griffin.method.selection import Finite, select
 from griffin.methods import METHODS, Method, register_method
 

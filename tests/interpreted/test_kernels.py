@@ -117,10 +117,8 @@ FORMATS = ["int8", "int4", "Q4_K", "Q6_K", "Q4_0", "Q5_1", "gptq"]
 def packed(name: str, d_out: int, d_in: int, neuron_major: bool) -> grouped.Packed:
     if name in grouped.MADE:
         return grouped.quantise(torch.randn(d_out, d_in) / 8, name, neuron_major=neuron_major)
-    if name == "gptq":
-        format = grouped.Format("gptq", 4, 32, "f16", "code", 0, 128)
-    else:
-        format = grouped.gguf_format(name)[0]
+    own = {"gptq": grouped.Format("gptq", 4, 32, "f16", "code", 0, 128)}
+    format = own[name] if name in own else grouped.gguf_format(name)[0]
     n = format.padded(d_in)
     spans, n_groups = -(-n // (256 if format.supers else format.span)), n // format.group
 

@@ -74,6 +74,7 @@ class Griffin:
         self._collector: Collector | None = None  # of the prompt phase that runs, if it gathers
         self._selections: tuple[Selection, ...] = ()  # of the batch: one for each sequence, or one for all
         self._in_backend: tuple[Selection, ...] = ()  # what the backend computes with
+        self.handed_over = 0  # how often the backend was handed selections
         self._whole_layers = False  # whether it computes the layers that they leave whole, too
         self._sparse: dict[int, backends.SparseFF] = {}
         self._active: dict[int, backends.SparseFF] = {}  # layers that the backend's selections do not leave whole
@@ -269,7 +270,7 @@ class Griffin:
 
         Raises:
             ValueError: inside another phase, in training mode, after `detach`, before a prompt phase, on experts that
-                another thread selected or that come from scores which are not finite, or `rows` names a prompt that there was not.
+                another thread selected or whose scores were not finite, or `rows` names a prompt that there was not.
         """
         with self._in_phase(Phase.GENERATION):
             if not self._selections:
@@ -428,6 +429,7 @@ class Griffin:
             self._sparse[layer].select(experts.sets, experts.dynamic)
         self._active = {layer: self._sparse[layer] for layer in batch}
         self._in_backend = selections
+        self.handed_over += 1
 
 
 def refuse_training(model: nn.Module) -> None:

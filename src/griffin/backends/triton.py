@@ -41,7 +41,8 @@ _LISTS: WeakKeyDictionary[nn.Module, dict[int, tuple[Tensor, Tensor]]] = WeakKey
 def triton_ff(x: Tensor, experts: Tensor, counts: Tensor, block: int) -> Tensor:
     """An FF block for its experts, as an operator: `torch.compile` sees one opaque call with a known result.
 
-    Shapes: x (T, D) contiguous; experts (sets, D_ff) int32, of which the first counts[n] of set n count; returns (T, D).
+    Shapes: x (T, D), contiguous; experts (sets, D_ff) int32; counts (sets,) int32: so many of each set count, from its
+        start. Returns (T, D).
     """
     return _BLOCKS[block].compute(x, experts, counts)
 
@@ -121,7 +122,7 @@ class TritonFF:
         if self._matrices is None:
             raise ValueError("this handle is detached; call griffin.attach again")
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            return _launch(self._matrices, self._biases, self._activation, self._width, x, experts, counts)
+            return launch(self._matrices, self._biases, self._activation, self._width, x, experts, counts)
 
     def _lists_of(self, sets: int) -> tuple[Tensor, Tensor]:
         if sets not in self._lists or self._lists[sets][0].device != self._ff.device:
@@ -209,9 +210,19 @@ def _down_of(projection: nn.Module) -> tuple[_Matrix, Tensor | None]:
     return rows(projection)[0].detach().t(), bias
 
 
-def _launch(
+def launch(
     matrices: _Matrices, biases: _Biases, activation: str, width: int, x: Tensor, experts: Tensor, counts: Tensor
 ) -> Tensor:
+    """The three kernels.
+
+    Args:
+        matrices: gate (None: ungated), up and down, a row a neuron.
+        biases: theirs.
+        activation: a name of `griffin.activation.ACTIVATIONS`.
+        width: D_ff.
+
+    Shapes: as `triton_ff`.
+    """
     import triton
 
     from griffin.backends import triton_kernels as kernels

@@ -86,9 +86,7 @@ def read(
     if GATED:
         g = _project(X, tokens, real, GATE, gate_stride, experts, here, hidden, ROWS, M, C)
         g = _with_bias(g, GATE_BIAS, experts, here, BIASED)
-    tl.store(
-        Z + tokens[:, None] * F + places[None, :], _z(g, u, GATED, ACTIVATION), mask=real[:, None] & here[None, :]
-    )
+    tl.store(Z + tokens[:, None] * F + places[None, :], _z(g, u, GATED, ACTIVATION), mask=real[:, None] & here[None, :])
 
 
 @triton.jit
@@ -249,9 +247,7 @@ def read_groups(
             ROWS, M, G,
         )  # fmt: skip
         g = _with_bias(g, GATE_BIAS, experts, here, BIASED)
-    tl.store(
-        Z + tokens[:, None] * F + places[None, :], _z(g, u, GATED, ACTIVATION), mask=real[:, None] & here[None, :]
-    )
+    tl.store(Z + tokens[:, None] * F + places[None, :], _z(g, u, GATED, ACTIVATION), mask=real[:, None] & here[None, :])
 
 
 @triton.jit

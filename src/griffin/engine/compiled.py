@@ -95,6 +95,10 @@ class CompiledStep:
         accepted = inspect.signature(model.forward).parameters
         self._accepted = "position_ids" in accepted, "logits_to_keep" in accepted
         self._states = _STATES.setdefault(model, OrderedDict())
+        self._room: _State | None = None
+        self._replaced = -1  # of the cache, when it got its room
+        self._places: object = None
+        self._handed_over = -1  # of the handle, when the places were taken
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -109,12 +113,21 @@ class CompiledStep:
     def _run(self, tokens: Tensor) -> Tensor:
         state = self._state()
         if tokens.is_cuda and self._captured:
-            places = self._forward, _places(self._model, self._handle)
-            logits = state.replay(self._step, tokens, places)
+            logits = state.replay(self._step, tokens, self._taken_places())
         else:
             logits = self._step(tokens, state)
         self._cache.advance()
         return logits
+
+    def _taken_places(self) -> object:
+        """Where a captured step reads weights and selections: they move with a prompt or another selection only."""
+        handed_over = 0 if self._handle is None else self._handle.handed_over
+        if handed_over != self._handed_over:
+            buffers = () if self._handle is None else self._handle.buffers
+            tensors = (*self._model.parameters(), *self._model.buffers(), *buffers)
+            self._places = self._forward, tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
+            self._handed_over = handed_over
+        return self._places
 
     def _step(self, tokens: Tensor, state: _State) -> Tensor:
         graphs = compiled_graphs()
@@ -126,19 +139,25 @@ class CompiledStep:
 
     def _state(self) -> _State:
         """The static cache that holds the sequences, with room for a token more."""
-        cache = self._cache
-        room = next((s for s in self._states.values() if s.owned_by(cache) and s.capacity > cache.length), None)
-        if room is None:
-            name = cache.sequences, bucket(cache.length + 1)
-            if name not in self._states:
-                while len(self._states) >= _KEPT:
-                    self._states.popitem(last=False)[1].give_up()
-                self._states[name] = _State(cache, name[1])
-            room = self._states[name]
-            room.take(cache)
-            self._states.move_to_end(name)
+        cache, room = self._cache, self._room
+        if room is None or cache.replaced != self._replaced or room.capacity <= cache.length:
+            room = next((s for s in self._states.values() if s.owned_by(cache) and s.capacity > cache.length), None)
+            if room is None:
+                room = self._moved()
+            self._room, self._replaced = room, cache.replaced
         room.set(cache.length, self._starts)
         return room
+
+    def _moved(self) -> _State:
+        """Move the sequences into a static cache of their bucket."""
+        name = self._cache.sequences, bucket(self._cache.length + 1)
+        if name not in self._states:
+            while len(self._states) >= _KEPT:
+                self._states.popitem(last=False)[1].give_up()
+            self._states[name] = _State(self._cache, name[1])
+        self._states.move_to_end(name)
+        self._states[name].take(self._cache)
+        return self._states[name]
 
 
 class _State:
@@ -285,9 +304,3 @@ def _compiled(backend: str | Callable[..., Any]) -> Callable[..., Tensor]:
 def _pool(device: torch.device) -> Any:
     """Memory that all graphs of a device share: they never run at the same time."""
     return torch.cuda.graph_pool_handle()
-
-
-def _places(model: PreTrainedModel, handle: Griffin | None) -> object:
-    """Where a captured step reads weights and selections."""
-    buffers = () if handle is None else handle.buffers
-    return tuple((t.data_ptr(), t.shape, t.stride()) for t in (*model.parameters(), *model.buffers(), *buffers))

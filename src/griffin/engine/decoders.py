@@ -25,9 +25,11 @@ from griffin.native import kernel
 logger = logging.getLogger("griffin")
 
 STEPS = ("auto", "native", "compiled", "captured", "eager")
-"""Names of generation steps. `auto` is the native step where it runs, on a GPU the compiled one, else the model's own
-forward (`eager`). `captured` is the compiled step without `torch.compile`: a CUDA graph of the model's own kernels, which
-is ready at once."""
+"""Names of generation steps.
+
+`auto` is the native step where it runs, on a GPU the compiled one, else the model's own forward (`eager`). `captured` is
+the compiled step without `torch.compile`, which takes a minute: a CUDA graph of the model's own kernels.
+"""
 
 
 def new_cache(model: PreTrainedModel, room: int = 0, step: str = "auto") -> Cache:
