@@ -27,8 +27,8 @@ logger = logging.getLogger("griffin")
 STEPS = ("auto", "native", "compiled", "captured", "eager")
 """Names of generation steps.
 
-`auto` is the native step where it runs, on a GPU the compiled one, else the model's own forward (`eager`). `captured` is
-the compiled step without `torch.compile`, which takes a minute: a CUDA graph of the model's own kernels.
+`auto` is the native step where it runs, on a GPU the compiled one, else the model's own forward (`eager`). `captured`
+is the compiled step without `torch.compile`: a CUDA graph of the model's own kernels.
 """
 
 
