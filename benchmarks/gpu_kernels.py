@@ -141,7 +141,10 @@ def time_calls(
                             experts = expert_sets(size, density, sets, device)
                             ff.select(experts)
                             k = experts[0].shape[0]
-                        calls = _each(lambda ff, x=x: run(ff, x, size.activation), ffs)
+                        if kind == "triton":  # without what the model's forward would compute on placeholders
+                            calls = _each(lambda ff, x=x: ff.compute(x[:, 0], *ff.buffers), ffs)
+                        else:
+                            calls = _each(lambda ff, x=x: run(ff, x, size.activation), ffs)
                         seconds = clock.seconds(calls) / len(ffs)
                     how = kind if sets == 1 else f"{kind}, per sequence"
                     add(how, seconds, sets * one * k / size.width, batch=batch, density=density)
