@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import griffin
 from conftest import tiny_llama
+from griffin import backends
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
@@ -43,8 +46,18 @@ def test_the_kernels_compile_without_spilling(architecture: int) -> None:
     assert run.stdout.count("registers") == 8
 
 
+def test_auto_takes_it_on_a_gpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    block: Any = SimpleNamespace(device=torch.device("cuda"), quantised=False)
+    monkeypatch.setattr(backends.native, "why_not", lambda block: "it is on cuda")
+    monkeypatch.setattr(backends.triton, "why_not", lambda block: None)
+    assert backends.resolve("auto", [block]).name == "triton"
+    monkeypatch.setattr(backends.triton, "why_not", lambda block: "triton is not installed")
+    assert backends.resolve("auto", [block]).name == "gather"
+
+
 def test_on_a_cpu_it_is_refused_by_name() -> None:
-    expected = "Triton kernels run on a GPU" if importlib.util.find_spec("triton") else "triton is not installed"
+    missing = importlib.util.find_spec("triton") is None
+    expected = "triton is not installed" if missing else "Triton kernels run on a GPU"
     with pytest.raises(ValueError, match=expected):
         griffin.attach(tiny_llama(torch.float32), backend="triton", selection="topk")
     with pytest.raises(ValueError, match=r"reads a list of experts .* without dynamic"):
