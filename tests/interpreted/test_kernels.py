@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("tests/test_triton.py runs these in a process with Triton's interpreter", allow_module_level=True)
 
 from griffin.activation import ACTIVATIONS
 from griffin.backends.reference import ReferenceFF

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("tests/test_triton.py runs these in a process with Triton's interpreter", allow_module_level=True)
 
 import griffin
 from conftest import tiny_llama
