@@ -11,8 +11,9 @@ import griffin
 from conftest import tiny_llama
 from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
+from griffin.method import selection
 from griffin.method.scores import magnitude_of
-from griffin.method.selection import select
+from griffin.method.selection import Finite, select
 from griffin.methods import METHODS, Method, register_method
 
 
@@ -46,6 +47,31 @@ def test_topk_is_the_largest_and_of_equals_the_first(scores: list[int], data: st
     k = data.draw(st.integers(1, len(scores)))
     expected = sorted(sorted(range(len(scores)), key=lambda j: (-scores[j], j))[:k])
     assert one(torch.tensor(scores).float(), k, "topk").tolist() == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 30), data=st.data())
+def test_an_accelerator_selects_the_same_without_waiting(width: int, data: st.DataObject) -> None:
+    """Its path on the CPU's numbers; and on the device meta, where reading a number would raise."""
+    k = data.draw(st.integers(1, width))
+    scores = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 5), min_size=width, max_size=width), min_size=1)))
+    scores = scores.float()
+    least = scores.topk(k, sorted=False).values.amin(dim=1, keepdim=True)
+    found = selection._kept_columns(selection._first(scores, least, k), k)
+    assert torch.equal(found, selection.topk(scores, k))
+    finite = Finite()
+    experts = select(scores.to("meta"), k, "topk", [0] * len(scores), finite)
+    assert experts.shape == (len(scores), k)
+
+
+def test_scores_that_are_not_finite_are_found_later_on_an_accelerator() -> None:
+    finite = Finite()
+    finite._flags = [torch.tensor(True), torch.tensor(False)]  # as a device leaves them
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the scores hold inf or nan"):
+            finite.check()
+    mask = torch.tensor([[False, True, False]])  # nan compares false: fewer than k
+    assert selection._kept_columns(mask, 2).tolist() == [[1, 0]]
 
 
 def test_sample_draws_without_replacement_in_proportion_to_the_scores() -> None:

@@ -19,7 +19,7 @@ AUTO = "auto"
 BEST = "prior+dynamic+topk"
 """The selection that `loss=` uses."""
 BATCHES = ("shared", "per_sequence")
-BACKENDS = ("auto", "reference", "gather", "native")
+BACKENDS = ("auto", "reference", "gather", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GriffinConfig:
             where that saves time: where the native backend runs.
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
-        backend: `auto`, or the name of one (`reference`, `gather`, `native`).
+        backend: `auto`, or the name of one (`reference`, `gather`, `native`, `triton`).
         seed: seed of the random selections. The same seed, prompt and layer give the same experts.
         profile: file of the model's profile, made by `griffin profile`; `None` looks among those that come with griffin
             and those in its cache.

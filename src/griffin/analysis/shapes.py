@@ -50,6 +50,7 @@ SHAPES: dict[str, Shape] = {
     "llama2-7b": Shape("llama", _llama(4096, 11008, 32, 32, 32, 4096, 32000)),
     "llama2-13b": Shape("llama", _llama(5120, 13824, 40, 40, 40, 4096, 32000)),
     "mistral-7b": Shape("mistral", _llama(4096, 14336, 32, 32, 8, 32768, 32000) | {"sliding_window": 4096}),
+    "qwen2.5-7b": Shape("qwen2", _llama(3584, 18944, 28, 28, 4, 131072, 152064)),
     "gemma-7b": Shape(
         "gemma",
         _llama(3072, 24576, 28, 16, 16, 8192, 256000)
@@ -118,19 +119,21 @@ def cache_bytes(shape: Shape, dtype: torch.dtype, tokens: int) -> int:
 
 
 @torch.no_grad()
-def build(shape: Shape, dtype: torch.dtype, layers: int | None = None) -> PreTrainedModel:
+def build(
+    shape: Shape, dtype: torch.dtype, layers: int | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """A model of this shape with random weights, in eval mode; `layers` overrides the number of layers.
 
     Random weights give the same speed as trained ones, as the bytes read do not depend on the values.
     """
-    with no_init_weights():  # transformers' own initialization is slow
+    with no_init_weights(), torch.device(device):  # transformers' own initialization is slow
         model = _from_config(shape.config(layers), dtype)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     # Drawing billions of numbers takes a minute, so a few million are drawn and repeated. Their odd number makes every
     # row of a weight start at a different one.
     # At this spread an FF block's output is as large as the residual stream, at any width, so a wrong output shows.
     spread = model.config.hidden_size**-0.5
-    drawn = torch.empty(_DRAWN, dtype=dtype).normal_(0.0, spread, generator=generator)
+    drawn = torch.empty(_DRAWN, dtype=dtype, device=device).normal_(0.0, spread, generator=generator)
     at = 0
     for name, parameter in model.named_parameters():
         at = _fill(parameter.view(-1), drawn, at)

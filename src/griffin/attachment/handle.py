@@ -74,6 +74,8 @@ class Griffin:
         self._collector: Collector | None = None  # of the prompt phase that runs, if it gathers
         self._selections: tuple[Selection, ...] = ()  # of the batch: one for each sequence, or one for all
         self._in_backend: tuple[Selection, ...] = ()  # what the backend computes with
+        self.handed_over = 0  # how often the backend was handed selections
+        self._whole_layers = False  # whether it computes the layers that they leave whole, too
         self._sparse: dict[int, backends.SparseFF] = {}
         self._active: dict[int, backends.SparseFF] = {}  # layers that the backend's selections do not leave whole
         self._phase = Phase.FULL
@@ -134,6 +136,11 @@ class Griffin:
     def native_ff(self) -> Mapping[int, NativeFF]:
         """FF blocks of the native backend by layer, of all layers; empty with another backend."""
         return MappingProxyType({layer: ff for layer, ff in self._sparse.items() if isinstance(ff, NativeFF)})
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Tensors of the backend that the generation phase reads: a captured step holds their addresses."""
+        return tuple(tensor for sparse in self._active.values() for tensor in sparse.buffers)
 
     @property
     def pruned(self) -> frozenset[int]:
@@ -201,14 +208,19 @@ class Griffin:
         self.use(self.plan.select(statistics))
         self.selection_s = time.perf_counter() - start
 
-    def use(self, selections: Sequence[Selection]) -> None:
+    def use(self, selections: Sequence[Selection], *, whole_layers: bool = False) -> None:
         """Compute the next generation phases with these selections: one for each sequence, or a single one for all.
+
+        Args:
+            selections: the selections.
+            whole_layers: layers that the selections leave whole are computed by the backend too, if it can do so from
+                the same buffers: a compiled step is then the same one at every density, 1.0 included.
 
         Raises:
             ValueError: there is none, or dynamic neuron selections of the sequences differ in their splits.
         """
         with self.turn.taken():
-            self._hand_over(tuple(selections))
+            self._hand_over(tuple(selections), whole_layers and self.backend.name == "triton")
             self._selections = tuple(selections)
             self._selected_by = threading.get_ident()
 
@@ -219,11 +231,8 @@ class Griffin:
             ValueError: as `griffin.attach`.
         """
         plan = plan_for(self.model, self.blocks, replace(config, backend=self.backend.name))
-        if plan.splits and self.backend.name == "gather":
-            raise ValueError(
-                "the gather backend copies experts once a prompt, and dynamic neuron selection chooses them for every "
-                "token; use a selection without dynamic+"
-            )
+        if plan.splits and (reason := backends.why_not_dynamic(self.backend.name)) is not None:
+            raise ValueError(f"{reason}; use a selection without dynamic+")
         return plan
 
     @contextmanager
@@ -261,7 +270,7 @@ class Griffin:
 
         Raises:
             ValueError: inside another phase, in training mode, after `detach`, before a prompt phase, on experts that
-                another thread selected, or `rows` names a prompt that there was not.
+                another thread selected or whose scores were not finite, or `rows` names a prompt that there was not.
         """
         with self._in_phase(Phase.GENERATION):
             if not self._selections:
@@ -271,7 +280,9 @@ class Griffin:
                     "another thread has run a prompt with this handle since, so its experts are not this thread's; use "
                     "one model and handle a thread, or hand the selections over: handle.use(selections)"
                 )
-            self._hand_over(self._of_rows(rows))
+            for selection in self._selections:
+                selection.finite.check()
+            self._hand_over(self._of_rows(rows), self._whole_layers)
             yield
 
     # -- attaching and detaching ------------------------------------------------------------------------------------
@@ -407,15 +418,18 @@ class Griffin:
             raise ValueError(f"rows is {tuple(rows)}; expected numbers of the {count} prompts, from 0 to {count - 1}")
         return tuple(self._selections[row] for row in rows)
 
-    def _hand_over(self, selections: tuple[Selection, ...]) -> None:
+    def _hand_over(self, selections: tuple[Selection, ...], whole_layers: bool) -> None:
         """Hand the backend these selections, unless it has them."""
-        if len(selections) == len(self._in_backend) and all(map(_same, selections, self._in_backend)):
+        same = len(selections) == len(self._in_backend) and all(map(_same, selections, self._in_backend))
+        if same and whole_layers == self._whole_layers:
             return
-        batch = by_layer(selections, self.blocks)
+        self._whole_layers = whole_layers
+        batch = by_layer(selections, self.blocks, whole_layers=whole_layers)
         for layer, experts in batch.items():
             self._sparse[layer].select(experts.sets, experts.dynamic)
         self._active = {layer: self._sparse[layer] for layer in batch}
         self._in_backend = selections
+        self.handed_over += 1
 
 
 def refuse_training(model: nn.Module) -> None:

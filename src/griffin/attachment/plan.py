@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin.attachment.selection import Selection
-from griffin.backends import native
+from griffin.backends import native, why_not_dynamic
 from griffin.config import AUTO, BEST, GriffinConfig
 from griffin.layouts import FFBlock
 from griffin.method import dynamic, profile, selection
@@ -102,12 +102,14 @@ class Plan:
             One selection for each sequence with `batch="per_sequence"`, else a single one for all of them.
 
         Raises:
-            ValueError: no prompt token came, or the scores are not finite.
+            ValueError: no prompt token came, or the scores are not finite (on an accelerator, where nothing waits for
+                that, the generation phase raises it).
         """
         if self.profile is not None:
             statistics = self.profile.added_to(statistics)
         batch = self.config.batch
-        experts = self._experts(statistics)
+        finite = selection.Finite()
+        experts = self._experts(statistics, finite)
         weights = {
             block.layer: dynamic.dynamic(block, self.splits[block.layer], statistics, batch)
             for block in self.pruned
@@ -120,11 +122,12 @@ class Plan:
                 self,
                 {layer: of_layer[n] for layer, of_layer in experts.items()},
                 {layer: _of_sequence(each, n) for layer, each in weights.items()},
+                finite,
             )
             for n in range(sets)
         ]
 
-    def _experts(self, statistics: Statistics) -> dict[int, Tensor]:
+    def _experts(self, statistics: Statistics, finite: selection.Finite) -> dict[int, Tensor]:
         """Experts by layer. Shapes: each (sets, k), int64, rows ascending."""
         experts: dict[int, Tensor] = {}
         for blocks in self._alike(statistics):
@@ -133,7 +136,7 @@ class Plan:
             # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
             seeds = [(self.config.seed * 1_000_003 + block.layer) % 2**63 for block in blocks for _ in range(sets)]
             k = self.counts[blocks[0].layer]
-            chosen = selection.select(scores.flatten(0, 1), k, self.config.method.name, seeds)
+            chosen = selection.select(scores.flatten(0, 1), k, self.config.method.name, seeds, finite)
             experts |= zip((block.layer for block in blocks), chosen.view(layers, sets, k), strict=True)
         return dict(sorted(experts.items()))
 
@@ -183,7 +186,7 @@ def _dynamic_pays(blocks: Sequence[FFBlock], backend: str) -> bool:
     """Whether `auto` selects neurons dynamically: where the native library computes it. The reference does likewise."""
     if backend == "reference":
         return all(block.activation is not None for block in blocks)
-    return backend != "gather" and all(native.why_not(block) is None for block in blocks)
+    return why_not_dynamic(backend) is None and all(native.why_not(block) is None for block in blocks)
 
 
 def _of_sequence(weights: Dynamic, sequence: int) -> Dynamic:

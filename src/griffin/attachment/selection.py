@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, joined
+from griffin.method.selection import Finite
 from griffin.weights.projection import device_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Selection:
         plan: the plan that selected it.
         experts: by layer, ascending; layers that are not in it stay whole.
         dynamic: by layer, for a config with dynamic neuron selection.
+        finite: whether the scores were; on an accelerator that is known later.
 
     Shapes:
         experts: each (k,), int64.
@@ -33,6 +35,7 @@ class Selection:
     plan: Plan
     experts: Mapping[int, Tensor]
     dynamic: Mapping[int, Dynamic]
+    finite: Finite = field(default_factory=Finite)
 
 
 class LayerExperts(NamedTuple):
@@ -46,12 +49,15 @@ class LayerExperts(NamedTuple):
     dynamic: Dynamic | None
 
 
-def by_layer(selections: Sequence[Selection], blocks: Sequence[FFBlock]) -> dict[int, LayerExperts]:
+def by_layer(
+    selections: Sequence[Selection], blocks: Sequence[FFBlock], *, whole_layers: bool = False
+) -> dict[int, LayerExperts]:
     """The experts of a batch, for every layer that one of its sequences does not compute whole.
 
     Args:
         selections: one for each sequence, in order; or a single one, or the same one each time, for all of them.
         blocks: the model's FF blocks.
+        whole_layers: the other layers too: all their neurons.
 
     Raises:
         ValueError: there is no selection, or sequences differ in the split of their dynamic neuron selection.
@@ -63,7 +69,7 @@ def by_layer(selections: Sequence[Selection], blocks: Sequence[FFBlock]) -> dict
     layers = {layer for selection in selections for layer in selection.experts}
     batch = {}
     for block in blocks:
-        if block.layer not in layers:
+        if block.layer not in layers and not whole_layers:
             continue
         sets = [selection.experts.get(block.layer) for selection in selections]
         if any(experts is None for experts in sets):

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from griffin.backends import gather, native, reference
+from griffin.backends import gather, native, reference, triton
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic
 from griffin.native import library
@@ -46,6 +46,10 @@ class SparseFF(Protocol):
         Returns whether the selection is lost and has to be made again.
         """
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Tensors that `read` and `write` take the selection from; a captured step holds their addresses."""
+
     def read(self, which: int, x: Tensor) -> Tensor:
         """Input projection number `which`, for the experts.
 
@@ -73,6 +77,11 @@ _BACKENDS: dict[str, type[SparseFF]] = {
     "reference": reference.ReferenceFF,
     "gather": gather.GatherFF,
     "native": native.NativeFF,
+    "triton": triton.TritonFF,
+}
+_NOT_DYNAMIC = {
+    "gather": "copies experts once a prompt",
+    "triton": "reads a list of experts that is made once a prompt",
 }
 
 
@@ -82,7 +91,7 @@ def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False) -> B
     Args:
         name: `auto`, or a backend's.
         blocks: the blocks.
-        dynamic: whether dynamic neuron selection is wanted, which `gather` does not have.
+        dynamic: whether dynamic neuron selection is wanted, which `gather` and `triton` do not have.
 
     Raises:
         ValueError: there is none of that name, or it cannot compute these blocks.
@@ -94,6 +103,8 @@ def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False) -> B
         if dynamic:
             why = f"auto: all experts are computed and some are left out, which saves no time, since {reason}"
             return Backend("reference", why, reference.ReferenceFF)
+        if blocks[0].device.type == "cuda" and all(triton.why_not(block) is None for block in blocks):
+            return Backend("triton", "auto: experts are read in place by Triton kernels", triton.TritonFF)
         if any(block.quantised for block in blocks):
             why = f"auto: quantised experts are dequantised, since {reason}"
             return Backend("reference", why, reference.ReferenceFF)
@@ -101,9 +112,13 @@ def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False) -> B
         return Backend("gather", why, gather.GatherFF)
     if name not in _BACKENDS:
         raise ValueError(f"backend is {name!r}; expected auto or one of {', '.join(_BACKENDS)}")
-    if dynamic and name == "gather":
-        raise ValueError(
-            "the gather backend copies experts once a prompt, and dynamic neuron selection chooses them for every "
-            "token; use backend native, or a selection without dynamic+"
-        )
+    if dynamic and (reason := why_not_dynamic(name)) is not None:
+        raise ValueError(f"{reason}; use backend native, or a selection without dynamic+")
     return Backend(name, "asked for by name", _BACKENDS[name])
+
+
+def why_not_dynamic(name: str) -> str | None:
+    """Why a backend, by its name, has no dynamic neuron selection; `None` if it has."""
+    if name not in _NOT_DYNAMIC:
+        return None
+    return f"the {name} backend {_NOT_DYNAMIC[name]}, and dynamic neuron selection chooses them for every token"

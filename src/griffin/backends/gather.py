@@ -51,6 +51,12 @@ class GatherFF:
         """See `SparseFF.refresh`. Every selection copies from the weights as they are."""
         return False
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """See `SparseFF.buffers`."""
+        weights = (*self._weights, *(bias for bias in self._biases if bias is not None))
+        return weights if self._out is None else (*weights, self._out)
+
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""
         return _project(x, self._weights[which], self._biases[which])

@@ -77,7 +77,7 @@ class NativeFF:
         if not isinstance(self._ff.output, QuantisedLinear):  # which is neuron-major as it is
             make_neuron_major(self._ff.output, self._ff.path, self._undo)
         self._block: operands.Block | None = native_block(self._ff)
-        self._taken = _addresses(self._ff)
+        self._taken = addresses(self._ff)
         self._undo.callback(self._close)  # before the weights are transposed back
 
     def _close(self) -> None:
@@ -86,7 +86,7 @@ class NativeFF:
 
     def refresh(self) -> bool:
         """See `SparseFF.refresh`."""
-        if _addresses(self._ff) == self._taken:
+        if addresses(self._ff) == self._taken:
             return False
         self._undo.close()
         if (reason := why_not(self._ff)) is not None:
@@ -135,6 +135,11 @@ class NativeFF:
             gate = operands.packed_matrix(sketch(self._ff, dynamic.split.gate))
         weights = dynamic.weights if len(dynamic.weights) == 1 else dynamic.weights[rows]
         return operands.dynamic(self.block, weights, dynamic.split.chosen, gate=gate)
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """See `SparseFF.buffers`."""
+        return tuple(part for each in self._sets for part in (each.experts, each.row_mask) if part is not None)
 
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
@@ -190,7 +195,7 @@ def why_not(block: FFBlock) -> str | None:
     return None
 
 
-def _addresses(block: FFBlock) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
+def addresses(block: FFBlock) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
     """Where and how a block's weights and biases are stored."""
     tensors = [
         tensor

@@ -41,6 +41,11 @@ class ReferenceFF:
         self._sketch = None
         return False
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """See `SparseFF.buffers`."""
+        return self._experts
+
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""
         if self._dynamic is None or which > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,6 +172,25 @@ class BufferedCache(Cache):
         assert keys is not None
         assert values is not None
         return keys, values
+
+    def holds(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Whether these are the buffers, of every layer."""
+        return all(
+            keys is pair[0] and values is pair[1]
+            for (keys, values), pair in zip((layer.buffers for layer in self._buffered), buffers, strict=True)
+        )
+
+    def move_into(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy all tokens into other buffers, of every layer, and hold those from now on.
+
+        Shapes: each (B, K, capacity, E), with room for the tokens.
+        """
+        for layer, pair in zip(self._buffered, buffers, strict=True):
+            for states, buffer in zip((layer.keys, layer.values), pair, strict=True):
+                assert states is not None
+                buffer[:, :, : layer.length] = states
+            layer.buffers = list(pair)
+            layer.replaced += 1
 
     def why_not_uniform(self, dtype: torch.dtype) -> str | None:
         """Why the native step cannot read the keys and values: their shapes or dtypes differ; `None` if it can."""

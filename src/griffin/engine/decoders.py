@@ -1,4 +1,4 @@
-"""The one chooser of the generation step: the native step, or the model's own forward.
+"""The one chooser of the generation step: the native step, the compiled one, or the model's own forward.
 
 Whoever generates asks here: `griffin.generate`, chat, batches, the server, evaluations, and `griffin info`.
 """
@@ -17,21 +17,30 @@ from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel
 
 from griffin.attachment import Griffin, Selection
 from griffin.engine.cache import BufferedCache
+from griffin.engine.compiled import CompiledStep, why_not_compiled
 from griffin.engine.forward import Forward
 from griffin.engine.native_decoder import Caches, NativeDecoder, UnsupportedError, why_not_native
 from griffin.native import kernel
 
 logger = logging.getLogger("griffin")
 
+STEPS = ("auto", "native", "compiled", "captured", "eager")
+"""Names of generation steps.
 
-def new_cache(model: PreTrainedModel, room: int = 0) -> Cache:
-    """An empty key/value cache; where the native step may run the model, one that it can write into.
+`auto` is the native step where it runs, on a GPU the compiled one, else the model's own forward (`eager`). `captured`
+is the compiled step without `torch.compile`: a CUDA graph of the model's own kernels.
+"""
+
+
+def new_cache(model: PreTrainedModel, room: int = 0, step: str = "auto") -> Cache:
+    """An empty key/value cache; where the native or the compiled step may run the model, one that it can write into.
 
     Args:
         model: the model.
         room: tokens to make room for at once, so that nothing is copied until then.
+        step: the generation step that will use it, a name of `STEPS`.
     """
-    if why_not_native(model) is None:
+    if why_not_native(model) is None or (_wants_compiled(model, step) and why_not_compiled(model) is None):
         return BufferedCache(model.config.get_text_config().num_hidden_layers, room)
     return DynamicCache(config=model.config)
 
@@ -54,21 +63,39 @@ class Decoders:
     Args:
         model: the model, in eval mode.
         handle: GRIFFIN attached to it; `None` runs the full model.
+        step: which step, a name of `STEPS`.
+
+    Raises:
+        ValueError: there is no step of that name, or it was asked for by name and cannot run the model.
     """
 
-    def __init__(self, model: PreTrainedModel, handle: Griffin | None) -> None:
-        self._model, self._handle = model, handle
+    def __init__(self, model: PreTrainedModel, handle: Griffin | None, step: str = "auto") -> None:
+        if step not in STEPS:
+            raise ValueError(f"step is {step!r}; expected one of {', '.join(STEPS)}")
+        self._model, self._handle, self._asked = model, handle, step
         self._native: NativeDecoder | None = None
+        self._compiled = False
         self.why_not: str | None = None
         """Why the native step cannot be taken, whatever the sequences; `None` if it can."""
+        if step in ("auto", "native"):
+            self._choose_native()
+        else:
+            self.why_not = f"step {step} was asked for"
+        if self._native is None and _wants_compiled(model, step):
+            self._choose_compiled()
+        if step == "native" and self._native is None:
+            raise ValueError(f"the native step cannot be taken: {self.why_not}")
+
+    def _choose_native(self) -> None:
+        model, handle = self._model, self._handle
         if handle is None:
             self.why_not = "the full model, without GRIFFIN"
         elif (reason := why_not_native(model)) is not None:
             self.why_not = reason
-            logger.info("generation step: the model's own forward, since %s", reason)
+            logger.info("generation step: not the native one, since %s", reason)
         elif not handle.native_ff:
             self.why_not = f"the backend is {handle.backend.name}"
-            logger.info("generation step: the model's own forward, since %s", self.why_not)
+            logger.info("generation step: not the native one, since %s", self.why_not)
         else:
             try:
                 self._native = NativeDecoder(model, handle.native_ff)
@@ -76,9 +103,22 @@ class Decoders:
                 self.why_not = str(error)
                 _warn(self.why_not)
 
+    def _choose_compiled(self) -> None:
+        reason = why_not_compiled(self._model)
+        if reason is None and self._handle is not None and self._handle.backend.name == "reference":
+            reason = "the reference backend indexes the weights at every step"
+        self._compiled = reason is None
+        if reason is not None:
+            self.why_not = reason
+            if self._asked != "auto":
+                raise ValueError(f"the {self._asked} step cannot be taken: {reason}")
+            _warn(reason)
+
     @property
     def name(self) -> str:
         """The step, with the reason where it is the slow one."""
+        if self._compiled:
+            return "compiled" if self._asked == "auto" else self._asked
         return "native" if self._native is not None else f"the model's own forward ({self.why_not})"
 
     def decoder(
@@ -93,12 +133,26 @@ class Decoders:
 
         Shapes:
             attention_mask: (B, S), S tokens in the cache or fewer.
+
+        Raises:
+            ValueError: a step that was asked for by name cannot run these sequences.
         """
         if self._native is not None:
             reason = _why_not_these(self._model, caches, attention_mask)
             if reason is None:
                 native_caches = Caches([each for each in caches if isinstance(each, BufferedCache)])
                 return NativeStep(self._native, native_caches, selections, _starts(attention_mask))
+            if self._asked == "native":
+                raise ValueError(f"the native step cannot be taken: {reason}")
+            _warn(reason)
+        if self._compiled:
+            if (reason := _why_not_compiled_these(self._model, caches, attention_mask)) is None:
+                starts = _starts(attention_mask)
+                assert isinstance(caches[0], BufferedCache)
+                compiled = self._asked != "captured"
+                return CompiledStep(self._model, self._handle, caches[0], selections, starts, compiled=compiled)
+            if self._asked != "auto":
+                raise ValueError(f"the {self._asked} step cannot be taken: {reason}")
             _warn(reason)
         return EagerStep(self._model, self._handle, caches, selections, attention_mask)
 
@@ -159,23 +213,42 @@ class EagerStep:
         return Forward(self._model, _Joined(self._caches), mask.long())(tokens[:, None])
 
 
+def _wants_compiled(model: PreTrainedModel, step: str) -> bool:
+    """Whether the compiled step is to be taken where it can be: on a CPU only if it was asked for."""
+    return step in ("compiled", "captured") or (step == "auto" and model.device.type == "cuda")
+
+
+def _why_not_compiled_these(model: PreTrainedModel, caches: Sequence[Cache], mask: Tensor | None) -> str | None:
+    """Why the compiled step cannot run these sequences, though it can run the model; `None` if it can."""
+    if len(caches) > 1:
+        return "the sequences have a key/value cache each, and the compiled step runs those of one cache"
+    return _why_not_written(model, caches, mask, "compiled")
+
+
 def _why_not_these(model: PreTrainedModel, caches: Sequence[Cache], mask: Tensor | None) -> str | None:
     """Why the native step cannot run these sequences, though it can run the model; `None` if it can."""
+    if (reason := _why_not_written(model, caches, mask, "native")) is not None:
+        return reason
+    sequences = sum(each.sequences for each in caches if isinstance(each, BufferedCache))
+    if sequences > kernel.MAX_ROWS:
+        return f"the batch has {sequences} sequences, and the native step runs at most {kernel.MAX_ROWS}"
+    return None
+
+
+def _why_not_written(model: PreTrainedModel, caches: Sequence[Cache], mask: Tensor | None, step: str) -> str | None:
+    """Why a step that writes into the caches itself cannot; `None` if it can."""
     for each in caches:
         if not isinstance(each, BufferedCache):
             return (
-                f"the key/value cache is a {type(each).__name__}, into which the native step cannot write; make it by "
+                f"the key/value cache is a {type(each).__name__}, into which the {step} step cannot write; make it by "
                 "griffin.new_cache(model)"
             )
         if (reason := each.why_not_uniform(model.dtype)) is not None:
             return reason
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on, and the native step has one dtype"
+    if torch.is_autocast_enabled(model.device.type):
+        return f"autocast is on, and the {step} step has one dtype"
     if mask is not None and not bool((mask.long().diff(dim=1) >= 0).all()):
-        return "the batch is padded on the right or within, and the native step reads left-padded batches"
-    sequences = sum(each.sequences for each in caches if isinstance(each, BufferedCache))
-    if sequences > kernel.MAX_ROWS:
-        return f"the batch has {sequences} sequences, and the native step runs at most {kernel.MAX_ROWS}"
+        return f"the batch is padded on the right or within, and the {step} step reads left-padded batches"
     return None
 
 

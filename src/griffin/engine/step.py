@@ -121,6 +121,7 @@ def generate_step(
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
     lossless: Lossless | None = None,
+    step: str = "auto",
 ) -> Generator[Step, Sequence[int] | None, None]:
     """Run a prompt and yield one step after another, without an end: the caller stops.
 
@@ -136,16 +137,17 @@ def generate_step(
         cache: key/value cache of earlier turns; it is extended in place.
         prompt_chunk: most prompt tokens in one forward pass; `None` runs the prompt whole.
         lossless: drafts from the text so far, for one prompt and the full model; the tokens are the same as without.
+        step: what computes the generation steps, a name of `griffin.engine.decoders.STEPS`.
 
     Shapes:
         input_ids, attention_mask: (B, S).
 
     Raises:
-        ValueError: no new token after the cache, `prompt_chunk` is not positive, or `lossless` is given for a batch or
-            for a handle that prunes.
+        ValueError: no new token after the cache, `prompt_chunk` is not positive, `lossless` is given for a batch or for
+            a handle that prunes, or the step that was asked for by name cannot be taken.
     """
     sampling = sampling or Sampling()
-    cache = new_cache(model) if cache is None else cache
+    cache = new_cache(model, step=step) if cache is None else cache
     done = int(cache.get_seq_length())
     if input_ids.shape[1] <= done:
         raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and the cache {done}: there is none to run")
@@ -170,7 +172,7 @@ def generate_step(
     kept = yield Step(tokens, logits, time.perf_counter() - start - selection_s, selection_s)
 
     text = [] if lossless is None else [*input_ids[0].tolist(), int(tokens)]
-    decoders = Decoders(model, handle)
+    decoders = Decoders(model, handle, step)
     decoder: Decoder | None = None
     while True:
         start = time.perf_counter()

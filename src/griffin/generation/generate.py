@@ -70,6 +70,7 @@ class _Call:
     cache: Cache | None
     prompt_chunk: int | None
     lossless: bool
+    step: str
 
 
 def stream_generate(
@@ -82,6 +83,7 @@ def stream_generate(
     cache: Cache | None = None,
     prompt_chunk: int | None = None,
     lossless: bool = False,
+    step: str = "auto",
     **settings: Any,
 ) -> Generator[Result, None, None]:
     """Generate, yielding each piece of text as soon as it is certain.
@@ -102,13 +104,14 @@ def stream_generate(
         lossless: the full model, faster where the answer repeats the prompt or itself: tokens are drafted from the text
             so far, and several are verified by one step. The answer is that of `density=1.0`, token for token; with a
             seed also a drawn one. For one prompt at a time. Without a density, 1.0 is the default then.
+        step: what computes the generation steps: `auto`, or `native`, `compiled`, `captured` or `eager` by name.
         **settings: fields of `GriffinConfig`, over those of the config, and of `Sampling`, in place of `sampling`.
 
     Raises:
         ValueError: an empty prompt, one longer than the context, an unknown setting, a cache for a batch, `lossless`
             with a density below 1.0 or for a batch, or what `attach` refuses.
     """
-    call = _call(griffin, sampling, cache, prompt_chunk, lossless, settings)
+    call = _call(griffin, sampling, cache, prompt_chunk, lossless, step, settings)
     ids = encode(model, tokenizer, _batch(prompt))
     with ExitStack() as stack:
         yield from _stream(model, tokenizer, ids, _handle(model, call.config, stack), call)
@@ -189,6 +192,7 @@ def _stream(
         cache=cache,
         prompt_chunk=call.prompt_chunk,
         lossless=lossless,
+        step=call.step,
     )
     for number, step in enumerate(steps):
         if number == 0:
@@ -262,6 +266,7 @@ def _call(
     cache: Cache | None,
     prompt_chunk: int | None,
     lossless: bool,
+    step: str,
     settings: Mapping[str, Any],
 ) -> _Call:
     """Sort the settings into those of the config and those of the sampling."""
@@ -287,7 +292,7 @@ def _call(
         config = config_from(griffin, of_config)
     if lossless:
         refuse_sparse(config.config if isinstance(config, Griffin) else config)
-    return _Call(config, Sampling(**of_sampling) if sampling is None else sampling, cache, prompt_chunk, lossless)
+    return _Call(config, Sampling(**of_sampling) if sampling is None else sampling, cache, prompt_chunk, lossless, step)
 
 
 def refuse_sparse(config: GriffinConfig) -> None:

@@ -26,11 +26,11 @@ def topk(scores: Tensor, k: int, seeds: Sequence[int] = ()) -> Tensor:
         scores: (N, D_ff). Returns (N, k), int64, ascending.
     """
     least = scores.topk(k, sorted=False).values.amin(dim=1, keepdim=True)
+    if scores.device.type != "cpu":
+        return _kept_columns(_first(scores, least, k), k)
     experts = _true(scores >= least)
     if len(experts) > scores.shape[0] * k:  # equals at the edge: of them the first only
-        edge = scores == least
-        room = k - (scores > least).sum(dim=1, keepdim=True)
-        experts = _true((scores > least) | (edge & (edge.cumsum(dim=1) <= room)))
+        experts = _true(_first(scores, least, k))
     firsts = torch.arange(0, scores.numel(), scores.shape[1], device=scores.device)
     return experts.view(-1, k) - firsts[:, None]
 
@@ -73,14 +73,46 @@ def random(scores: Tensor, k: int, seeds: Sequence[int]) -> Tensor:
     return drawn.to(scores.device)
 
 
-def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tensor:
-    """Experts for each of N sets of scores.
+class Finite:
+    """Whether scores were all finite, as the device will know once it has got there.
+
+    Reading that at once would make the host wait for the whole prompt. `check` reads it when the host waits anyway.
+    """
+
+    def __init__(self) -> None:
+        self._flags: list[Tensor] = []
+
+    def add(self, scores: Tensor) -> None:
+        """Scores that must be finite: on a CPU checked now, elsewhere by `check`."""
+        if scores.device.type == "cpu":
+            if not all(math.isfinite(extreme) for extreme in torch.aminmax(scores)):  # nan becomes either
+                raise ValueError(_NOT_FINITE)
+            return
+        self._flags.append(scores.isfinite().all())
+
+    def check(self) -> None:
+        """Raise `ValueError` if scores were not finite."""
+        flags, self._flags = self._flags, []
+        if flags and not bool(torch.stack(flags).all()):
+            self._flags = flags
+            raise ValueError(_NOT_FINITE)
+
+
+_NOT_FINITE = (
+    "the scores hold inf or nan, which come from the model's FF activations; float16 overflows in some models: load it "
+    "in bfloat16 or float32"
+)
+
+
+def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int], finite: Finite | None = None) -> Tensor:
+    """Experts for each of N sets of scores. On an accelerator nothing waits for the device.
 
     Args:
         scores: what the neurons are ranked by; rows are independent of each other.
         k: number of experts.
         selection: a name of `griffin.METHODS`.
         seeds: one for each row; selections without chance do not look at them.
+        finite: is told the scores, and checked by the caller; `None`: checked here.
 
     Shapes:
         scores: (N, D_ff), float. Returns (N, k), int64, each row ascending.
@@ -96,11 +128,10 @@ def select(scores: Tensor, k: int, selection: str, seeds: Sequence[int]) -> Tens
         raise ValueError(f"cannot select k = {k} experts from scores of shape {shape}; expected (N, D_ff)")
     if len(seeds) != scores.shape[0]:
         raise ValueError(f"there are {len(seeds)} seeds for {scores.shape[0]} rows of scores; expected one a row")
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(scores)):  # nan becomes either
-        raise ValueError(
-            "the scores hold inf or nan, which come from the model's FF activations; float16 overflows in some models: "
-            "load it in bfloat16 or float32"
-        )
+    checked = Finite() if finite is None else finite
+    checked.add(scores)
+    if finite is None:
+        checked.check()
     experts: Tensor = METHODS[selection].select_function(scores, k, seeds)
     return experts
 
@@ -120,3 +151,21 @@ def _true(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":  # a third of the time: torch branches at every element
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero().squeeze(1)
+
+
+def _first(scores: Tensor, least: Tensor, k: int) -> Tensor:
+    """Which scores are among the k first of a row: those above the least of them, and of its equals the first."""
+    edge = scores == least
+    room = k - (scores > least).sum(dim=1, keepdim=True)
+    return (scores > least) | (edge & (edge.cumsum(dim=1) <= room))
+
+
+def _kept_columns(mask: Tensor, k: int) -> Tensor:
+    """Where the rows of a mask are true, k times each: shapes are known, so that nothing waits for the device.
+
+    Shapes: mask (N, D_ff). Returns (N, k), int64, ascending.
+    """
+    places = torch.where(mask, mask.cumsum(dim=1) - 1, k)
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(places)
+    # zeros: fewer than k are true where scores are nan, and the rest must be neurons, too
+    return columns.new_zeros(mask.shape[0], k + 1).scatter_(1, places, columns)[:, :k]

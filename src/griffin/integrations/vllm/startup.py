@@ -121,6 +121,7 @@ def _why_not(vllm_config: Any, config: GriffinConfig) -> list[str]:
         ),
         (scheduler_cls is not None, f"its scheduler is {scheduler_cls}, not vLLM's own"),
         (config.backend == "native" and not cpu, "backend is native, which runs on the CPU"),
+        (config.backend == "triton", "backend is triton, which the plugin does not have: leave it at auto"),
         (config.backend == "native" and missing is not None, f"backend is native, but {missing}"),
     ]
     return [reason for applies, reason in rules if applies]
