@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,34 +16,23 @@ from torch import Tensor, nn
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed here: make test-vllm has an environment of its own", allow_module_level=True)
 
+from vllm.compilation.backends import split_graph
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
-from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.falcon_h1 import FalconH1MLP
 from vllm.model_executor.models.gpt2 import GPT2MLP
 from vllm.model_executor.models.llama import LlamaMLP
 
 from griffin.config import GriffinConfig
-from griffin.integrations.vllm.blocks import FF, STEP, Counts, find, kept_weights
-from griffin.integrations.vllm.requests import Requests, Scheduled, StepPlan
+from griffin.integrations.vllm.blocks import FF, find, kept_weights
+from griffin.integrations.vllm.requests import Requests, Scheduled
+from griffin.integrations.vllm.startup import SPLITS
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 D, WIDTH, LAYERS = 16, 32, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting: Path = tmp_path_factory.mktemp("ranks") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-    yield
-    destroy_model_parallel()
-    destroy_distributed_environment()
+HALF = GriffinConfig(density=0.5, selection="topk", batch="per_sequence")
+FULL = GriffinConfig(density=1.0, selection="topk", batch="per_sequence")
 
 
 class Stack(nn.Module):
@@ -90,13 +78,20 @@ class Engine:
         self.x = torch.randn(3, D)
         self.expected = self.model(self.x)  # by vLLM's layers
         named = self.config.compilation_config.static_forward_context
-        self.counts = Counts()
-        self.ffs = [FF(block, weights, "auto", named, self.counts) for block in find(self.model, LAYERS)]
+        blocks = find(self.model, LAYERS)
+        self.requests = Requests(blocks)
+        self.ffs = [FF(block, weights, "auto", named, self.requests) for block in blocks]
 
     def run(self, function: Any, x: Tensor) -> Tensor:
         with set_forward_context(None, self.config):
             y: Tensor = function(x)
         return y
+
+    def step(self, function: Any, x: Tensor, *scheduled: Scheduled) -> Tensor:
+        """Run a step of requests."""
+        with self.requests.running():
+            self.requests.begin(scheduled)
+            return self.run(function, x)
 
 
 def test_two_models_in_one_process_keep_their_weights() -> None:
@@ -125,10 +120,64 @@ def test_a_graph_holds_names_that_mean_the_running_engines_blocks() -> None:
     torch.compiler.reset()
     first.run(torch.compile(first.model, backend=kept, fullgraph=True), first.x)
     calls = [node for node in graphs[0].graph.nodes if "vllm_ff" in str(node.target)]
-    assert [call.args[1] for call in calls] == [f"layers.{i}.mlp.down_proj.griffin" for i in range(LAYERS)]
+    assert [call.args[2] for call in calls] == [f"layers.{i}.mlp.down_proj.griffin" for i in range(LAYERS)]
     second = Engine(2)
     (y,) = second.run(graphs[0], second.x)
     torch.testing.assert_close(y, second.expected)
+
+
+class Recorded(nn.Module):
+    """What a CUDA graph is: it reads where its inputs lay when it was recorded, and writes where its outputs lay."""
+
+    def __init__(self, part: Callable[..., Any]) -> None:
+        super().__init__()
+        self.part, self.inputs, self.outputs = part, (), ()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self.inputs:
+            self.inputs, self.outputs = inputs, self.part(*inputs)
+            return self.outputs
+        assert [each.data_ptr() for each in inputs] == [each.data_ptr() for each in self.inputs]
+        for output, again in zip(self.outputs, self.part(*self.inputs), strict=True):
+            output.copy_(again)
+        return self.outputs
+
+
+def test_graphs_recorded_between_blocks_follow_every_step() -> None:
+    """vLLM's own splitting, and recordings of two rows that also serve one row and padding."""
+    eager, recorded = Engine(1), Engine(1)
+    graphs: list[Any] = []
+
+    def split(graph: torch.fx.GraphModule, _: Any) -> Any:
+        whole, parts = split_graph(graph, [SPLITS])
+        for part in parts:
+            calls = [node for node in part.graph.graph.nodes if "vllm_ff" in str(node.target)]
+            assert len(calls) == part.is_splitting_graph
+            if not part.is_splitting_graph:
+                setattr(whole, part.submod_name, Recorded(part.graph))
+        graphs.append(parts)
+        return whole
+
+    torch.compiler.reset()
+    function, x = torch.compile(recorded.model, backend=split, fullgraph=True), torch.zeros(2, D)
+    recorded.run(function, x)  # the dummy run that records
+    assert sum(part.is_splitting_graph for part in graphs[0]) == LAYERS
+    assert len(graphs[0]) >= 2 * LAYERS + 1
+    steps: tuple[tuple[Scheduled, ...], ...] = (
+        (Scheduled("a", 0, 2, 0, 2, HALF),),
+        (Scheduled("a", 0, 1, 2, 2, HALF), Scheduled("b", 1, 2, 0, 1, HALF)),  # pruned and gathered
+        (Scheduled("a", 0, 1, 3, 2, HALF), Scheduled("b", 1, 2, 1, 1, HALF)),
+        (Scheduled("b", 0, 1, 2, 1, HALF),),
+        (Scheduled("c", 0, 2, 0, 2, FULL),),
+    )
+    for number, step in enumerate(steps):
+        rows = step[-1].end
+        torch.manual_seed(number)
+        x.copy_(torch.randn(2, D))
+        expected = eager.step(eager.model, x[:rows].clone(), *step)
+        torch.testing.assert_close(recorded.step(function, x, *step)[:rows], expected)
+    assert recorded.requests.counts == eager.requests.counts
+    assert eager.requests.counts.native == 4 * LAYERS
 
 
 def test_one_engine_cannot_have_a_name_twice() -> None:
@@ -136,7 +185,7 @@ def test_one_engine_cannot_have_a_name_twice() -> None:
     named = engine.config.compilation_config.static_forward_context
     message = r"already has an FF block layers\.0\.mlp\.down_proj\.griffin"
     with set_forward_context(None, engine.config), pytest.raises(ValueError, match=message):
-        FF(engine.ffs[0].block, {}, "reference", named, Counts())
+        FF(engine.ffs[0].block, {}, "reference", named, engine.requests)
 
 
 def test_blocks_go_with_their_engine() -> None:
@@ -153,21 +202,11 @@ def test_every_layout_of_one_input_projection_is_found() -> None:
     engine = Engine(1, gpt2)
     assert {str(ff.block.layout) for ff in engine.ffs} == {"c_fc -> c_proj"}
     torch.testing.assert_close(engine.run(engine.model, engine.x), engine.expected)
-    config = GriffinConfig(density=0.5, selection="topk", batch="per_sequence")
-    requests = Requests([ff.block for ff in engine.ffs])
-
-    def step(plan: StepPlan, x: Tensor) -> Tensor:
-        with set_forward_context(None, engine.config):
-            get_forward_context().additional_kwargs[STEP] = plan
-            y: Tensor = engine.model(x)
-        requests.select(plan)
-        return y
-
-    prompt = step(requests.plan([Scheduled("a", 0, 3, 0, 3, config)]), engine.x)
+    prompt = engine.step(engine.model, engine.x, Scheduled("a", 0, 3, 0, 3, HALF))
     torch.testing.assert_close(prompt, engine.expected)
-    y = step(requests.plan([Scheduled("a", 0, 1, 3, 3, config)]), engine.x[:1])
-    assert engine.counts.native == LAYERS
-    plan = requests.plan([Scheduled("a", 0, 1, 4, 3, config)])
+    y = engine.step(engine.model, engine.x[:1], Scheduled("a", 0, 1, 3, 3, HALF))
+    assert engine.requests.counts.native == LAYERS
+    plan = engine.requests.plan([Scheduled("a", 0, 1, 4, 3, HALF)])
     expected = engine.x[:1]
     for ff in engine.ffs:
         expected = expected + ff._whole(expected, plan)

@@ -72,19 +72,24 @@ def test_copies_of_few_requests_equal_masking(gated: bool) -> None:
     step(own, Scheduled("a", 0, 4, 0, 4, HALF), Scheduled("b", 4, 6, 0, 2, quarter))
     copied = Copied(0, (weight, bias), (down, down_bias), activate, gated)
     x = torch.randn(2, d)
+    own.pays = copied.pays
     plan = own.plan([Scheduled("a", 0, 1, 4, 4, HALF), Scheduled("b", 1, 2, 2, 2, quarter)])
-    assert copied.pays(plan)
     mask = torch.zeros(2, width)
     for row, name in enumerate("ab"):
         mask[row, own.experts[name][0]] = 1
     expected = (activate(x @ weight.t() + bias) * mask) @ down.t() + down_bias
     torch.testing.assert_close(copied.run(x, plan), expected)
-    assert all(request.copies for _, request in plan.pruned)
+    requests_of_copies = [request for _, request in plan.pruned]
+    assert all(request.copies for request in requests_of_copies)
     step(own, Scheduled("c", 0, 4, 0, 4, HALF))
     names = {"a": (4, 4, HALF), "b": (2, 2, quarter), "c": (4, 4, HALF)}
-    full = own.plan([Scheduled(name, at, at + 1, *about) for at, (name, about) in enumerate(names.items())])
-    assert not copied.pays(full)  # 4 + 2 + 4 neurons of 8: the whole FF is less
-    assert not any(request.copies for _, request in full.pruned)
+    parts = [Scheduled(name, at, at + 1, *about) for at, (name, about) in enumerate(names.items())]
+    assert own.concerns(parts[:2])
+    assert not own.concerns(parts)
+    full = own.plan(parts)  # 4 + 2 + 4 neurons of 8: the whole FF is less
+    assert full.pruned == []
+    assert own.counts.left_out == 3
+    assert not any(request.copies for request in requests_of_copies)
 
 
 def test_missing_prompt_tokens_are_counted() -> None:
@@ -92,6 +97,27 @@ def test_missing_prompt_tokens_are_counted() -> None:
     step(own, Scheduled("a", 0, 2, 4, 6, HALF))
     assert step(own, Scheduled("a", 0, 1, 6, 6, HALF)) == ([], [])
     assert own.incomplete == 1
+
+
+def test_which_steps_need_more_than_vllms_own_ff() -> None:
+    own = requests()
+    prompt, again = Scheduled("a", 0, 4, 0, 4, HALF), Scheduled("a", 0, 1, 4, 4, HALF)
+    assert own.concerns([prompt])
+    assert not own.concerns([Scheduled("c", 0, 4, 0, 4, FULL)])
+    assert not own.concerns([again])  # its prompt has not been seen: it runs the full FF
+    step(own, prompt)
+    assert own.concerns([Scheduled("c", 0, 1, 0, 1, FULL), again])
+
+
+def test_a_step_ends_with_its_run() -> None:
+    own = requests()
+    with own.running():
+        pass  # a dummy run
+    with pytest.raises(RuntimeError), own.running():
+        own.begin([Scheduled("a", 0, 4, 0, 4, HALF)])
+        raise RuntimeError
+    assert own.step is None
+    assert own.experts["a"] == {}
 
 
 def test_requests_of_several_densities_share_a_union() -> None:
@@ -107,9 +133,12 @@ def test_requests_of_several_densities_share_a_union() -> None:
 
 
 def engine(**own: Any) -> Any:
+    from vllm.config import CUDAGraphMode
+
     plain = {
         "additional_config": {"griffin": {"density": 0.5}},
-        "use_v2_model_runner": False,
+        "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
+        "compilation_config": SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
@@ -138,11 +167,11 @@ def engine(**own: Any) -> Any:
 )
 def test_settings_that_mean_nothing_here_are_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings.of(engine(additional_config={"griffin": given}))
+        settings.of(SimpleNamespace(additional_config={"griffin": given}))
 
 
 def test_absent_key_means_nothing() -> None:
-    assert settings.of(engine(additional_config={})) is None
+    assert settings.of(SimpleNamespace(additional_config={})) is None
 
 
 def test_a_requests_own_density() -> None:
@@ -156,12 +185,11 @@ def test_a_requests_own_density() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"use_v2_model_runner": True}, "V2 model runner"),
+        ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "kv_sharing_fast_prefill"),
         ({"speculative_config": object()}, "speculative"),
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"scheduler_config": SimpleNamespace(scheduler_cls="own.Scheduler")}, "own.Scheduler"),
-        ({"device_config": SimpleNamespace(device_type="cuda")}, "enforce-eager"),
     ],
 )
 def test_engines_that_do_not_work_are_refused(changed: dict[str, Any], message: str) -> None:

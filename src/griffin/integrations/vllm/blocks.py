@@ -2,66 +2,34 @@
 
 Rows of the prompt phase, and of requests at density 1.0, go through vLLM's own layers. Rows of the generation phase are
 computed for their experts only: by the native library, in place, or on an accelerator from copies of a few requests'
-experts. Where neither is possible, vLLM's layers compute all neurons and those that are no experts are set to zero: the
-result is the same, but no time is saved.
+experts. Where a block can do neither, vLLM's layers compute all neurons and those that are no experts are set to zero:
+the result is the same, but no time is saved.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
 from griffin import activation
 from griffin.families import LAYOUTS
+from griffin.integrations.vllm import operator
 from griffin.integrations.vllm.copied import Copied
-from griffin.integrations.vllm.requests import RequestState, StepPlan
+from griffin.integrations.vllm.requests import Requests, RequestState, StepPlan
 from griffin.layouts import FFBlock
 from griffin.native import kernel, library, operands
-
-STEP = "griffin"
-"""Key of the step's plan in vLLM's forward context. Dummy runs have no plan there, so they run the full FF."""
 
 _LAYOUTS = tuple(layout for layout in LAYOUTS if len(layout.inputs) == 1)  # vLLM stores gate and up as one projection
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ZERO = 1e-30  # a squared norm that is not zero, for rows that are zero on every rank
 _LOADING = threading.Lock()  # one model at a time is loaded, as a class of vLLM is patched meanwhile
-
-
-@torch.library.custom_op("griffin::vllm_ff", mutates_args=())
-def vllm_ff(x: Tensor, name: str) -> Tensor:
-    """One FF block as an operator, so that `torch.compile` sees an opaque call.
-
-    vLLM's attention layers are found the same way: by name, among the layers of the engine whose step this is. A number
-    would be wrong: vLLM keeps compiled graphs on disk, and other processes and engines reuse them.
-
-    Shapes:
-        x: (rows, D). Returns the same.
-    """
-    ff: FF = get_forward_context().no_compile_layers[name]
-    return ff.run(x)
-
-
-@vllm_ff.register_fake
-def _(x: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@dataclass
-class Counts:
-    """Numbers of rows that the FF blocks computed each way, so that tests can tell which path ran."""
-
-    native: int = 0
-    copied: int = 0
-    masked: int = 0
 
 
 Weights = dict[nn.Module, tuple[Tensor, Tensor | None]]
@@ -135,8 +103,8 @@ class FF:
         weights: from `kept_weights`; the weights of other layers are read where they are.
         backend: as in `GriffinConfig`.
         layers: where compiled graphs find the block, vLLM's `static_forward_context` of this engine; `None` where
-            vLLM does not compile the model.
-        counts: where the rows are counted.
+            vLLM neither compiles the model nor records CUDA graphs.
+        requests: whose step the block follows, and where its rows are counted.
 
     Raises:
         ValueError: the native backend was asked for by name and cannot compute the block, or the block is more than
@@ -144,9 +112,9 @@ class FF:
     """
 
     def __init__(
-        self, block: FFBlock, weights: Weights, backend: str, layers: dict[str, Any] | None, counts: Counts
+        self, block: FFBlock, weights: Weights, backend: str, layers: dict[str, Any] | None, requests: Requests
     ) -> None:
-        self.block, self._counts = block, counts
+        self.block, self._requests, self._counts = block, requests, requests.counts
         self._activation_name = _activation_name(block.module) or ""
         self._input, self._output = cast(Any, block.inputs[0]), cast(Any, block.output)
         self._read, self._write = self._input.forward, self._output.forward
@@ -174,35 +142,39 @@ class FF:
         why = self.reason or "as the backend was asked for by name"
         return f"from copies of few requests ({why})" if self._copied is not None else f"by masking ({why})"
 
+    def pays(self, requests: Collection[RequestState]) -> bool:
+        """Whether computing so many requests for their experts only saves time; masking never does, nor costs any."""
+        if self._copied is not None:
+            return self._copied.pays(requests)
+        return self.native is None or len(requests) <= kernel.MAX_ROWS
+
     def run(self, x: Tensor) -> Tensor:
         """The FF of a step's rows.
 
         Shapes:
             x: (rows, D), padding included. Returns the same.
         """
-        context = get_forward_context().additional_kwargs if is_forward_context_available() else {}
-        step: StepPlan | None = context.get(STEP)
+        step = self._requests.step
         if step is None or not (step.pruned or step.gathered):
             return self._full(x)
-        if not step.pruned or not self._saves(step):
+        if not step.pruned or not self._for_experts_only(step):
             return self._whole(x, step)
-        if len(step.pruned) == step.rows == len(x):
+        if len(step.pruned) == len(x):
             return self._experts(x, step)
-        whole, pruned = step.indices
         y = torch.zeros_like(x)
+        if not step.whole:  # rows after the step's are padding
+            y[: step.rows] = self._experts(x[: step.rows], step)
+            return y
+        whole, pruned = step.indices(x.device)
         y[pruned] = self._experts(x[pruned], step)
-        if len(whole):
-            z = self._neurons(x[whole])
-            place = {row: at for at, row in enumerate(whole.tolist())} if step.gathered else {}
-            self._gather(z, step, place)
-            y[whole] = self._written(z)
+        z = self._neurons(x[whole])
+        self._gather(z, step, {row: at for at, row in enumerate(step.whole)})
+        y[whole] = self._written(z)
         return y
 
-    def _saves(self, step: StepPlan) -> bool:
-        """Whether the pruned rows can be computed for their experts alone."""
-        if self._copied is not None:
-            return self._copied.pays(step)
-        return self.native is not None and len(step.pruned) <= kernel.MAX_ROWS
+    def _for_experts_only(self, step: StepPlan) -> bool:
+        """Whether the pruned rows can be computed for experts only. A preempted request comes back with too many."""
+        return self._copied is not None or (self.native is not None and len(step.pruned) <= kernel.MAX_ROWS)
 
     def _neurons(self, x: Tensor) -> Tensor:
         z: Tensor = self._activate(self._read(x)[0])
@@ -314,7 +286,8 @@ class FF:
         return operands.ff_block(inputs[0] if self.block.gated else None, inputs[-1], down, activation=name)
 
     def _patch(self, layers: dict[str, Any] | None) -> None:
-        forward = self.run if layers is None else self._registered(layers)
+        name = f"{self._output.prefix}.griffin"  # vLLM's names are unique in an engine, a draft model's included
+        forward = self.run if layers is None else operator.registered(self, name, layers)
         if not self._in_layer:
             self.block.module.forward = forward
             return
@@ -322,16 +295,3 @@ class FF:
         self._input.forward = lambda x: (x, None)
         setattr(self.block.module, self._activation_name, nn.Identity())  # all layers share one activation: replace it
         self._output.forward = lambda x: (forward(x), None)
-
-    def _registered(self, layers: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-        """Enter the block where compiled graphs look it up. Returns what they are to call."""
-        name = f"{self._output.prefix}.griffin"  # vLLM's names are unique in an engine, a draft model's included
-        if name in layers:
-            raise ValueError(f"this engine already has an FF block {name}")
-        layers[name] = self
-
-        def forward(x: Tensor) -> Tensor:
-            y: Tensor = vllm_ff(x, name)
-            return y
-
-        return forward

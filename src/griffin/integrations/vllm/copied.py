@@ -7,7 +7,7 @@ together than the FF has neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -42,25 +42,25 @@ class Copied:
         self._activate, self._gated = activate, gated
         self._width = write[0].shape[1]
 
-    def pays(self, step: StepPlan) -> bool:
-        """Whether the copies of this step's requests are smaller than the FF. If not, this frees them."""
-        requests = {id(request): request for _, request in step.pruned}.values()
-        if sum(len(request.experts[self._layer]) for request in requests) < self._width:
-            return True
-        for request in requests:
-            request.copies.pop(self._layer, None)
-        return False
+    def pays(self, requests: Collection[RequestState]) -> bool:
+        """Whether the copies of so many requests are smaller than the FF."""
+        return sum(len(request.experts[self._layer]) for request in requests) < self._width
 
     def run(self, x: Tensor, step: StepPlan) -> Tensor:
         """Compute the pruned rows of a step, before any sum over ranks. Shapes: x (pruned rows, D), as returned."""
-        y = torch.empty_like(x)
         rows: dict[int, tuple[RequestState, list[int]]] = {}
         for at, (_, request) in enumerate(step.pruned):
             rows.setdefault(id(request), (request, []))[1].append(at)
+        if len(rows) == 1:
+            return self._of(step.pruned[0][1], x)
+        y = torch.empty_like(x)
         for request, places in rows.values():
-            read, read_bias, write = self._copies(request)
-            y[places] = F.linear(self._activate(F.linear(x[places], read, read_bias)), write, self._write[1])
+            y[places] = self._of(request, x[places])
         return y
+
+    def _of(self, request: RequestState, x: Tensor) -> Tensor:
+        read, read_bias, write = self._copies(request)
+        return F.linear(self._activate(F.linear(x, read, read_bias)), write, self._write[1])
 
     def _copies(self, request: RequestState) -> tuple[Tensor, Tensor | None, Tensor]:
         if self._layer not in request.copies:

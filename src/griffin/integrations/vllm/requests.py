@@ -7,7 +7,8 @@ chunks, and tokens that are computed again after a preemption.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +21,16 @@ from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
 from griffin.method.statistics import Statistics
 from griffin.native import kernel
+
+
+@dataclass
+class Counts:
+    """Numbers of rows that the FF blocks computed each way, and of generated tokens whose experts were left out."""
+
+    native: int = 0
+    copied: int = 0
+    masked: int = 0
+    left_out: int = 0
 
 
 class Scheduled(NamedTuple):
@@ -70,14 +81,20 @@ class StepPlan:
     pruned: list[tuple[int, RequestState]]
     finished: list[RequestState]
     sets: dict[int, tuple[Tensor, Tensor | None]]
+    _indices: tuple[Tensor, Tensor] | None = None
 
     @cached_property
-    def indices(self) -> tuple[Tensor, Tensor]:
-        """Rows computed with all neurons, and rows computed for experts only. Shapes: (n,), int64."""
-        pruned = torch.tensor([row for row, _ in self.pruned], dtype=torch.int64)
-        whole = torch.ones(self.rows, dtype=torch.bool)
-        whole[pruned] = False
-        return whole.nonzero().squeeze(1), pruned
+    def whole(self) -> list[int]:
+        """Rows that are computed with all neurons, ascending."""
+        pruned = {row for row, _ in self.pruned}
+        return [row for row in range(self.rows) if row not in pruned]
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows of `whole`, and those of `pruned`. Shapes: (n,), int64."""
+        if self._indices is None:
+            rows = self.whole, [row for row, _ in self.pruned]
+            self._indices = torch.tensor(rows[0], device=device), torch.tensor(rows[1], device=device)
+        return self._indices
 
     def set_of(self, layer: int, width: int) -> tuple[Tensor, Tensor | None]:
         """Union of the pruned rows' experts, and the mask of the rows that use each, as `kernel.ff` takes them."""
@@ -91,19 +108,52 @@ class StepPlan:
 
 
 class Requests:
-    """All unfinished requests of an engine.
+    """All unfinished requests of an engine, and the step that runs.
 
     Args:
         blocks: the FF blocks that are pruned; with tensor parallelism, this rank's part of each.
+        pays: whether computing so many requests for their experts only saves time. Where it does not, a step leaves the
+            experts out: the full FF is as fast, and better.
     """
 
-    def __init__(self, blocks: Sequence[FFBlock]) -> None:
-        self._blocks = blocks
+    def __init__(
+        self, blocks: Sequence[FFBlock], pays: Callable[[Collection[RequestState]], bool] = lambda requests: True
+    ) -> None:
+        self._blocks, self.pays = blocks, pays
         self._states: dict[str, RequestState] = {}
         self._sets: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._generating: list[tuple[int, RequestState]] = []
+        self.step: StepPlan | None = None  # what the FF blocks follow; none in vLLM's dummy runs, which are vanilla
+        self.counts = Counts()
         self.incomplete = 0  # chunks of generated tokens that ran the full FF, because prompt tokens were missing
         self.prompt_tokens = 0  # tokens in the statistics, of all requests so far
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, the FF blocks follow the step that `begin` sorts. The step ends with it: experts are selected."""
+        try:
+            yield
+            if self.step is not None:
+                self.select(self.step)
+        finally:
+            self.step = None
+
+    def begin(self, scheduled: Iterable[Scheduled]) -> None:
+        """Let the FF blocks follow a step; inside `running`."""
+        self.step = self.plan(scheduled)
+
+    def concerns(self, scheduled: Iterable[Scheduled]) -> bool:
+        """Whether a step of these requests gathers or prunes, so that it needs more than vLLM's own FF."""
+        generating = []
+        for part in scheduled:
+            if part.config.density == 1.0:
+                continue
+            request = self._states.get(part.request, RequestState(part.config))
+            if _unseen(request, part):
+                return True
+            if request.experts:
+                generating.append(request)
+        return bool(generating) and self.pays(generating)
 
     def plan(self, scheduled: Iterable[Scheduled]) -> StepPlan:
         """Sort the rows of a step."""
@@ -113,19 +163,24 @@ class Requests:
             if part.config.density == 1.0:
                 continue
             request = self._states.setdefault(part.request, RequestState(part.config))
-            prompt = min(max(part.prompt - part.computed, 0), part.end - part.begin)
-            if not request.experts and prompt > 0 and part.computed <= request.seen:
-                unseen = part.begin + request.seen - part.computed  # after a preemption the prompt starts again
-                if unseen < part.begin + prompt:
-                    gathered.append(Gathered(request, unseen, part.begin + prompt))
-                    self.prompt_tokens += part.begin + prompt - unseen
-                    request.seen = part.computed + prompt
-                    if request.seen == part.prompt:
-                        finished.append(request)
+            if unseen := _unseen(request, part):
+                shift = part.begin - part.computed
+                gathered.append(Gathered(request, unseen.start + shift, unseen.stop + shift))
+                self.prompt_tokens += len(unseen)
+                request.seen = unseen.stop
+                if request.seen == part.prompt:
+                    finished.append(request)
+            generated = range(max(part.begin + part.prompt - part.computed, part.begin), part.end)
             if request.experts:
-                pruned += [(row, request) for row in range(part.begin + prompt, part.end)]
-            elif part.begin + prompt < part.end:
+                pruned += [(row, request) for row in generated]
+            elif generated:
                 self.incomplete += 1
+        requests = {id(request): request for _, request in pruned}.values()
+        if pruned and not self.pays(requests):
+            self.counts.left_out += len(pruned)
+            for request in requests:
+                request.copies.clear()
+            pruned = []
         if [request for _, request in pruned] != [request for _, request in self._generating]:
             self._sets = {}
         self._generating = pruned
@@ -147,3 +202,10 @@ class Requests:
     def experts(self) -> Mapping[str, Mapping[int, Tensor]]:
         """Experts by request and layer."""
         return {name: request.experts for name, request in self._states.items()}
+
+
+def _unseen(request: RequestState, part: Scheduled) -> range:
+    """Positions of the prompt tokens of a step that the request's statistic does not have yet."""
+    if request.experts or part.computed > request.seen:
+        return range(0)
+    return range(request.seen, min(part.prompt, part.computed + part.end - part.begin))  # may have begun anew
