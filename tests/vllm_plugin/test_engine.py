@@ -65,7 +65,7 @@ def saved(model: str, folder: Path) -> Path:
 
 
 def run(
-    model: str, folder: Path, rounds: list[list[list[Any]]], threads: str = "auto", **arguments: Any
+    model: str, folder: Path, rounds: list[list[list[Any]]], threads: str = "auto", v2: bool = False, **arguments: Any
 ) -> dict[str, Any]:
     job, answer = folder / "job.json", folder / "found.json"
     settings = {
@@ -80,7 +80,10 @@ def run(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": threads,
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(v2)),
     }
+    if v2:
+        environment["PYTHONPATH"] = str(Path(__file__).parent / "interpreter")
     command = [sys.executable, str(Path(__file__).parent / "engine.py"), str(job), str(answer)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert answer.exists(), (done.stdout + done.stderr)[-6000:]
@@ -89,7 +92,7 @@ def run(
 
 
 def test_one_rank(library: Library, tmp_path: Path) -> None:
-    """Mixed densities in mixed batches, prompts in chunks of 64, and a prefix cache that stays clean."""
+    """Compiled. Mixed densities in mixed batches, prompts in chunks of 64, and a prefix cache that stays clean."""
     densities = (0.5, 1.0, 0.25, 0.5)
     first = [
         [prompt, None if density == 0.5 else {"griffin_density": density}, LENGTH]
@@ -102,7 +105,7 @@ def test_one_rank(library: Library, tmp_path: Path) -> None:
     third = [[prompt, {"griffin_density": 1.0}, LENGTH] for prompt in library.prompts]
     rounds = [first, second, third]
     found = run(
-        library.name, tmp_path, rounds, max_num_batched_tokens=64, enable_prefix_caching=True,
+        library.name, tmp_path, rounds, max_num_batched_tokens=64, enable_prefix_caching=True, enforce_eager=False,
         additional_config={"griffin": {"density": 0.5}},
     )  # fmt: skip
     for own, (tokens, experts) in zip(found["rounds"][0], expected, strict=True):
@@ -125,19 +128,19 @@ def test_one_rank(library: Library, tmp_path: Path) -> None:
 
 
 def test_copies_as_on_an_accelerator(library: Library, tmp_path: Path) -> None:
-    """One request is computed from copies of its experts, three at once by masking, with the same tokens."""
+    """One request is computed from copies of its experts; three at once leave them out: they are more than an FF."""
     rounds = [[[library.prompts[0], None, LENGTH]], [[prompt, None, LENGTH] for prompt in library.prompts[:3]]]
     found = run(
         library.name, tmp_path, rounds, enable_prefix_caching=False,
         additional_config={"griffin": {"density": 0.5, "backend": "gather"}},
     )  # fmt: skip
-    expected = [library.tokens(prompt, 0.5)[0] for prompt in library.prompts[:3]]
-    assert [own["tokens"] for own in found["rounds"][0]] == expected[:1]
-    assert [own["tokens"] for own in found["rounds"][1]] == expected
+    assert found["rounds"][0][0]["tokens"] == library.tokens(library.prompts[0], 0.5)[0]
+    full = [library.tokens(prompt, None)[0] for prompt in library.prompts[:3]]
+    assert [own["tokens"] for own in found["rounds"][1]] == full
     (report,) = found["report"]
-    assert report["native_rows"] == 0
-    assert report["copied_rows"] >= (LENGTH - 1) * 30
-    assert report["masked_rows"] >= 3 * 30
+    assert report["native_rows"] == report["masked_rows"] == 0
+    assert report["copied_rows"] == (LENGTH - 1) * 30
+    assert report["left_out_rows"] == 3 * (LENGTH - 1)
 
 
 def test_two_ranks(tmp_path: Path) -> None:
@@ -199,3 +202,36 @@ def test_opt(library: Library, tmp_path: Path) -> None:
     )  # fmt: skip
     assert [own["tokens"] for own in found["rounds"][0]] == expected
     assert found["report"][0]["masked_rows"] == 0 < found["report"][0]["native_rows"]
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+def test_preempted_requests_on_both_model_runners(v2: bool, tmp_path: Path) -> None:
+    """Too little cache for all requests at once: some are preempted, and computed again with the experts they had."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=1, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    folder = tmp_path / "llama"
+    model.save_pretrained(folder)
+    prompts = [torch.randint(3, 512, (length,)).tolist() for length in (7, 40, 3, 25)]
+    densities, expected = (0.5, 0.25, 1.0, 0.5), []
+    for prompt, density in zip(prompts, densities, strict=True):
+        with griffin.attach(model, density=density, backend="reference", selection="topk"):
+            settings = {"max_new_tokens": 2 * LENGTH, "min_new_tokens": 2 * LENGTH, "do_sample": False}
+            expected.append(model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist())
+    requests = [[p, {"griffin_density": d}, 2 * LENGTH] for p, d in zip(prompts, densities, strict=True)]
+    found = run(
+        str(folder), tmp_path, [requests], v2=v2, skip_tokenizer_init=True, block_size=16, num_gpu_blocks_override=10,
+        max_num_batched_tokens=16, max_model_len=128, enable_prefix_caching=False,
+        additional_config={"griffin": {"density": 0.5}},
+    )  # fmt: skip
+    assert [own["tokens"] for own in found["rounds"][0]] == expected
+    assert found["preemptions"] > 0
+    (report,) = found["report"]
+    assert report["native_rows"] > 0
+    assert report["masked_rows"] > 0  # of requests that came back with more rows than the native library takes
+    assert (report["left_out_rows"], report["incomplete"]) == (0, 0)
