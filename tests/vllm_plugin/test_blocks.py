@@ -6,12 +6,14 @@ import gc
 import importlib.util
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed here: make test-vllm has an environment of its own", allow_module_level=True)
@@ -25,7 +27,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 
 from griffin.config import GriffinConfig
 from griffin.integrations.vllm.blocks import FF, find, kept_weights
-from griffin.integrations.vllm.requests import Requests, Scheduled
+from griffin.integrations.vllm.requests import Requests, RequestState, Scheduled
 from griffin.integrations.vllm.startup import SPLITS
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -64,7 +66,9 @@ def falcon_h1(prefix: str) -> nn.Module:
 class Engine:
     """What an engine is to the FF blocks: a model, and a config that holds vLLM's layers by name."""
 
-    def __init__(self, seed: int, block: Callable[[str], nn.Module] = llama) -> None:
+    def __init__(
+        self, seed: int, block: Callable[[str], nn.Module] = llama, config: GriffinConfig = HALF, operator: bool = True
+    ) -> None:
         self.config = VllmConfig()
         with set_current_vllm_config(self.config):
             self.model = Stack(block)
@@ -77,10 +81,15 @@ class Engine:
                     module.quant_method.process_weights_after_loading(module)
         self.x = torch.randn(3, D)
         self.expected = self.model(self.x)  # by vLLM's layers
-        named = self.config.compilation_config.static_forward_context
+        named = self.config.compilation_config.static_forward_context if operator else None
         blocks = find(self.model, LAYERS)
         self.requests = Requests(blocks)
-        self.ffs = [FF(block, weights, "auto", named, self.requests) for block in blocks]
+        self.ffs = [FF(block, weights, config, named, self.requests) for block in blocks]
+        self.requests.load = self.load
+
+    def load(self, request: RequestState) -> None:
+        for ff in self.ffs:
+            ff.load(request)
 
     def run(self, function: Any, x: Tensor) -> Tensor:
         with set_forward_context(None, self.config):
@@ -180,12 +189,62 @@ def test_graphs_recorded_between_blocks_follow_every_step() -> None:
     assert eager.requests.counts.native == 4 * LAYERS
 
 
+class Recording(TorchDispatchMode):
+    """What a CUDA graph of the whole model is: the same operators again, on the same memory, without any Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, output))
+        return output
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, output in self.calls:
+            again = function(*args, **kwargs)
+            if isinstance(output, Tensor):
+                output.copy_(again)
+
+
+@pytest.mark.parametrize("block", [llama, gpt2])
+def test_a_graph_of_the_whole_model_computes_the_experts_of_any_request(
+    block: Callable[[str], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one row, with the copy's memory: the experts are no part of the recording."""
+    engine, masked = (Engine(1, block, replace(HALF, backend=backend), False) for backend in ("gather", "reference"))
+    monkeypatch.setattr("griffin.integrations.vllm.blocks._is_recorded", lambda: True)
+    row = torch.zeros(1, D)
+    with torch.no_grad(), engine.requests.running():  # a dummy run
+        with Recording() as recording:
+            recorded = engine.run(engine.model, row)
+        torch.testing.assert_close(engine.run(engine.model, engine.x), engine.expected)  # more rows: all neurons
+    quarter = replace(HALF, density=0.25)
+    assert len(recording.calls) > 2 * LAYERS
+    for name, config in (("a", HALF), ("b", quarter), ("c", HALF)):
+        prompt, next_token = Scheduled(name, 0, 3, 0, 3, config), Scheduled(name, 0, 1, 3, 3, config)
+        torch.manual_seed(ord(name))
+        x = torch.randn(3, D)
+        for each in (engine, masked):
+            torch.testing.assert_close(each.step(each.model, x, prompt), each.run(each.model, x))
+        expected = masked.step(masked.model, x[:1], next_token)
+        with engine.requests.running():
+            engine.requests.begin([next_token])
+            row.copy_(x[:1])
+            recording.replay()
+        torch.testing.assert_close(recorded, expected)
+        assert not torch.allclose(expected, masked.run(masked.model, x[:1]), rtol=1e-2, atol=1e-2)
+    assert engine.requests.counts.copied == 0
+
+
 def test_one_engine_cannot_have_a_name_twice() -> None:
     engine = Engine(1)
     named = engine.config.compilation_config.static_forward_context
     message = r"already has an FF block layers\.0\.mlp\.down_proj\.griffin"
     with set_forward_context(None, engine.config), pytest.raises(ValueError, match=message):
-        FF(engine.ffs[0].block, {}, "reference", named, engine.requests)
+        FF(engine.ffs[0].block, {}, replace(HALF, backend="reference"), named, engine.requests)
 
 
 def test_blocks_go_with_their_engine() -> None:

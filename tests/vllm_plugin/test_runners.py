@@ -22,6 +22,13 @@ from griffin.integrations.vllm.requests import Scheduled
 
 FULL, PIECEWISE, NONE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE
 SIZES = [1, 2, 4, 8]
+# Rows whose graphs of the whole model serve a step, and which graphs steps of 1, 3 and 8 rows take.
+STEPS = [
+    ({1, 2, 4, 8}, (FULL, FULL, FULL)),
+    ({2, 4, 8}, (PIECEWISE, FULL, FULL)),
+    ({1}, (FULL, PIECEWISE, PIECEWISE)),
+    (set(), (PIECEWISE, PIECEWISE, PIECEWISE)),
+]
 
 
 def config(mode: CUDAGraphMode) -> Any:
@@ -64,40 +71,40 @@ def test_blocks_are_among_the_splitting_operators() -> None:
     assert "vllm::unified_attention_with_output" in splits
 
 
-@pytest.mark.parametrize("concerned", [True, False])
-def test_v1_steps_that_prune_take_piecewise_graphs(concerned: bool) -> None:
+@pytest.mark.parametrize(("rows", "modes"), STEPS)
+def test_v1_takes_graphs_of_the_whole_model_that_serve(rows: set[int], modes: tuple[CUDAGraphMode, ...]) -> None:
     runner = v1_runner(CUDAGraphMode.FULL_AND_PIECEWISE)
-    assert runners.keep_out_of_full_graphs(runner, False, lambda: concerned)
+    assert runners.choose_full_graphs(runner, False, rows.__contains__)
     dispatch = runner.cudagraph_dispatcher.dispatch
-    decode = PIECEWISE if concerned else FULL
-    for tokens in (1, 3, 8):
+    for tokens, padded, expected in zip((1, 3, 8), (1, 4, 8), modes, strict=True):
         mode, batch = dispatch(num_tokens=tokens, uniform_decode=True, invalid_modes=None, valid_modes=None)
-        assert (mode, batch.num_tokens) == (decode, {1: 1, 3: 4, 8: 8}[tokens])
+        assert (mode, batch.num_tokens) == (expected, padded)
     assert dispatch(num_tokens=5, uniform_decode=False)[0] == PIECEWISE
     assert dispatch(num_tokens=9, uniform_decode=True)[0] == NONE
     assert dispatch(num_tokens=2, uniform_decode=True, valid_modes={NONE})[0] == NONE
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("concerned", [True, False])
-def test_v2_steps_that_prune_take_piecewise_graphs(concerned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "modes"), STEPS)
+def test_v2_takes_graphs_of_the_whole_model_that_serve(
+    rows: set[int], modes: tuple[CUDAGraphMode, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = v2_runner(CUDAGraphMode.FULL_AND_PIECEWISE, monkeypatch)
-    assert runners.keep_out_of_full_graphs(runner, True, lambda: concerned)
+    assert runners.choose_full_graphs(runner, True, rows.__contains__)
     dispatch = runner.cudagraph_manager.dispatch
-    decode = PIECEWISE if concerned else FULL
-    for tokens in (1, 3, 8):
+    for tokens, padded, expected in zip((1, 3, 8), (1, 4, 8), modes, strict=True):
         batch = dispatch(tokens, tokens, 1, num_active_loras=0, max_query_len=1)
-        assert (batch.cg_mode, batch.num_tokens) == (decode, {1: 1, 3: 4, 8: 8}[tokens])
+        assert (batch.cg_mode, batch.num_tokens) == (expected, padded)
     assert dispatch(2, 5, None, num_active_loras=0).cg_mode == PIECEWISE
     assert dispatch(9, 9, 1, num_active_loras=0, max_query_len=1).cg_mode == NONE
 
 
 def test_graphs_of_the_whole_model_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="FULL_DECODE_ONLY"):
-        runners.keep_out_of_full_graphs(v1_runner(CUDAGraphMode.FULL_DECODE_ONLY), False, lambda: True)
+        runners.choose_full_graphs(v1_runner(CUDAGraphMode.FULL_DECODE_ONLY), False, lambda rows: True)
     for runner in (v1_runner(PIECEWISE), v1_runner(NONE)):
-        assert not runners.keep_out_of_full_graphs(runner, False, lambda: True)
-    assert not runners.keep_out_of_full_graphs(SimpleNamespace(cudagraph_manager=None), True, lambda: True)
+        assert not runners.choose_full_graphs(runner, False, lambda rows: True)
+    assert not runners.choose_full_graphs(SimpleNamespace(cudagraph_manager=None), True, lambda rows: True)
 
 
 def test_what_the_scheduler_says_of_a_step() -> None:

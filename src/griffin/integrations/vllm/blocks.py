@@ -1,7 +1,7 @@
 """The FF blocks of a vLLM model, and how their rows are computed.
 
 Rows of the prompt phase, and of requests at density 1.0, go through vLLM's own layers. Rows of the generation phase are
-computed for their experts only: by the native library, in place, or on an accelerator from copies of a few requests'
+computed for their experts only: by the native library, in place, or on an accelerator from a copy of one request's
 experts. Where a block can do neither, vLLM's layers compute all neurons and those that are no experts are set to zero:
 the result is the same, but no time is saved.
 """
@@ -19,6 +19,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
 from griffin import activation
+from griffin.config import GriffinConfig
 from griffin.families import LAYOUTS
 from griffin.integrations.vllm import operator
 from griffin.integrations.vllm.copied import Copied
@@ -95,13 +96,18 @@ def _activation_name(module: nn.Module) -> str | None:
     return next(names, None)
 
 
+def _is_recorded() -> bool:
+    """Whether a CUDA graph records this call. Piecewise graphs do not: they are cut here."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class FF:
     """One FF block, patched so that it follows the step's plan.
 
     Args:
         block: the block.
         weights: from `kept_weights`; the weights of other layers are read where they are.
-        backend: as in `GriffinConfig`.
+        config: the engine's settings.
         layers: where compiled graphs find the block, vLLM's `static_forward_context` of this engine; `None` where
             vLLM neither compiles the model nor records CUDA graphs.
         requests: whose step the block follows, and where its rows are counted.
@@ -112,8 +118,9 @@ class FF:
     """
 
     def __init__(
-        self, block: FFBlock, weights: Weights, backend: str, layers: dict[str, Any] | None, requests: Requests
+        self, block: FFBlock, weights: Weights, config: GriffinConfig, layers: dict[str, Any] | None, requests: Requests
     ) -> None:
+        backend = config.backend
         self.block, self._requests, self._counts = block, requests, requests.counts
         self._activation_name = _activation_name(block.module) or ""
         self._input, self._output = cast(Any, block.inputs[0]), cast(Any, block.output)
@@ -131,7 +138,7 @@ class FF:
         elif backend == "native":
             raise ValueError(f"backend is native, but {self.reason}")
         elif backend == "gather" or (backend == "auto" and self._input.weight.device.type != "cpu"):
-            self._copied = self._copied_block(weights)
+            self._copied = self._copied_block(weights, config.experts_of(block.width))
         self._patch(layers)
 
     @property
@@ -140,13 +147,23 @@ class FF:
         if self.native is not None:
             return "by the native library, in place"
         why = self.reason or "as the backend was asked for by name"
-        return f"from copies of few requests ({why})" if self._copied is not None else f"by masking ({why})"
+        return f"from a copy of one request's experts ({why})" if self._copied is not None else f"by masking ({why})"
 
     def pays(self, requests: Collection[RequestState]) -> bool:
         """Whether computing so many requests for their experts only saves time; masking never does, nor costs any."""
         if self._copied is not None:
-            return self._copied.pays(requests)
+            return len(requests) == 1 and all(len(r.experts[self.block.layer]) <= self._copied.most for r in requests)
         return self.native is None or len(requests) <= kernel.MAX_ROWS
+
+    def load(self, request: RequestState) -> None:
+        """Make a request the one whose experts are copied, if experts are."""
+        if self._copied is not None:
+            self._copied.load(request.experts[self.block.layer])
+
+    @property
+    def records_experts(self) -> bool:
+        """Whether a CUDA graph of the whole model, for one row, computes the copied experts, not all neurons."""
+        return self._copied is not None
 
     def run(self, x: Tensor) -> Tensor:
         """The FF of a step's rows.
@@ -154,6 +171,8 @@ class FF:
         Shapes:
             x: (rows, D), padding included. Returns the same.
         """
+        if self._copied is not None and len(x) == 1 and _is_recorded():
+            return self._summed(self._copied.run(x))
         step = self._requests.step
         if step is None or not (step.pruned or step.gathered):
             return self._full(x)
@@ -215,19 +234,19 @@ class FF:
             request.statistics.add(self.block.layer, z[None, rows], None, squared_norms)
 
     def _experts(self, x: Tensor, step: StepPlan) -> Tensor:
-        """Compute pruned rows by the native library, or from copies. Shapes: x (pruned rows, D), as returned."""
+        """Compute pruned rows by the native library, or from the copy. Shapes: x (pruned rows, D), as returned."""
         if self._copied is not None:
             self._counts.copied += len(x)
-            y = self._copied.run(x, step)
-        else:
-            assert self.native is not None
-            experts, row_mask = step.set_of(self.block.layer, self.block.width)
-            self._counts.native += len(x)
-            readable = x.float() if x.dtype == torch.float16 else x
-            y = kernel.ff(self.native, readable, experts, row_mask).to(x.dtype)
-        if self._ranks > 1:
-            y = tensor_model_parallel_all_reduce(y)
-        return y
+            return self._summed(self._copied.run(x))
+        assert self.native is not None
+        experts, row_mask = step.set_of(self.block.layer, self.block.width)
+        self._counts.native += len(x)
+        readable = x.float() if x.dtype == torch.float16 else x
+        return self._summed(kernel.ff(self.native, readable, experts, row_mask).to(x.dtype))
+
+    def _summed(self, y: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        return tensor_model_parallel_all_reduce(y) if self._ranks > 1 else y
 
     def _why_not_native(self, weights: Weights) -> str | None:
         """Why the native library cannot compute this block; `None` if it can."""
@@ -270,9 +289,9 @@ class FF:
         write, bias = weights.get(self._output, (self._output.weight, self._output.bias))
         return read, (write, bias if self._rank == 0 else None)
 
-    def _copied_block(self, weights: Weights) -> Copied:
+    def _copied_block(self, weights: Weights, most: int) -> Copied:
         read, write = self._projections(weights)
-        return Copied(self.block.layer, read, write, self._activate, self.block.gated)
+        return Copied(read, write, self._activate, self.block.gated, most)
 
     def _native_block(self, weights: Weights) -> operands.Block:
         """The block for the native library: gate and up where vLLM loaded them, down neuron-major."""

@@ -5,8 +5,8 @@ block is one of them, as attention is. So its code runs at every step, between t
 A recording reads its inputs where they lay when it was made; therefore the operator fills a tensor that the recording
 before it has allocated, and never returns one of its own.
 
-In a graph of the whole model (full mode) no code of the block runs. Such a graph is recorded with all neurons, and
-`runners` keeps steps that gather or prune out of it.
+In a graph of the whole model (full mode) no code of the block runs. Such a graph holds all neurons, or for one row the
+copy of one request's experts, and `runners` lets only those steps take it that need just this.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
@@ -25,10 +26,13 @@ from griffin.native import kernel
 
 @dataclass
 class Counts:
-    """Numbers of rows that the FF blocks computed each way, and of generated tokens whose experts were left out."""
+    """Numbers of rows that the FF blocks computed each way, and of generated tokens that CUDA graphs of the whole model
+    computed for experts, or whose experts were left out.
+    """
 
     native: int = 0
     copied: int = 0
+    recorded: int = 0
     masked: int = 0
     left_out: int = 0
 
@@ -53,7 +57,6 @@ class RequestState:
     statistics: Statistics = field(default_factory=Statistics)
     experts: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
-    copies: dict[int, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
 
 class Gathered(NamedTuple):
@@ -107,19 +110,31 @@ class StepPlan:
         return self.sets[layer]
 
 
+class Needs(Enum):
+    """What a step needs of the FF blocks."""
+
+    ALL_NEURONS = "all neurons: vLLM's own FF"
+    EXPERTS_OF_ONE_ROW = "the experts of its only row"
+    ROWS = "its rows told apart, as the step gathers or prunes"
+
+
 class Requests:
     """All unfinished requests of an engine, and the step that runs.
 
     Args:
         blocks: the FF blocks that are pruned; with tensor parallelism, this rank's part of each.
+
+    Attributes:
         pays: whether computing so many requests for their experts only saves time. Where it does not, a step leaves the
             experts out: the full FF is as fast, and better.
+        load: called before a request generates alone, unless it was the last that did.
     """
 
-    def __init__(
-        self, blocks: Sequence[FFBlock], pays: Callable[[Collection[RequestState]], bool] = lambda requests: True
-    ) -> None:
-        self._blocks, self.pays = blocks, pays
+    def __init__(self, blocks: Sequence[FFBlock]) -> None:
+        self._blocks = blocks
+        self.pays: Callable[[Collection[RequestState]], bool] = lambda requests: True
+        self.load: Callable[[RequestState], None] = lambda request: None
+        self._loaded: RequestState | None = None
         self._states: dict[str, RequestState] = {}
         self._sets: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._generating: list[tuple[int, RequestState]] = []
@@ -142,18 +157,22 @@ class Requests:
         """Let the FF blocks follow a step; inside `running`."""
         self.step = self.plan(scheduled)
 
-    def concerns(self, scheduled: Iterable[Scheduled]) -> bool:
-        """Whether a step of these requests gathers or prunes, so that it needs more than vLLM's own FF."""
+    def needs(self, scheduled: Iterable[Scheduled]) -> Needs:
+        """What a step of these requests needs of the FF blocks. Changes nothing."""
+        parts = list(scheduled)
         generating = []
-        for part in scheduled:
+        for part in parts:
             if part.config.density == 1.0:
                 continue
             request = self._states.get(part.request, RequestState(part.config))
             if _unseen(request, part):
-                return True
+                return Needs.ROWS
             if request.experts:
                 generating.append(request)
-        return bool(generating) and self.pays(generating)
+        if not generating or not self.pays(generating):
+            return Needs.ALL_NEURONS
+        lone = len(parts) == 1 and parts[0].computed >= parts[0].prompt and parts[0].end - parts[0].begin == 1
+        return Needs.EXPERTS_OF_ONE_ROW if lone else Needs.ROWS
 
     def plan(self, scheduled: Iterable[Scheduled]) -> StepPlan:
         """Sort the rows of a step."""
@@ -178,9 +197,10 @@ class Requests:
         requests = {id(request): request for _, request in pruned}.values()
         if pruned and not self.pays(requests):
             self.counts.left_out += len(pruned)
-            for request in requests:
-                request.copies.clear()
             pruned = []
+        if pruned and len(requests) == 1 and pruned[0][1] is not self._loaded:
+            self._loaded = pruned[0][1]
+            self.load(self._loaded)
         if [request for _, request in pruned] != [request for _, request in self._generating]:
             self._sets = {}
         self._generating = pruned

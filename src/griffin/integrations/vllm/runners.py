@@ -86,16 +86,16 @@ def scheduled(output: Any, known: Mapping[str, Known]) -> Iterator[Scheduled]:
         yield Scheduled(name, 0, count, computed[name], prompt, config)
 
 
-def keep_out_of_full_graphs(runner: Any, v2: bool, concerned: Callable[[], bool]) -> bool:
-    """Run steps that gather or prune by piecewise graphs: graphs of the whole model are recorded with all neurons.
+def choose_full_graphs(runner: Any, v2: bool, serves: Callable[[int], bool]) -> bool:
+    """Let steps take a graph of the whole model only if it does what they need; piecewise graphs serve any step.
 
     Args:
         runner: vLLM's runner, whose graphs are recorded.
         v2: whether it is the V2 model runner.
-        concerned: whether this step gathers or prunes.
+        serves: whether a graph of the whole model, for so many rows, does what this step needs.
 
     Returns:
-        Whether there are graphs of the whole model, so that `concerned` is asked.
+        Whether there are graphs of the whole model, so that `serves` is asked.
 
     Raises:
         ValueError: the runner has graphs of the whole model only.
@@ -106,23 +106,25 @@ def keep_out_of_full_graphs(runner: Any, v2: bool, concerned: Callable[[], bool]
     if not chooser.cudagraph_mode.has_piecewise_cudagraphs():
         raise ValueError(
             f"vLLM resolved its CUDA graphs to {chooser.cudagraph_mode.name} for this model, graphs of the whole model "
-            'alone, which hold one step\'s experts; pass --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\''
+            'alone, which do not tell the rows of a step apart; pass --compilation-config \'{"cudagraph_mode": '
+            '"PIECEWISE"}\''
         )
     dispatch = chooser.dispatch
 
     def v1_dispatch(*args: Any, invalid_modes: Any = None, **kwargs: Any) -> Any:
-        if concerned():
-            invalid_modes = {FULL, *(invalid_modes or ())}
-        return dispatch(*args, invalid_modes=invalid_modes, **kwargs)
+        mode, batch = dispatch(*args, invalid_modes=invalid_modes, **kwargs)
+        if mode == FULL and not serves(batch.num_tokens):
+            return dispatch(*args, invalid_modes={FULL, *(invalid_modes or ())}, **kwargs)
+        return mode, batch
 
     def v2_dispatch(num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kwargs: Any) -> Any:
-        if not concerned():
-            return dispatch(num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
-        # Graphs of the whole model are for decode batches alone, which their uniform or longest query tells.
-        chosen = dispatch(num_reqs, num_tokens, None, *args, **kwargs | {"max_query_len": None})
-        if chosen.cg_mode == FULL:
-            raise RuntimeError(f"vLLM chose a graph of the whole model for a step that prunes: {chosen}")
-        return chosen
+        batch = dispatch(num_reqs, num_tokens, uniform_token_count, *args, **kwargs)
+        if batch.cg_mode == FULL and not serves(batch.num_tokens):
+            # Graphs of the whole model are for decode batches alone, which their uniform or longest query tells.
+            batch = dispatch(num_reqs, num_tokens, None, *args, **kwargs | {"max_query_len": None})
+            if batch.cg_mode == FULL:
+                raise RuntimeError(f"vLLM has no other graph than {batch} for a step that gathers or prunes")
+        return batch
 
     chooser.dispatch = v2_dispatch if v2 else v1_dispatch
     return True

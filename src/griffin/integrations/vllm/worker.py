@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from griffin.integrations.vllm import runners, settings
 from griffin.integrations.vllm.blocks import FF, find, kept_weights
-from griffin.integrations.vllm.requests import Requests
+from griffin.integrations.vllm.requests import Needs, Requests, RequestState
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -46,10 +46,17 @@ class GriffinWorker(Worker):  # type: ignore[misc]
         plain = compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE
         named = None if plain else compilation.static_forward_context
         self._griffin_requests = Requests(blocks)
-        ffs = [FF(block, weights, config.backend, named, self._griffin_requests) for block in blocks]
+        ffs = [FF(block, weights, config, named, self._griffin_requests) for block in blocks]
+
+        def load(request: RequestState) -> None:
+            for ff in ffs:
+                ff.load(request)
+
         self._griffin_requests.pays = lambda requests: all(ff.pays(requests) for ff in ffs)
+        self._griffin_requests.load = load
+        self._griffin_records_experts = all(ff.records_experts for ff in ffs)
         self._griffin_known: dict[str, runners.Known] = {}
-        self._griffin_concerned = self._griffin_full_graphs = self._griffin_told = False
+        self._griffin_needs, self._griffin_full_graphs, self._griffin_told = Needs.ALL_NEURONS, False, False
         runners.follow(runner, self.use_v2_model_runner, self._griffin_requests, self._griffin_known)
         ways = ", ".join(f"{count} {way}" for way, count in Counter(ff.way for ff in ffs).items())
         logger.info(
@@ -64,10 +71,18 @@ class GriffinWorker(Worker):  # type: ignore[misc]
             ValueError: the recorded graphs leave no place for experts.
         """
         times = super().compile_or_warm_up_model()
-        self._griffin_full_graphs = runners.keep_out_of_full_graphs(
-            self.model_runner, self.use_v2_model_runner, lambda: self._griffin_concerned
+        self._griffin_full_graphs = runners.choose_full_graphs(
+            self.model_runner, self.use_v2_model_runner, self._serves
         )
         return times
+
+    def _serves(self, rows: int) -> bool:
+        """Whether a graph of the whole model, for so many rows, does what this step needs."""
+        if rows == 1 and self._griffin_records_experts:
+            serves = self._griffin_needs == Needs.EXPERTS_OF_ONE_ROW
+            self._griffin_requests.counts.recorded += serves
+            return serves
+        return self._griffin_needs == Needs.ALL_NEURONS
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step."""
@@ -79,11 +94,11 @@ class GriffinWorker(Worker):  # type: ignore[misc]
             config = settings.of_request(new.sampling_params, self._griffin)
             known[new.req_id] = runners.Known(config, new.prompt_len)
         if self._griffin_full_graphs:
-            self._griffin_concerned = requests.concerns(runners.scheduled(scheduler_output, known))
+            self._griffin_needs = requests.needs(runners.scheduled(scheduler_output, known))
         try:
             return super().execute_model(scheduler_output)
         finally:
-            self._griffin_concerned = False
+            self._griffin_needs = Needs.ALL_NEURONS
             if requests.counts.left_out and not self._griffin_told:
                 self._griffin_told = True
                 logger.info("GRIFFIN: so many requests generate at once that experts save no time; they are left out")
@@ -94,6 +109,7 @@ class GriffinWorker(Worker):  # type: ignore[misc]
         return {
             "native_rows": requests.counts.native,
             "copied_rows": requests.counts.copied,
+            "recorded_rows": requests.counts.recorded,
             "masked_rows": requests.counts.masked,
             "left_out_rows": requests.counts.left_out,
             "prompt_tokens": requests.prompt_tokens,
