@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,48 +175,38 @@ def of_halves(library: Library, prompt: list[int]) -> list[dict[int, list[int]]]
     return halves
 
 
-def test_opt(library: Library, tmp_path: Path) -> None:
-    """Ungated, with biases, and with one activation module for all layers."""
+def opt() -> Any:
+    """Ungated, with biases, and in vLLM with one activation module for all layers."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    torch.manual_seed(1)
     config = OPTConfig(
-        vocab_size=49152, hidden_size=128, num_hidden_layers=3, ffn_dim=256, num_attention_heads=4, init_std=0.2,
+        vocab_size=512, hidden_size=128, num_hidden_layers=3, ffn_dim=256, num_attention_heads=4, init_std=0.2,
         max_position_embeddings=1024, word_embed_proj_dim=128, pad_token_id=1, bos_token_id=2, eos_token_id=2,
     )  # fmt: skip
-    model = OPTForCausalLM(config).eval()
+    model = OPTForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
-    folder = tmp_path / "opt"
-    model.save_pretrained(folder)
-    library.tokenizer.save_pretrained(folder)
-    prompts, expected = [[5, 9, 11, 200, 4000, 77, 8], [31, 45, 66, 1000]], []
-    for prompt in prompts:
-        with griffin.attach(model, density=0.5, backend="reference", selection="topk"):
-            settings = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
-            expected.append(model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist())
-    found = run(
-        str(folder), tmp_path, [[[prompt, None, LENGTH] for prompt in prompts]],
-        additional_config={"griffin": {"density": 0.5}},
-    )  # fmt: skip
-    assert [own["tokens"] for own in found["rounds"][0]] == expected
-    assert found["report"][0]["masked_rows"] == 0 < found["report"][0]["native_rows"]
+    return model
 
 
-@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-def test_preempted_requests_on_both_model_runners(v2: bool, tmp_path: Path) -> None:
-    """Too little cache for all requests at once: some are preempted, and computed again with the experts they had."""
+def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(2)
     config = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, head_dim=32,
         num_key_value_heads=1, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    folder = tmp_path / "llama"
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(("make", "v2"), [(opt, False), (llama, True)], ids=["opt-v1", "llama-v2"])
+def test_preempted_requests_on_both_model_runners(make: Callable[[], Any], v2: bool, tmp_path: Path) -> None:
+    """Too little cache for all requests at once: some are preempted, and computed again with the experts they had."""
+    torch.manual_seed(2)
+    model = make().eval()
+    folder = tmp_path / "model"
     model.save_pretrained(folder)
     prompts = [torch.randint(3, 512, (length,)).tolist() for length in (7, 40, 3, 25)]
     densities, expected = (0.5, 0.25, 1.0, 0.5), []
@@ -225,7 +216,7 @@ def test_preempted_requests_on_both_model_runners(v2: bool, tmp_path: Path) -> N
             expected.append(model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist())
     requests = [[p, {"griffin_density": d}, 2 * LENGTH] for p, d in zip(prompts, densities, strict=True)]
     found = run(
-        str(folder), tmp_path, [requests], v2=v2, skip_tokenizer_init=True, block_size=16, num_gpu_blocks_override=10,
+        str(folder), tmp_path, [requests], v2=v2, skip_tokenizer_init=True, block_size=32, num_gpu_blocks_override=8,
         max_num_batched_tokens=64, max_model_len=128, enable_prefix_caching=False,
         additional_config={"griffin": {"density": 0.5}},
     )  # fmt: skip
