@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+SETTINGS = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16, "disable_log_stats": False}
+
 
 def main() -> None:
     from vllm import LLM, SamplingParams
 
     job = json.loads(Path(sys.argv[1]).read_text())
-    llm = LLM(dtype="float32", max_model_len=1024, max_num_seqs=16, **job["arguments"])
+    llm = LLM(**{**SETTINGS, **job["arguments"]})
     engine, found = llm.llm_engine, []
     pruned = "additional_config" in job["arguments"]
     for number, requests in enumerate(job["rounds"]):
@@ -39,13 +41,15 @@ def main() -> None:
         pruned = "additional_config" in job["arguments"]
         found.append(own)
     report = engine.collective_rpc("griffin_report") if pruned else []
+    preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     refused = ""
     if pruned:
         try:
             engine.add_request("bad", "x", SamplingParams(extra_args={"griffin_density": 7}))
         except ValueError as error:
             refused = str(error)
-    Path(sys.argv[2]).write_text(json.dumps({"rounds": found, "report": report, "refused": refused}))
+    answer = {"rounds": found, "report": report, "refused": refused, "preemptions": preemptions}
+    Path(sys.argv[2]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

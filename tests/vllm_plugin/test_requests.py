@@ -13,7 +13,7 @@ from torch import nn
 from griffin.config import GriffinConfig
 from griffin.integrations.vllm import settings
 from griffin.integrations.vllm.copied import Copied
-from griffin.integrations.vllm.requests import Requests, Scheduled
+from griffin.integrations.vllm.requests import Needs, Requests, Scheduled
 from griffin.layouts import FFBlock, Layout
 
 HALF, FULL = (
@@ -59,32 +59,37 @@ def test_preempted_requests_keep_their_experts_and_count_no_token_twice() -> Non
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_copies_of_few_requests_equal_masking(gated: bool) -> None:
+def test_a_copy_equals_masking(gated: bool) -> None:
+    """Also of fewer experts than it has room for, after one of more."""
     width, d = 8, 5
     weight, bias = torch.randn(2 * width if gated else width, d), torch.randn(2 * width if gated else width)
     down, down_bias = torch.randn(d, width), torch.randn(d)
 
     def activate(z: torch.Tensor) -> torch.Tensor:
-        return z[:, : z.shape[1] // 2].relu() * z[:, z.shape[1] // 2 :] if gated else z.relu()
+        return z[:, : z.shape[1] // 2].relu() * z[:, z.shape[1] // 2 :] if gated else (1 + z).relu()
 
-    own = requests()
-    quarter = GriffinConfig(density=0.25, batch="per_sequence", selection="topk")
-    step(own, Scheduled("a", 0, 4, 0, 4, HALF), Scheduled("b", 4, 6, 0, 2, quarter))
-    copied = Copied(0, (weight, bias), (down, down_bias), activate, gated)
-    x = torch.randn(2, d)
-    plan = own.plan([Scheduled("a", 0, 1, 4, 4, HALF), Scheduled("b", 1, 2, 2, 2, quarter)])
-    assert copied.pays(plan)
-    mask = torch.zeros(2, width)
-    for row, name in enumerate("ab"):
-        mask[row, own.experts[name][0]] = 1
-    expected = (activate(x @ weight.t() + bias) * mask) @ down.t() + down_bias
-    torch.testing.assert_close(copied.run(x, plan), expected)
-    assert all(request.copies for _, request in plan.pruned)
-    step(own, Scheduled("c", 0, 4, 0, 4, HALF))
-    names = {"a": (4, 4, HALF), "b": (2, 2, quarter), "c": (4, 4, HALF)}
-    full = own.plan([Scheduled(name, at, at + 1, *about) for at, (name, about) in enumerate(names.items())])
-    assert not copied.pays(full)  # 4 + 2 + 4 neurons of 8: the whole FF is less
-    assert not any(request.copies for _, request in full.pruned)
+    copied = Copied((weight, bias), (down, down_bias), activate, gated, 4)
+    x = torch.randn(3, d)
+    for experts in ([1, 2, 5, 7], [0, 6], [2, 3, 4, 5]):
+        copied.load(torch.tensor(experts))
+        mask = torch.zeros(width).index_fill_(0, torch.tensor(experts), 1)
+        expected = (activate(x @ weight.t() + bias) * mask) @ down.t() + down_bias
+        torch.testing.assert_close(copied.run(x), expected)
+
+
+def test_experts_are_left_out_where_they_do_not_pay() -> None:
+    own, loaded = requests(), []
+    own.pays, own.load = (lambda many: len(many) == 1), loaded.append
+    step(own, Scheduled("a", 0, 4, 0, 4, HALF), Scheduled("b", 4, 6, 0, 2, HALF))
+    a, b = Scheduled("a", 0, 1, 4, 4, HALF), Scheduled("b", 1, 2, 2, 2, HALF)
+    for lone in (a, a, Scheduled("b", 0, 1, 2, 2, HALF)):
+        assert own.needs([lone]) == Needs.EXPERTS_OF_ONE_ROW
+        assert step(own, lone) == ([], [0])
+    assert [request.experts for request in loaded] == [own.experts["a"], own.experts["b"]]
+    assert own.needs([a, b]) == Needs.ALL_NEURONS
+    assert step(own, a, b) == ([], [])
+    assert own.counts.left_out == 2
+    assert own.incomplete == 0
 
 
 def test_missing_prompt_tokens_are_counted() -> None:
@@ -92,6 +97,31 @@ def test_missing_prompt_tokens_are_counted() -> None:
     step(own, Scheduled("a", 0, 2, 4, 6, HALF))
     assert step(own, Scheduled("a", 0, 1, 6, 6, HALF)) == ([], [])
     assert own.incomplete == 1
+
+
+def test_what_steps_need() -> None:
+    own = requests()
+    prompt, generated = Scheduled("a", 0, 4, 0, 4, HALF), Scheduled("a", 0, 1, 4, 4, HALF)
+    assert own.needs([prompt]) == Needs.ROWS
+    assert own.needs([Scheduled("c", 0, 4, 0, 4, FULL)]) == Needs.ALL_NEURONS
+    assert own.needs([generated]) == Needs.ALL_NEURONS  # its prompt has not been seen
+    step(own, prompt)
+    assert own.needs([generated]) == Needs.EXPERTS_OF_ONE_ROW
+    assert own.needs([Scheduled("a", 0, 2, 4, 4, HALF)]) == Needs.ROWS
+    assert own.needs([Scheduled("c", 0, 1, 0, 1, FULL), generated]) == Needs.ROWS
+    assert own.needs([Scheduled("a", 0, 1, 3, 4, HALF)]) == Needs.ROWS  # preempted: a prompt's row, computed again
+    assert own.needs([generated, Scheduled("b", 1, 2, 0, 1, HALF)]) == Needs.ROWS  # a prompt of one token
+
+
+def test_a_step_ends_with_its_run() -> None:
+    own = requests()
+    with own.running():
+        pass  # a dummy run
+    with pytest.raises(RuntimeError), own.running():
+        own.begin([Scheduled("a", 0, 4, 0, 4, HALF)])
+        raise RuntimeError
+    assert own.step is None
+    assert own.experts["a"] == {}
 
 
 def test_requests_of_several_densities_share_a_union() -> None:
@@ -107,9 +137,12 @@ def test_requests_of_several_densities_share_a_union() -> None:
 
 
 def engine(**own: Any) -> Any:
+    from vllm.config import CUDAGraphMode
+
     plain = {
         "additional_config": {"griffin": {"density": 0.5}},
-        "use_v2_model_runner": False,
+        "cache_config": SimpleNamespace(kv_sharing_fast_prefill=False),
+        "compilation_config": SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
@@ -138,11 +171,11 @@ def engine(**own: Any) -> Any:
 )
 def test_settings_that_mean_nothing_here_are_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings.of(engine(additional_config={"griffin": given}))
+        settings.of(SimpleNamespace(additional_config={"griffin": given}))
 
 
 def test_absent_key_means_nothing() -> None:
-    assert settings.of(engine(additional_config={})) is None
+    assert settings.of(SimpleNamespace(additional_config={})) is None
 
 
 def test_a_requests_own_density() -> None:
@@ -156,12 +189,11 @@ def test_a_requests_own_density() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"use_v2_model_runner": True}, "V2 model runner"),
+        ({"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "kv_sharing_fast_prefill"),
         ({"speculative_config": object()}, "speculative"),
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"scheduler_config": SimpleNamespace(scheduler_cls="own.Scheduler")}, "own.Scheduler"),
-        ({"device_config": SimpleNamespace(device_type="cuda")}, "enforce-eager"),
     ],
 )
 def test_engines_that_do_not_work_are_refused(changed: dict[str, Any], message: str) -> None:

@@ -1,67 +1,36 @@
 """The FF blocks of a vLLM model, and how their rows are computed.
 
 Rows of the prompt phase, and of requests at density 1.0, go through vLLM's own layers. Rows of the generation phase are
-computed for their experts only: by the native library, in place, or on an accelerator from copies of a few requests'
-experts. Where neither is possible, vLLM's layers compute all neurons and those that are no experts are set to zero: the
-result is the same, but no time is saved.
+computed for their experts only: by the native library, in place, or on an accelerator from a copy of one request's
+experts. Where a block can do neither, vLLM's layers compute all neurons and those that are no experts are set to zero:
+the result is the same, but no time is saved.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
 
 from griffin import activation
+from griffin.config import GriffinConfig
 from griffin.families import LAYOUTS
+from griffin.integrations.vllm import operator
 from griffin.integrations.vllm.copied import Copied
-from griffin.integrations.vllm.requests import RequestState, StepPlan
+from griffin.integrations.vllm.requests import Requests, RequestState, StepPlan
 from griffin.layouts import FFBlock
 from griffin.native import kernel, library, operands
-
-STEP = "griffin"
-"""Key of the step's plan in vLLM's forward context. Dummy runs have no plan there, so they run the full FF."""
 
 _LAYOUTS = tuple(layout for layout in LAYOUTS if len(layout.inputs) == 1)  # vLLM stores gate and up as one projection
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ZERO = 1e-30  # a squared norm that is not zero, for rows that are zero on every rank
 _LOADING = threading.Lock()  # one model at a time is loaded, as a class of vLLM is patched meanwhile
-
-
-@torch.library.custom_op("griffin::vllm_ff", mutates_args=())
-def vllm_ff(x: Tensor, name: str) -> Tensor:
-    """One FF block as an operator, so that `torch.compile` sees an opaque call.
-
-    vLLM's attention layers are found the same way: by name, among the layers of the engine whose step this is. A number
-    would be wrong: vLLM keeps compiled graphs on disk, and other processes and engines reuse them.
-
-    Shapes:
-        x: (rows, D). Returns the same.
-    """
-    ff: FF = get_forward_context().no_compile_layers[name]
-    return ff.run(x)
-
-
-@vllm_ff.register_fake
-def _(x: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@dataclass
-class Counts:
-    """Numbers of rows that the FF blocks computed each way, so that tests can tell which path ran."""
-
-    native: int = 0
-    copied: int = 0
-    masked: int = 0
 
 
 Weights = dict[nn.Module, tuple[Tensor, Tensor | None]]
@@ -127,16 +96,21 @@ def _activation_name(module: nn.Module) -> str | None:
     return next(names, None)
 
 
+def _is_recorded() -> bool:
+    """Whether a CUDA graph records this call. Piecewise graphs do not: they are cut here."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class FF:
     """One FF block, patched so that it follows the step's plan.
 
     Args:
         block: the block.
         weights: from `kept_weights`; the weights of other layers are read where they are.
-        backend: as in `GriffinConfig`.
+        config: the engine's settings.
         layers: where compiled graphs find the block, vLLM's `static_forward_context` of this engine; `None` where
-            vLLM does not compile the model.
-        counts: where the rows are counted.
+            vLLM neither compiles the model nor records CUDA graphs.
+        requests: whose step the block follows, and where its rows are counted.
 
     Raises:
         ValueError: the native backend was asked for by name and cannot compute the block, or the block is more than
@@ -144,9 +118,10 @@ class FF:
     """
 
     def __init__(
-        self, block: FFBlock, weights: Weights, backend: str, layers: dict[str, Any] | None, counts: Counts
+        self, block: FFBlock, weights: Weights, config: GriffinConfig, layers: dict[str, Any] | None, requests: Requests
     ) -> None:
-        self.block, self._counts = block, counts
+        backend = config.backend
+        self.block, self._requests, self._counts = block, requests, requests.counts
         self._activation_name = _activation_name(block.module) or ""
         self._input, self._output = cast(Any, block.inputs[0]), cast(Any, block.output)
         self._read, self._write = self._input.forward, self._output.forward
@@ -163,7 +138,7 @@ class FF:
         elif backend == "native":
             raise ValueError(f"backend is native, but {self.reason}")
         elif backend == "gather" or (backend == "auto" and self._input.weight.device.type != "cpu"):
-            self._copied = self._copied_block(weights)
+            self._copied = self._copied_block(weights, config.experts_of(block.width))
         self._patch(layers)
 
     @property
@@ -172,7 +147,23 @@ class FF:
         if self.native is not None:
             return "by the native library, in place"
         why = self.reason or "as the backend was asked for by name"
-        return f"from copies of few requests ({why})" if self._copied is not None else f"by masking ({why})"
+        return f"from a copy of one request's experts ({why})" if self._copied is not None else f"by masking ({why})"
+
+    def pays(self, requests: Collection[RequestState]) -> bool:
+        """Whether computing so many requests for their experts only saves time; masking never does, nor costs any."""
+        if self._copied is not None:
+            return len(requests) == 1 and all(len(r.experts[self.block.layer]) <= self._copied.most for r in requests)
+        return self.native is None or len(requests) <= kernel.MAX_ROWS
+
+    def load(self, request: RequestState) -> None:
+        """Make a request the one whose experts are copied, if experts are."""
+        if self._copied is not None:
+            self._copied.load(request.experts[self.block.layer])
+
+    @property
+    def records_experts(self) -> bool:
+        """Whether a CUDA graph of the whole model, for one row, computes the copied experts, not all neurons."""
+        return self._copied is not None
 
     def run(self, x: Tensor) -> Tensor:
         """The FF of a step's rows.
@@ -180,29 +171,29 @@ class FF:
         Shapes:
             x: (rows, D), padding included. Returns the same.
         """
-        context = get_forward_context().additional_kwargs if is_forward_context_available() else {}
-        step: StepPlan | None = context.get(STEP)
+        if self._copied is not None and len(x) == 1 and _is_recorded():
+            return self._summed(self._copied.run(x))
+        step = self._requests.step
         if step is None or not (step.pruned or step.gathered):
             return self._full(x)
-        if not step.pruned or not self._saves(step):
+        if not step.pruned or not self._for_experts_only(step):
             return self._whole(x, step)
-        if len(step.pruned) == step.rows == len(x):
+        if len(step.pruned) == len(x):
             return self._experts(x, step)
-        whole, pruned = step.indices
         y = torch.zeros_like(x)
+        if not step.whole:  # rows after the step's are padding
+            y[: step.rows] = self._experts(x[: step.rows], step)
+            return y
+        whole, pruned = step.indices(x.device)
         y[pruned] = self._experts(x[pruned], step)
-        if len(whole):
-            z = self._neurons(x[whole])
-            place = {row: at for at, row in enumerate(whole.tolist())} if step.gathered else {}
-            self._gather(z, step, place)
-            y[whole] = self._written(z)
+        z = self._neurons(x[whole])
+        self._gather(z, step, {row: at for at, row in enumerate(step.whole)})
+        y[whole] = self._written(z)
         return y
 
-    def _saves(self, step: StepPlan) -> bool:
-        """Whether the pruned rows can be computed for their experts alone."""
-        if self._copied is not None:
-            return self._copied.pays(step)
-        return self.native is not None and len(step.pruned) <= kernel.MAX_ROWS
+    def _for_experts_only(self, step: StepPlan) -> bool:
+        """Whether the pruned rows can be computed for experts only. A preempted request comes back with too many."""
+        return self._copied is not None or (self.native is not None and len(step.pruned) <= kernel.MAX_ROWS)
 
     def _neurons(self, x: Tensor) -> Tensor:
         z: Tensor = self._activate(self._read(x)[0])
@@ -243,19 +234,19 @@ class FF:
             request.statistics.add(self.block.layer, z[None, rows], None, squared_norms)
 
     def _experts(self, x: Tensor, step: StepPlan) -> Tensor:
-        """Compute pruned rows by the native library, or from copies. Shapes: x (pruned rows, D), as returned."""
+        """Compute pruned rows by the native library, or from the copy. Shapes: x (pruned rows, D), as returned."""
         if self._copied is not None:
             self._counts.copied += len(x)
-            y = self._copied.run(x, step)
-        else:
-            assert self.native is not None
-            experts, row_mask = step.set_of(self.block.layer, self.block.width)
-            self._counts.native += len(x)
-            readable = x.float() if x.dtype == torch.float16 else x
-            y = kernel.ff(self.native, readable, experts, row_mask).to(x.dtype)
-        if self._ranks > 1:
-            y = tensor_model_parallel_all_reduce(y)
-        return y
+            return self._summed(self._copied.run(x))
+        assert self.native is not None
+        experts, row_mask = step.set_of(self.block.layer, self.block.width)
+        self._counts.native += len(x)
+        readable = x.float() if x.dtype == torch.float16 else x
+        return self._summed(kernel.ff(self.native, readable, experts, row_mask).to(x.dtype))
+
+    def _summed(self, y: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        return tensor_model_parallel_all_reduce(y) if self._ranks > 1 else y
 
     def _why_not_native(self, weights: Weights) -> str | None:
         """Why the native library cannot compute this block; `None` if it can."""
@@ -298,9 +289,9 @@ class FF:
         write, bias = weights.get(self._output, (self._output.weight, self._output.bias))
         return read, (write, bias if self._rank == 0 else None)
 
-    def _copied_block(self, weights: Weights) -> Copied:
+    def _copied_block(self, weights: Weights, most: int) -> Copied:
         read, write = self._projections(weights)
-        return Copied(self.block.layer, read, write, self._activate, self.block.gated)
+        return Copied(read, write, self._activate, self.block.gated, most)
 
     def _native_block(self, weights: Weights) -> operands.Block:
         """The block for the native library: gate and up where vLLM loaded them, down neuron-major."""
@@ -314,7 +305,8 @@ class FF:
         return operands.ff_block(inputs[0] if self.block.gated else None, inputs[-1], down, activation=name)
 
     def _patch(self, layers: dict[str, Any] | None) -> None:
-        forward = self.run if layers is None else self._registered(layers)
+        name = f"{self._output.prefix}.griffin"  # vLLM's names are unique in an engine, a draft model's included
+        forward = self.run if layers is None else operator.registered(self, name, layers)
         if not self._in_layer:
             self.block.module.forward = forward
             return
@@ -322,16 +314,3 @@ class FF:
         self._input.forward = lambda x: (x, None)
         setattr(self.block.module, self._activation_name, nn.Identity())  # all layers share one activation: replace it
         self._output.forward = lambda x: (forward(x), None)
-
-    def _registered(self, layers: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-        """Enter the block where compiled graphs look it up. Returns what they are to call."""
-        name = f"{self._output.prefix}.griffin"  # vLLM's names are unique in an engine, a draft model's included
-        if name in layers:
-            raise ValueError(f"this engine already has an FF block {name}")
-        layers[name] = self
-
-        def forward(x: Tensor) -> Tensor:
-            y: Tensor = vllm_ff(x, name)
-            return y
-
-        return forward

@@ -1,8 +1,8 @@
-"""Copies of each request's experts, for accelerators: they need dense matrices, and no kernel there reads in place.
+"""A copy of one request's experts, for accelerators: they need dense matrices, and no kernel here reads in place there.
 
-The experts of a request are copied when its generation phase begins, and are a dense FF block of width k from then on.
-Every request reads and stores k neurons, so copies are used only while the requests of a step have fewer experts
-together than the FF has neurons.
+The copy lies where it lay when the engine was started, whichever request it is of. So a CUDA graph of the whole model,
+recorded for one row, computes the experts of any request. The copy is made when its request generates alone, and serves
+while it does: two requests would read as much as the FF has, at density 0.5.
 """
 
 from __future__ import annotations
@@ -13,61 +13,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.integrations.vllm.requests import RequestState, StepPlan
+Weights = tuple[Tensor, Tensor | None]
 
 
 class Copied:
-    """One FF block by copies of its experts.
+    """One FF block by a copy of its experts.
 
     Args:
-        layer: index of the decoder layer.
         read: the input projection: the rows of gate, then the rows of up; or up alone.
         write: the output projection.
-        activate: computes z from the input projection's outputs, of which there are 2k where the block is gated.
+        activate: computes z from the input projection's outputs: `2 * most` of them where the block is gated.
         gated: whether the block has a gate.
+        most: number of experts that the copy has room for.
 
     Shapes:
         read: weight (2 D_ff or D_ff, D), and bias or `None`. write: weight (D, D_ff), and bias or `None`.
     """
 
     def __init__(
-        self,
-        layer: int,
-        read: tuple[Tensor, Tensor | None],
-        write: tuple[Tensor, Tensor | None],
-        activate: Callable[[Tensor], Tensor],
-        gated: bool,
+        self, read: Weights, write: Weights, activate: Callable[[Tensor], Tensor], gated: bool, most: int
     ) -> None:
-        self._layer, self._read, self._write = layer, read, write
-        self._activate, self._gated = activate, gated
-        self._width = write[0].shape[1]
+        self._read, self._write, self._activate = read, write, activate
+        self._width, self._parts, self.most = write[0].shape[1], 2 if gated else 1, most
+        weight, bias = read
+        self._rows = weight.new_zeros(self._parts * most, weight.shape[1])
+        self._bias = None if bias is None else bias.new_zeros(self._parts * most)
+        self._columns = write[0].new_zeros(write[0].shape[0], most)
 
-    def pays(self, step: StepPlan) -> bool:
-        """Whether the copies of this step's requests are smaller than the FF. If not, this frees them."""
-        requests = {id(request): request for _, request in step.pruned}.values()
-        if sum(len(request.experts[self._layer]) for request in requests) < self._width:
-            return True
-        for request in requests:
-            request.copies.pop(self._layer, None)
-        return False
+    @torch.no_grad()
+    def load(self, experts: Tensor) -> None:
+        """Copy experts; room that is left is filled with neurons that add nothing. Shapes: (k,), k <= most."""
+        weight, bias = self._read
+        experts = experts.to(weight.device)
+        k = len(experts)
+        for part in range(self._parts):
+            begin, rows = part * self.most, experts + part * self._width
+            self._rows[begin : begin + k] = weight[rows]
+            self._rows[begin + k : begin + self.most] = 0
+            if self._bias is not None and bias is not None:
+                self._bias[begin : begin + k] = bias[rows]
+                self._bias[begin + k : begin + self.most] = 0
+        self._columns[:, :k] = self._write[0][:, experts]
+        self._columns[:, k:] = 0
 
-    def run(self, x: Tensor, step: StepPlan) -> Tensor:
-        """Compute the pruned rows of a step, before any sum over ranks. Shapes: x (pruned rows, D), as returned."""
-        y = torch.empty_like(x)
-        rows: dict[int, tuple[RequestState, list[int]]] = {}
-        for at, (_, request) in enumerate(step.pruned):
-            rows.setdefault(id(request), (request, []))[1].append(at)
-        for request, places in rows.values():
-            read, read_bias, write = self._copies(request)
-            y[places] = F.linear(self._activate(F.linear(x[places], read, read_bias)), write, self._write[1])
-        return y
-
-    def _copies(self, request: RequestState) -> tuple[Tensor, Tensor | None, Tensor]:
-        if self._layer not in request.copies:
-            weight, bias = self._read
-            experts = request.experts[self._layer].to(weight.device)
-            rows = torch.cat([experts, experts + self._width]) if self._gated else experts
-            read, read_bias = weight.detach()[rows], None if bias is None else bias.detach()[rows]
-            write = self._write[0].detach()[:, experts].contiguous()
-            request.copies[self._layer] = read, read_bias, write
-        return request.copies[self._layer]
+    def run(self, x: Tensor) -> Tensor:
+        """Compute rows for the experts that were loaded, before any sum over ranks. Shapes: (rows, D), as returned."""
+        return F.linear(self._activate(F.linear(x, self._rows, self._bias)), self._columns, self._write[1])

@@ -7,8 +7,10 @@ chunks, and tokens that are computed again after a preemption.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,6 +22,19 @@ from griffin.config import GriffinConfig
 from griffin.layouts import FFBlock
 from griffin.method.statistics import Statistics
 from griffin.native import kernel
+
+
+@dataclass
+class Counts:
+    """Numbers of rows that the FF blocks computed each way, and of generated tokens that CUDA graphs of the whole model
+    computed for experts, or whose experts were left out.
+    """
+
+    native: int = 0
+    copied: int = 0
+    recorded: int = 0
+    masked: int = 0
+    left_out: int = 0
 
 
 class Scheduled(NamedTuple):
@@ -42,7 +57,6 @@ class RequestState:
     statistics: Statistics = field(default_factory=Statistics)
     experts: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
-    copies: dict[int, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict)
 
 
 class Gathered(NamedTuple):
@@ -70,14 +84,20 @@ class StepPlan:
     pruned: list[tuple[int, RequestState]]
     finished: list[RequestState]
     sets: dict[int, tuple[Tensor, Tensor | None]]
+    _indices: tuple[Tensor, Tensor] | None = None
 
     @cached_property
-    def indices(self) -> tuple[Tensor, Tensor]:
-        """Rows computed with all neurons, and rows computed for experts only. Shapes: (n,), int64."""
-        pruned = torch.tensor([row for row, _ in self.pruned], dtype=torch.int64)
-        whole = torch.ones(self.rows, dtype=torch.bool)
-        whole[pruned] = False
-        return whole.nonzero().squeeze(1), pruned
+    def whole(self) -> list[int]:
+        """Rows that are computed with all neurons, ascending."""
+        pruned = {row for row, _ in self.pruned}
+        return [row for row in range(self.rows) if row not in pruned]
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows of `whole`, and those of `pruned`. Shapes: (n,), int64."""
+        if self._indices is None:
+            rows = self.whole, [row for row, _ in self.pruned]
+            self._indices = torch.tensor(rows[0], device=device), torch.tensor(rows[1], device=device)
+        return self._indices
 
     def set_of(self, layer: int, width: int) -> tuple[Tensor, Tensor | None]:
         """Union of the pruned rows' experts, and the mask of the rows that use each, as `kernel.ff` takes them."""
@@ -90,20 +110,69 @@ class StepPlan:
         return self.sets[layer]
 
 
+class Needs(Enum):
+    """What a step needs of the FF blocks."""
+
+    ALL_NEURONS = "all neurons: vLLM's own FF"
+    EXPERTS_OF_ONE_ROW = "the experts of its only row"
+    ROWS = "its rows told apart, as the step gathers or prunes"
+
+
 class Requests:
-    """All unfinished requests of an engine.
+    """All unfinished requests of an engine, and the step that runs.
 
     Args:
         blocks: the FF blocks that are pruned; with tensor parallelism, this rank's part of each.
+
+    Attributes:
+        pays: whether computing so many requests for their experts only saves time. Where it does not, a step leaves the
+            experts out: the full FF is as fast, and better.
+        load: called before a request generates alone, unless it was the last that did.
     """
 
     def __init__(self, blocks: Sequence[FFBlock]) -> None:
         self._blocks = blocks
+        self.pays: Callable[[Collection[RequestState]], bool] = lambda requests: True
+        self.load: Callable[[RequestState], None] = lambda request: None
+        self._loaded: RequestState | None = None
         self._states: dict[str, RequestState] = {}
         self._sets: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._generating: list[tuple[int, RequestState]] = []
+        self.step: StepPlan | None = None  # what the FF blocks follow; none in vLLM's dummy runs, which are vanilla
+        self.counts = Counts()
         self.incomplete = 0  # chunks of generated tokens that ran the full FF, because prompt tokens were missing
         self.prompt_tokens = 0  # tokens in the statistics, of all requests so far
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, the FF blocks follow the step that `begin` sorts. The step ends with it: experts are selected."""
+        try:
+            yield
+            if self.step is not None:
+                self.select(self.step)
+        finally:
+            self.step = None
+
+    def begin(self, scheduled: Iterable[Scheduled]) -> None:
+        """Let the FF blocks follow a step; inside `running`."""
+        self.step = self.plan(scheduled)
+
+    def needs(self, scheduled: Iterable[Scheduled]) -> Needs:
+        """What a step of these requests needs of the FF blocks. Changes nothing."""
+        parts = list(scheduled)
+        generating = []
+        for part in parts:
+            if part.config.density == 1.0:
+                continue
+            request = self._states.get(part.request, RequestState(part.config))
+            if _unseen(request, part):
+                return Needs.ROWS
+            if request.experts:
+                generating.append(request)
+        if not generating or not self.pays(generating):
+            return Needs.ALL_NEURONS
+        lone = len(parts) == 1 and parts[0].computed >= parts[0].prompt and parts[0].end - parts[0].begin == 1
+        return Needs.EXPERTS_OF_ONE_ROW if lone else Needs.ROWS
 
     def plan(self, scheduled: Iterable[Scheduled]) -> StepPlan:
         """Sort the rows of a step."""
@@ -113,19 +182,25 @@ class Requests:
             if part.config.density == 1.0:
                 continue
             request = self._states.setdefault(part.request, RequestState(part.config))
-            prompt = min(max(part.prompt - part.computed, 0), part.end - part.begin)
-            if not request.experts and prompt > 0 and part.computed <= request.seen:
-                unseen = part.begin + request.seen - part.computed  # after a preemption the prompt starts again
-                if unseen < part.begin + prompt:
-                    gathered.append(Gathered(request, unseen, part.begin + prompt))
-                    self.prompt_tokens += part.begin + prompt - unseen
-                    request.seen = part.computed + prompt
-                    if request.seen == part.prompt:
-                        finished.append(request)
+            if unseen := _unseen(request, part):
+                shift = part.begin - part.computed
+                gathered.append(Gathered(request, unseen.start + shift, unseen.stop + shift))
+                self.prompt_tokens += len(unseen)
+                request.seen = unseen.stop
+                if request.seen == part.prompt:
+                    finished.append(request)
+            generated = range(max(part.begin + part.prompt - part.computed, part.begin), part.end)
             if request.experts:
-                pruned += [(row, request) for row in range(part.begin + prompt, part.end)]
-            elif part.begin + prompt < part.end:
+                pruned += [(row, request) for row in generated]
+            elif generated:
                 self.incomplete += 1
+        requests = {id(request): request for _, request in pruned}.values()
+        if pruned and not self.pays(requests):
+            self.counts.left_out += len(pruned)
+            pruned = []
+        if pruned and len(requests) == 1 and pruned[0][1] is not self._loaded:
+            self._loaded = pruned[0][1]
+            self.load(self._loaded)
         if [request for _, request in pruned] != [request for _, request in self._generating]:
             self._sets = {}
         self._generating = pruned
@@ -147,3 +222,10 @@ class Requests:
     def experts(self) -> Mapping[str, Mapping[int, Tensor]]:
         """Experts by request and layer."""
         return {name: request.experts for name, request in self._states.items()}
+
+
+def _unseen(request: RequestState, part: Scheduled) -> range:
+    """Positions of the prompt tokens of a step that the request's statistic does not have yet."""
+    if request.experts or part.computed > request.seen:
+        return range(0)
+    return range(request.seen, min(part.prompt, part.computed + part.end - part.begin))  # may have begun anew

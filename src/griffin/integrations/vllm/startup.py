@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 import vllm
+from vllm.config import CompilationMode
 
 from griffin.config import GriffinConfig
 from griffin.integrations.vllm import settings
@@ -25,6 +26,9 @@ VERSIONS = ((0, 32), (0, 33))
 _WORKER = "griffin.integrations.vllm.worker.GriffinWorker"
 _WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 _SCHEDULERS = "griffin.integrations.vllm.scheduler"
+
+SPLITS = "griffin::vllm_ff"
+"""The FF blocks' operator (see `operator`), as vLLM names operators at which it splits a compiled model."""
 
 
 def install() -> None:
@@ -55,9 +59,17 @@ def _configured(original: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any
     if config is not None:
         check(vllm_config, config)
         vllm_config.parallel_config.worker_cls = _WORKER
+        _split_at_ff(vllm_config.compilation_config)
         name = "GriffinAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "GriffinScheduler"
         vllm_config.scheduler_config.scheduler_cls = f"{_SCHEDULERS}.{name}"
     return vllm_config
+
+
+def _split_at_ff(compilation: Any) -> None:
+    """Cut the graphs of a compiled model at its FF blocks, where vLLM cuts them at its attention layers."""
+    splits = compilation.splitting_ops
+    if compilation.mode == CompilationMode.VLLM_COMPILE and splits and SPLITS not in splits:
+        compilation.splitting_ops = [*splits, SPLITS]
 
 
 def _checked(original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kw: Any) -> Any:
@@ -86,6 +98,7 @@ def check(vllm_config: Any, config: GriffinConfig) -> None:
 
 def _why_not(vllm_config: Any, config: GriffinConfig) -> list[str]:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    graphs = vllm_config.compilation_config.cudagraph_mode
     scheduler_cls = vllm_config.scheduler_config.scheduler_cls
     cpu = vllm_config.device_config.device_type == "cpu"
     version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
@@ -95,10 +108,6 @@ def _why_not(vllm_config: Any, config: GriffinConfig) -> list[str]:
         (
             not VERSIONS[0] <= version < VERSIONS[1],
             f"vLLM is {vllm.__version__}, tested are versions from {low} to below {high}",
-        ),
-        (
-            vllm_config.use_v2_model_runner,
-            "it has the V2 model runner, which forgets preempted requests: set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
         (
             vllm_config.speculative_config is not None,
@@ -114,7 +123,19 @@ def _why_not(vllm_config: Any, config: GriffinConfig) -> list[str]:
         (vllm_config.kv_transfer_config is not None, "a KV connector would hand on what a pruned FF has computed"),
         (model.runner_type != "generate", f"the model does not generate (runner {model.runner_type})"),
         (getattr(model, "is_encoder_decoder", False), "GRIFFIN prunes decoder-only models"),
-        (not cpu and not model.enforce_eager, "CUDA graphs would keep one step's experts: pass --enforce-eager"),
+        (
+            graphs.has_full_cudagraphs() and not graphs.has_piecewise_cudagraphs(),
+            f"CUDA graphs of the whole model alone ({graphs.name}) would keep one step's experts: pass "
+            '--compilation-config \'{"cudagraph_mode": "FULL_AND_PIECEWISE"}\'',
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "prefill context parallelism cuts a prompt's rows among the ranks",
+        ),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "with fast prefill (kv_sharing_fast_prefill) some layers see a part of a step's rows",
+        ),
         (
             parallel.worker_cls not in (*_WORKERS, _WORKER),
             f"its worker is {parallel.worker_cls}; expected one of vLLM's own for CPU or CUDA",
