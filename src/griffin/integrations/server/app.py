@@ -23,7 +23,7 @@ from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http, refusal
 from griffin.integrations.server.flocking import TOKENS, picture
 from griffin.integrations.server.metrics import Counted, Metrics
-from griffin.integrations.server.middleware import Gate
+from griffin.integrations.server.middleware import Gate, Hosts
 from griffin.integrations.server.openai_chunks import Chunks, token_bytes, whole_response
 from griffin.integrations.server.types import (
     Activations,
@@ -53,6 +53,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "malformed JSON, or a prompt that is too long",
         401: "no API key, or the wrong one",
+        403: "another host's name in the Host header",
         404: "unknown model",
         413: "the body is too large, or has too many values",
         422: "a field that is not supported or has a wrong value",
@@ -86,8 +87,10 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     )
     app.router.route_class = bounded_route(prompt_limit(engine, settings))
     server = _Server(engine, settings)
-    app.add_middleware(Counted, metrics=server.metrics)
+    app.state.metrics = server.metrics
     app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes)
+    app.add_middleware(Hosts, allowed=settings.allowed_hosts)
+    app.add_middleware(Counted, metrics=server.metrics)  # added last, it is the first that a request meets
     app.add_exception_handler(ApiError, lambda _, error: error.response())
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, of_http)

@@ -27,6 +27,7 @@ class Settings:
         prompt_tokens: the most tokens of a prompt; `None` allows the model's whole context.
         body_bytes: the most bytes of a request body.
         api_key: the key that requests must carry; `None` requires none.
+        allowed_hosts: names beside the loopback ones that requests may be for; `None` allows all.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Settings:
     prompt_tokens: int | None = None
     body_bytes: int = 4_000_000
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
 
 
 def prompt_limit(engine: Engine, settings: Settings) -> int | None:
