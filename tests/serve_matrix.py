@@ -1,4 +1,5 @@
-"""Every combination of weights, backend and selection that griffin serve offers: it starts and answers, or says why not.
+"""Every combination of weights, backend and selection that griffin serve offers: it starts and answers, or says
+why not.
 
     python tests/serve_matrix.py [-m MODEL] [--weights LIST] [--backends LIST] [--selections LIST]
 
