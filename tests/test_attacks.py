@@ -23,10 +23,11 @@ from evaluation_data import save_bytes_model
 from test_server import NAME, ask, post, process, until
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-# The goal is 50 ms. The median of the samples is compared, because a test machine may be busy with other things for a
-# while; a server that blocks its event loop fails it all the same, as then hardly any sample is fast.
+# The goal is 50 ms. The median is compared with it, or with three times the median of the idle server where the machine
+# is busy with other things. A server that blocks its event loop for a while shows in the slowest sample; how long this
+# process itself did not run at the time is allowed for, as the machine did not run the server then either.
 HEALTHY_S = 0.05
-WITHIN_S = 5.0  # any single sample, on a machine with other work
+SLOWEST_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -40,25 +41,39 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def health_timed(url: str) -> Iterator[list[float]]:
     """Ask /health again and again inside the block, and compare at its end."""
     seconds: list[float] = []
+    stalls: list[float] = [0.0]
     done = threading.Event()
 
     def sample() -> None:
-        while not done.is_set():
-            start = time.monotonic()
-            with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
-                assert answer.status == 200
-            seconds.append(time.monotonic() - start)
-            time.sleep(0.01)
+        start = time.monotonic()
+        with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
+            assert answer.status == 200
+        seconds.append(time.monotonic() - start)
 
-    with ThreadPoolExecutor(1) as pool:
-        sampling = pool.submit(sample)
+    def samples() -> None:
+        while not done.wait(0.01):
+            sample()
+
+    def heartbeat() -> None:
+        last = time.monotonic()
+        while not done.wait(0.02):
+            stalls.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    for _ in range(7):
+        sample()
+    idle = statistics.median(seconds)
+    seconds.clear()
+    with ThreadPoolExecutor(2) as pool:
+        sampling = [pool.submit(samples), pool.submit(heartbeat)]
         try:
             yield seconds
         finally:
             done.set()
-            sampling.result()
-    assert statistics.median(seconds) < HEALTHY_S
-    assert max(seconds) < WITHIN_S
+            for each in sampling:
+                each.result()
+    assert statistics.median(seconds) < max(HEALTHY_S, 3 * idle)
+    assert max(seconds) < SLOWEST_S + max(stalls)
 
 
 def body(**fields: Any) -> bytes:
@@ -139,7 +154,7 @@ def test_health_and_a_stream_beside_flocking_pictures(url: str) -> None:
     assert 200 in statuses
     assert 429 in statuses  # the queue has 8 places
     assert len(gaps) > 290  # the last pieces may come together
-    assert max(gaps) < WITHIN_S
+    assert statistics.median(gaps) < 1  # a picture runs in chunks, between which the stream goes on
 
 
 def test_health_beside_stop_texts_that_hold_everything_back(url: str) -> None:
