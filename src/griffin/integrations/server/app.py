@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from griffin.config import GriffinConfig
 from griffin.engine.step import Sampling
 from griffin.integrations.server import schema
-from griffin.integrations.server.bounds import bounded_route
+from griffin.integrations.server.bounds import most_marks
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http, refusal
 from griffin.integrations.server.flocking import TOKENS, picture
@@ -85,10 +85,10 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         docs_url=None,  # FastAPI's documentation pages load scripts from another host
         redoc_url=None,
     )
-    app.router.route_class = bounded_route(prompt_limit(engine, settings))
     server = _Server(engine, settings)
     app.state.metrics = server.metrics
-    app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes)
+    marks = most_marks(prompt_limit(engine, settings))
+    app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes, marks=marks)
     app.add_middleware(Hosts, allowed=settings.allowed_hosts)
     app.add_middleware(Counted, metrics=server.metrics)  # added last, it is the first that a request meets
     app.add_exception_handler(ApiError, lambda _, error: error.response())
