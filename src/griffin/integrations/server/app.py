@@ -15,15 +15,34 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from griffin.config import GriffinConfig
+from griffin.engine.step import Sampling
 from griffin.integrations.server import schema
+from griffin.integrations.server.bounds import most_marks
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http, refusal
-from griffin.integrations.server.flocking import picture
+from griffin.integrations.server.flocking import TOKENS, picture
 from griffin.integrations.server.metrics import Counted, Metrics
-from griffin.integrations.server.middleware import Gate
+from griffin.integrations.server.middleware import Gate, Hosts
 from griffin.integrations.server.openai_chunks import Chunks, token_bytes, whole_response
-from griffin.integrations.server.types import Event, FullError, GenerationRequest, StoppedError, Summary
-from griffin.integrations.server.validation import Settings, config_of, encoded, prompts_of, sampling_of, tokens_of
+from griffin.integrations.server.types import (
+    Activations,
+    Event,
+    FullError,
+    GenerationRequest,
+    Piece,
+    StoppedError,
+    Summary,
+)
+from griffin.integrations.server.validation import (
+    Settings,
+    config_of,
+    encoded,
+    prompt_limit,
+    prompts_of,
+    sampling_of,
+    tokens_of,
+)
 from griffin.version import __version__
 
 _T = TypeVar("_T")
@@ -34,8 +53,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "malformed JSON, or a prompt that is too long",
         401: "no API key, or the wrong one",
+        403: "another host's name in the Host header",
         404: "unknown model",
-        413: "the body is too large",
+        413: "the body is too large, or has too many values",
         422: "a field that is not supported or has a wrong value",
         429: "the queue is full",
         500: "the answer has failed",
@@ -66,8 +86,11 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     server = _Server(engine, settings)
-    app.add_middleware(Counted, metrics=server.metrics)
-    app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes)
+    app.state.metrics = server.metrics
+    marks = most_marks(prompt_limit(engine, settings))
+    app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes, marks=marks)
+    app.add_middleware(Hosts, allowed=settings.allowed_hosts)
+    app.add_middleware(Counted, metrics=server.metrics)  # added last, it is the first that a request meets
     app.add_exception_handler(ApiError, lambda _, error: error.response())
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, of_http)
@@ -133,21 +156,27 @@ class _Server:
             raise ApiError(422, f"at most {schema.MAX_CHOICES} answers to a request; send several requests", "n")
         return await self._answer(body, http, prompts, body.max_tokens or 16, body.logprobs, chat=False)
 
-    async def flocking(self, body: schema.FlockingRequest) -> dict[str, Any]:
+    async def flocking(self, body: schema.FlockingRequest, http: Request) -> Response:
         """Relative activations of a prompt's tokens in one layer."""
         self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(422, "give a prompt or messages", "prompt")
         prompt: Any = body.prompt if body.messages is None else [message.plain() for message in body.messages]
-        layers = len(self._engine.handle.blocks)
+        engine = self._engine
+        layers = len(engine.handle.blocks)
         if body.layer >= layers:
             raise ApiError(422, f"there is no layer {body.layer}; this model has layers 0 to {layers - 1}", "layer")
-        ids = (await encoded(self._engine, self._settings, [prompt], "prompt"))[0]
-        config = config_of(self._engine, body.griffin)
+        ids = (await encoded(engine, self._settings, [prompt], "prompt"))[0][-TOKENS:]
+        config = config_of(engine, body.griffin)
+        request, events = self._submitted([ids], config, Sampling(max_tokens=1), activations_of=body.layer)
+        event = await _unless_gone(http, self._event(request, events))
+        if event is None:
+            return _CLIENT_GONE
+        assert isinstance(event, Activations)
         try:
-            return await asyncio.to_thread(self._engine.call, lambda: picture(self._engine, ids, body.layer, config))
-        except StoppedError as error:
-            raise ApiError(503, str(error)) from error
+            return JSONResponse(await engine.pool.run(picture, engine, ids, body.layer, config, event.values))
+        except FullError as error:
+            raise refusal(error) from error
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
@@ -187,28 +216,9 @@ class _Server:
         engine = self._engine
         if body.stream_options is not None and not body.stream:
             raise ApiError(422, "stream_options needs stream: true", "stream_options")
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        request = GenerationRequest(
-            prompts=prompts,
-            config=config_of(self._engine, body.griffin),
-            sampling=sampling_of(body, tokens_of(engine, self._settings, prompts, tokens)),
-            n=body.n or 1,
-            logprobs=logprobs,
-            emit=emit,
-        )
-        try:
-            engine.submit(request)
-        except ValueError as error:
-            raise ApiError(422, str(error), "max_tokens") from error
-        except FullError as error:
-            raise ApiError(429, f"{error}; try again later", code="queue_full", retry_after_s=5) from error
-        except StoppedError as error:
-            raise ApiError(503, str(error)) from error
+        sampling = sampling_of(body, tokens_of(engine, self._settings, prompts, tokens))
+        config = config_of(engine, body.griffin)
+        request, events = self._submitted(prompts, config, sampling, n=body.n or 1, logprobs=logprobs)
         usage_apart = bool(body.stream_options and body.stream_options.include_usage)
         chunks = Chunks(
             chat=chat,
@@ -228,6 +238,40 @@ class _Server:
             return _CLIENT_GONE
         return StreamingResponse(_server_sent(first_chunk, stream), media_type="text/event-stream")
 
+    def _submitted(
+        self, prompts: list[list[int]], config: GriffinConfig, sampling: Sampling, **more: Any
+    ) -> tuple[GenerationRequest, asyncio.Queue[Event]]:
+        """A request in the engine's queue, and where its events will come.
+
+        Raises:
+            ApiError: the request could never run, the queue is full, or the server is stopping.
+        """
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        request = GenerationRequest(prompts=prompts, config=config, sampling=sampling, emit=emit, **more)
+        try:
+            self._engine.submit(request)
+        except ValueError as error:
+            raise ApiError(422, str(error), "max_tokens") from error
+        except (FullError, StoppedError) as error:
+            raise refusal(error) from error
+        return request, events
+
+    async def _event(self, request: GenerationRequest, events: asyncio.Queue[Event]) -> Event:
+        """The only event of a request without answers. Cancelling the wait cancels the request."""
+        try:
+            event = await events.get()
+        finally:
+            request.cancel()  # has no effect on a finished request
+            self._engine.wake()
+        if isinstance(event, Exception):
+            raise refusal(event)
+        return event
+
     async def _stream(
         self, request: GenerationRequest, events: asyncio.Queue[Event], chunks: Chunks
     ) -> AsyncIterator[dict[str, Any]]:
@@ -241,6 +285,7 @@ class _Server:
             while not isinstance(event, Summary):
                 if isinstance(event, Exception):
                     raise refusal(event)
+                assert isinstance(event, Piece)
                 for chunk in chunks.of(event):
                     yield chunk
                 event = await events.get()

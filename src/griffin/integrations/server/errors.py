@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from griffin.integrations.server import schema
-from griffin.integrations.server.types import LateError, StoppedError
+from griffin.integrations.server.types import FullError, LateError, StoppedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -61,6 +61,8 @@ def error_response(status: int, message: str, param: str | None = None, code: st
 
 def refusal(error: Exception) -> ApiError:
     """The API error that reports an exception of the engine."""
+    if isinstance(error, FullError):
+        return ApiError(429, f"{error}; try again later", code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, LateError):
         return ApiError(504, str(error), code="deadline_exceeded")
     if isinstance(error, StoppedError):
@@ -74,9 +76,10 @@ def invalid(_: Request, error: Exception) -> JSONResponse:
     """Handle a body that the schema refuses; the message names the field."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
-    # A field with several alternative types reports an error for each; the deepest one is probably the intended type.
+    # A field with several alternative types reports an error for each. The deepest one is probably of the intended
+    # type; of equally deep ones, one that is about the value and not about its type.
     same_field = (detail for detail in errors if detail["loc"][:2] == errors[0]["loc"][:2])
-    deepest = max(same_field, key=lambda detail: len(detail["loc"]))
+    deepest = max(same_field, key=lambda detail: (len(detail["loc"]), not detail["type"].endswith("_type")))
     if deepest["type"] == "json_invalid":
         return error_response(400, f"the body is not JSON: {deepest.get('ctx', {}).get('error', deepest['msg'])}")
     path = [str(part) for part in deepest["loc"][1:] if isinstance(part, int) or not _is_branch(part)]

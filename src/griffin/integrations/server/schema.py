@@ -20,7 +20,7 @@ MAX_TOP_LOGPROBS = 20
 _Int = StrictInt
 _Stop = Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(max_length=16)]
 _Text = Annotated[StrictStr, Field(min_length=1)]
-_Tokens = Annotated[list[Annotated[_Int, Field(ge=0)]], Field(min_length=1)]
+_Tokens = Annotated[list[Annotated[_Int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]  # one error, not thousands
 
 
 class _Strict(BaseModel):
@@ -80,7 +80,7 @@ class TextPart(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | Annotated[list[TextPart], Field(min_length=1)]
+    content: StrictStr | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: StrictStr | None = None
 
     def plain(self) -> dict[str, str]:
@@ -90,7 +90,7 @@ class Message(_Strict):
 
 
 class ChatRequest(_Completion):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[_Int, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[_Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -123,7 +123,7 @@ class CompletionRequest(_Completion):
 class FlockingRequest(_Strict):
     model: StrictStr
     prompt: _Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     layer: Annotated[_Int, Field(ge=0)] = 0
     griffin: GriffinSettings | None = None
 
