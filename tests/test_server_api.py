@@ -71,7 +71,14 @@ def chat(**fields: Any) -> bytes:
 # -- what asks for nothing ---------------------------------------------------------------------------------------------
 
 NOTHING = {
-    **{"tool_calls": [], "functions": [], "function_call": "none", "tool_choice": "auto", "tools": [], "logprobs": False},
+    **{
+        "tool_calls": [],
+        "functions": [],
+        "function_call": "none",
+        "tool_choice": "auto",
+        "tools": [],
+        "logprobs": False,
+    },
     **{"top_logprobs": 0, "reasoning_effort": "medium", "verbosity": "medium", "prompt_cache_key": "k", "user": "u"},
     **{"safety_identifier": "s", "store": False, "metadata": {}, "service_tier": "auto", "top_k": -1, "seed": -1},
     **{"stream_options": {"include_usage": False}, "stop": "", "logit_bias": {}, "frequency_penalty": 0, "n": 1},

@@ -23,7 +23,9 @@ from griffin.integrations.server.errors import ApiError, error_response, failed,
 from griffin.integrations.server.flocking import picture
 from griffin.integrations.server.metrics import Counted, Metrics
 from griffin.integrations.server.middleware import Gate
+from griffin.integrations.server.ollama import add_ollama, in_ollamas_shape, no_embeddings
 from griffin.integrations.server.openai_chunks import Chunks, token_bytes, whole_response
+from griffin.integrations.server.responses import Responses
 from griffin.integrations.server.tools import why_no_calls
 from griffin.integrations.server.types import Piece, StoppedError, Summary
 from griffin.integrations.server.validation import Settings, config_of, encoded, prompts_of, sampling_of, tokens_of
@@ -47,6 +49,15 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 _STREAMS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, whole or in chunks"}
 }
+_LINES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"application/json": {}, "application/x-ndjson": {}},
+        "description": "the answer, whole or in lines",
+    }
+}
+_OLLAMA_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.OllamaError, "description": about["description"]} for status, about in _ERRORS.items()
+}
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -69,17 +80,25 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     server = _Server(answering)
     app.add_middleware(Counted, metrics=answering.metrics)
     app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes)
-    app.add_exception_handler(ApiError, lambda _, error: error.response())
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, of_http)
-    app.add_exception_handler(Exception, failed)
+    for kind, handler in (
+        (ApiError, lambda _, error: error.response()),
+        (RequestValidationError, invalid),
+        (HTTPException, of_http),
+        (Exception, failed),
+    ):
+        app.add_exception_handler(kind, _shaped(handler))
 
     app.get("/v1/models", responses={401: _ERRORS[401]})(server.models)
     app.get("/v1/models/{model:path}", responses={401: _ERRORS[401], 404: _ERRORS[404]})(server.model)
     app.post("/v1/chat/completions", responses=_STREAMS | _ERRORS)(server.chat)
     app.post("/v1/completions", responses=_STREAMS | _ERRORS)(server.completions)
     app.post("/v1/griffin/flocking", responses=_ERRORS)(server.flocking)
-    app.post("/v1/embeddings", include_in_schema=False)(_no_embeddings)
+    responses = Responses(answering)
+    app.post("/v1/responses", responses=_STREAMS | _ERRORS)(responses.create)
+    app.get("/v1/responses/{response_id}", responses={401: _ERRORS[401], 404: _ERRORS[404]})(responses.retrieve)
+    app.delete("/v1/responses/{response_id}", responses={401: _ERRORS[401], 404: _ERRORS[404]})(responses.delete)
+    app.post("/v1/embeddings", include_in_schema=False)(no_embeddings)
+    add_ollama(app, answering, _LINES | _OLLAMA_ERRORS)
     app.get("/health", responses={503: _ERRORS[503]})(server.health)
     app.get("/metrics", response_class=Response)(server.metrics_text)
     app.get("/", include_in_schema=False)(_page)
@@ -235,7 +254,7 @@ def _tools_of(body: schema.ChatRequest) -> Tools:
     """
     given, choice = body.tools or [], body.tool_choice
     return tools_of(
-        [tool.plain() for tool in given],
+        [tool.function.plain() for tool in given],
         None if isinstance(choice, schema.NamedTool) else choice,
         choice.function.name if isinstance(choice, schema.NamedTool) else None,
         strict=any(tool.function.strict for tool in given),
@@ -284,6 +303,6 @@ async def _page() -> FileResponse:
     return FileResponse(PAGE / "index.html")
 
 
-async def _no_embeddings() -> Response:
-    message = "this server gives no embeddings: it generates text, with the neurons that a prompt selects"
-    return error_response(404, message, code="unsupported_endpoint")
+def _shaped(handler: Callable[[Request, Any], Response]) -> Callable[[Request, Exception], Response]:
+    """The handler of an exception with its error in the shape of the API that was called."""
+    return lambda request, error: in_ollamas_shape(request, handler(request, error))

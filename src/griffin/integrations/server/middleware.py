@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from griffin.integrations.server.errors import error_response
 
-_GUARDED = "/v1/"
+_GUARDED = ("/v1/", "/api/")
 # Read and discard up to 25 times the limit before answering 413; a client that is still sending would not see it.
 _DISCARD_FACTOR = 25
 

@@ -152,7 +152,7 @@ class Message(Fields):
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                    "function": {"name": call.function.name, "arguments": arguments_of(call.function.arguments)},
                 }
                 for call in self.tool_calls
             ]
@@ -162,7 +162,7 @@ class Message(Fields):
         return message
 
 
-def _arguments(text: str) -> Any:
+def arguments_of(text: str) -> Any:
     """Arguments of a call as templates expect them: an object; a text that is none as it is."""
     try:
         value = json.loads(text)
@@ -180,15 +180,15 @@ class FunctionTool(Fields):
     parameters: Json | None = Field(None, description="the JSON schema of the arguments")
     strict: StrictBool | None = Field(None, description="whether arguments are held to the schema")
 
+    def plain(self) -> Json:
+        """The tool in the form that chat templates expect."""
+        given = {"name": self.name, "description": self.description, "parameters": self.parameters or {}}
+        return {"type": "function", "function": {name: value for name, value in given.items() if value is not None}}
+
 
 class Tool(Fields):
     type: Literal["function"]
     function: FunctionTool
-
-    def plain(self) -> Json:
-        """The tool in the form that chat templates expect."""
-        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
-        return {"type": "function", "function": {**function, "parameters": self.function.parameters or {}}}
 
 
 class NamedFunction(Fields):
@@ -264,6 +264,12 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The shape of every error."""
+    """The shape of every error of the OpenAI API."""
 
     error: ErrorBody
+
+
+class OllamaError(BaseModel):
+    """The shape of every error of Ollama's API."""
+
+    error: str
