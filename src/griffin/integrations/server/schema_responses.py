@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
 
 from griffin.integrations.server.schema import (
     MAX_TOP_LOGPROBS,
@@ -56,7 +56,22 @@ class ResultItem(_Item):
     output: Content
 
 
-Item = MessageItem | CallItem | ResultItem
+_KINDS = {None: "Message", "message": "Message", "function_call": "Call", "function_call_output": "Result"}
+
+
+def _kind(item: Any) -> str | None:
+    given = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return _KINDS.get(given) if given is None or isinstance(given, str) else None
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("Message")] | Annotated[CallItem, Tag("Call")] | Annotated[ResultItem, Tag("Result")],
+    Discriminator(
+        _kind,
+        custom_error_type="item_type",
+        custom_error_message="Input should be an item of type 'message', 'function_call' or 'function_call_output'",
+    ),
+]
 
 
 class ResponsesTool(FunctionTool):
