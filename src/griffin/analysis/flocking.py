@@ -6,8 +6,8 @@ The inputs are |Zbar|, the relative activations of every token, or the energies 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from math import comb
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from griffin.attachment import GATHER_ONLY, attach
 from griffin.config import GriffinConfig
-from griffin.layouts import find_ff_blocks
+from griffin.layouts import FFBlock, find_ff_blocks
 from griffin.method import selection
 from griffin.method.statistic import EPS
 
@@ -34,19 +34,34 @@ def relative_activations(model: PreTrainedModel, input_ids: Tensor, layers: Iter
         ValueError: a layer that the model does not have, or a model whose FF blocks are not found.
     """
     blocks = find_ff_blocks(model)
-    activations: dict[int, Tensor] = {}
     with ExitStack() as stack:
+        recorded = {}
         for layer in layers:
             if not 0 <= layer < len(blocks):
                 raise ValueError(f"there is no layer {layer}; this model has layers 0 to {len(blocks) - 1}")
-
-            def keep(module: torch.nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
-                z = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                activations[layer] = (z / z.norm(dim=1, keepdim=True).clamp_min(EPS)).abs().cpu()
-
-            stack.callback(blocks[layer].output.register_forward_pre_hook(keep).remove)
+            recorded[layer] = stack.enter_context(recording(blocks[layer]))
         model(input_ids, use_cache=False)
-    return activations
+    return {layer: calls[0] for layer, calls in recorded.items()}
+
+
+@contextmanager
+def recording(block: FFBlock) -> Iterator[list[Tensor]]:
+    """Record the relative activations of all tokens that run through an FF block.
+
+    Yields:
+        One tensor for each forward call so far, (S, D_ff), float32, on the CPU.
+    """
+    calls: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        z = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        calls.append((z / z.norm(dim=1, keepdim=True).clamp_min(EPS)).abs().cpu())
+
+    hook = block.output.register_forward_pre_hook(keep)
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def compared(input_ids: Tensor, vocabulary: int, seed: int = 0) -> dict[str, Tensor]:

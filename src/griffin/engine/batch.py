@@ -19,6 +19,7 @@ from griffin.config import GriffinConfig
 from griffin.engine.cache import BufferedCache
 from griffin.engine.decoders import Decoder, Decoders
 from griffin.engine.forward import Forward
+from griffin.engine.prefix import Prefix, PrefixCache
 from griffin.native import kernel
 
 
@@ -42,12 +43,26 @@ class Running:
 class Prefill:
     """A prompt on its way through the full model. Made by `Batch.prefill`."""
 
-    def __init__(self, model: PreTrainedModel, handle: Griffin, ids: Sequence[int], config: GriffinConfig, room: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        handle: Griffin,
+        ids: Sequence[int],
+        config: GriffinConfig,
+        room: int,
+        prefixes: PrefixCache | None,
+    ) -> None:
         self._handle, self._plan = handle, handle.plan_for(config)
-        self._rest = torch.tensor([list(ids)], device=model.device)
         self._cache = BufferedCache(model.config.get_text_config().num_hidden_layers, room)
         self._forward = Forward(model, self._cache, None)
         self._statistics = Statistics()
+        self._prefix: Prefix | None = None
+        self.reused = 0
+        """Tokens of the prompt that are known from earlier ones, and need not be run."""
+        if prefixes is not None:
+            self._prefix = prefixes.prefix_of(ids, handle.plan.needs | self._plan.needs)
+            self.reused, self._statistics = self._prefix.read(self._cache)
+        self._rest = torch.tensor([list(ids[self.reused :])], device=model.device)
 
     @property
     def left(self) -> int:
@@ -62,12 +77,15 @@ class Prefill:
             Returns the logits (V,), float32, after the last one; `None` before.
         """
         chunk, self._rest = self._rest[:, :tokens], self._rest[:, tokens:]
-        plan = self._plan
-        gathering = self._handle.gather(self._statistics, needs=plan.needs) if plan.gathers else nullcontext()
+        plan, start = self._plan, self._cache.length
+        gathers = plan.gathers or self._prefix is not None  # what is kept serves every config
+        gathering = self._handle.gather(self._statistics, needs=plan.needs) if gathers else nullcontext()
         with gathering as statistics:
             logits = self._forward(chunk)
         if statistics is not None:
             self._statistics = statistics
+        if self._prefix is not None:
+            self._prefix.keep(self._cache, start, self._statistics)
         return None if self.left else logits[0]
 
     def running(self) -> Running:
@@ -99,18 +117,22 @@ class Batch:
         """What computes a step, with the reason where it is the slow one."""
         return self._decoders.name
 
-    def prefill(self, ids: Sequence[int], config: GriffinConfig, room: int = 0) -> Prefill:
+    def prefill(
+        self, ids: Sequence[int], config: GriffinConfig, room: int = 0, prefixes: PrefixCache | None = None
+    ) -> Prefill:
         """Begin a prompt.
 
         Args:
             ids: its tokens.
             config: how its experts will be selected; the backend is the handle's.
             room: tokens, the answer's included, to make room for at once.
+            prefixes: where the prompt's beginning is looked up and kept; `None` runs all of it. The numbers are the
+                same if all prompts run in chunks of a block.
 
         Raises:
             ValueError: as `Griffin.plan_for`.
         """
-        return Prefill(self._model, self._handle, ids, config, room)
+        return Prefill(self._model, self._handle, ids, config, room, prefixes)
 
     @torch.no_grad()
     def step(self, sequences: Sequence[Running]) -> list[Tensor | Exception]:

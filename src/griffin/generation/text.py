@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from griffin.generation.stops import Stops
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
@@ -91,10 +93,11 @@ class Answer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._stops = tokenizer, Stops(stop) if stop else None
         self._settled = self._decoded = 0  # tokens: start of the window that is decoded again, and its known part
         self._pending = ""  # how the bytes of a character that is not whole yet decode
-        self._held: list[_Run] = []  # that may be the start of a stop text
+        self._held: deque[str] = deque()  # text that may be the start of a stop text
+        self._held_length = 0
         self.tokens: list[int] = []
         self.text = ""
         self.offset = 0  # characters of the text before the last token's own
@@ -106,42 +109,54 @@ class Answer:
         known = self._decode(self.tokens[self._settled : self._decoded])
         window = self._decode(self.tokens[self._settled :])
         new, pending = window[len(known) :], self._pending
-        self.offset = len(self.text) + len(_shown(self._held))
+        self.offset = len(self.text) + self._held_length
         if len(new) > len(pending) and new.startswith(pending):  # it completes no character that has begun
             self.offset += len(pending)
         if window.endswith("�") or not new:  # in the middle of a character, or a special token
             self._pending = new
-            return self._release(_Run(self._special(token), shown=False)) if self._stop else ""
+            return self._take(self._special(token), shown=False) if self._stops is not None else ""
         self._settled, self._decoded, self._pending = self._decoded, len(self.tokens), ""
-        return self._release(_Run(new, shown=True))
+        return self._take(new, shown=True)
 
     def finish(self) -> str:
         """No token follows: return the text that was held back."""
         if self.stopped:
             return ""
         known = self._decode(self.tokens[self._settled : self._decoded])
-        rest = _shown(self._held) + self._decode(self.tokens[self._settled :])[len(known) :]
-        self._held, self._settled, self._decoded = [], len(self.tokens), len(self.tokens)
+        rest = self._release(self._held_length) + self._decode(self.tokens[self._settled :])[len(known) :]
+        self._settled, self._decoded = len(self.tokens), len(self.tokens)
         self.text += rest
         return rest
 
-    def _release(self, new: _Run) -> str:
-        runs = [*self._held, new]
-        shown, written = _shown(runs), "".join(run.text for run in runs)
-        positions = [at for stop in self._stop if (at := shown.find(stop)) >= 0]
-        if shown != written:
-            positions += [len(_shown(_cut(runs, at)[0])) for stop in self._stop if (at := _find(runs, stop)) >= 0]
-        if positions:
-            self.stopped, text, self._held = True, shown[: min(positions)], []
-        else:
-            keep = max((_overlap(shown, stop) for stop in self._stop), default=0)
-            at = _place(runs, len(shown) - keep)
-            if shown != written:
-                at = min(at, len(written) - max((_overlap(written, stop) for stop in self._stop), default=0))
-            released, self._held = _cut(runs, at)
-            text = _shown(released)
+    def _take(self, new: str, *, shown: bool) -> str:
+        """Hold a text, and release what can be part of no stop text."""
+        before = len(self.text)
+        if shown:
+            self._held.append(new)
+            self._held_length += len(new)
+        keep = 0
+        if self._stops is not None:
+            start = self._stops.feed(new, shown=shown)
+            self.stopped = start is not None
+            keep = self._stops.held if start is None else before + self._held_length - start
+        text = self._release(self._held_length - keep)
+        if self.stopped:
+            self._held, self._held_length = deque(), 0
         self.text += text
         return text
+
+    def _release(self, length: int) -> str:
+        """Take so many characters from what is held."""
+        self._held_length -= length
+        pieces = []
+        while length:
+            piece = self._held.popleft()
+            if len(piece) > length:
+                self._held.appendleft(piece[length:])
+                piece = piece[:length]
+            pieces.append(piece)
+            length -= len(piece)
+        return "".join(pieces)
 
     def _special(self, token: int) -> str:
         """What a special token is written as; nothing for a part of a character."""
@@ -153,56 +168,3 @@ class Answer:
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         assert isinstance(text, str)
         return text
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Some of an answer's text as the tokens are written, and whether it is shown: special tokens are not."""
-
-    text: str
-    shown: bool
-
-
-def _shown(runs: Sequence[_Run]) -> str:
-    return "".join(run.text for run in runs if run.shown)
-
-
-def _place(runs: Sequence[_Run], count: int) -> int:
-    """Where the shown character number `count` is in the written text; its end if there are not more of them."""
-    at = 0
-    for run in runs:
-        if run.shown:
-            if count < len(run.text):
-                return at + count
-            count -= len(run.text)
-        at += len(run.text)
-    return at
-
-
-def _find(runs: Sequence[_Run], stop: str) -> int:
-    """Where a stop text begins in the written text, with each special token of it as a whole; -1 if it is not there."""
-    written, at = "".join(run.text for run in runs), 0
-    inside: set[int] = set()
-    for run in runs:
-        inside.update(() if run.shown else range(at + 1, at + len(run.text)))
-        at += len(run.text)
-    at = written.find(stop)
-    while at >= 0 and not inside.isdisjoint((at, at + len(stop))):
-        at = written.find(stop, at + 1)
-    return at
-
-
-def _cut(runs: Sequence[_Run], at: int) -> tuple[list[_Run], list[_Run]]:
-    """What is before place `at` of the written text, and what is from there on."""
-    before, after = [], []
-    for run in runs:
-        first, second = _Run(run.text[: max(at, 0)], run.shown), _Run(run.text[max(at, 0) :], run.shown)
-        before += [first] if first.text else []
-        after += [second] if second.text else []
-        at -= len(run.text)
-    return before, after
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return max((n for n in range(1, min(len(text) + 1, len(stop))) if text.endswith(stop[:n])), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import sys
 from importlib.util import find_spec
@@ -39,11 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most key/value memory (default: half of what is free on the model's device, or 4)",
     )
     group.add_argument(
+        "--prefix-gb",
+        type=float,
+        metavar="GB",
+        help="most memory for the beginnings of prompts, which later prompts need not run again; 0 keeps none "
+        "(default: a tenth of what is free on the model's device, or 1)",
+    )
+    group.add_argument(
         "--prompt-chunk",
         type=int,
         default=64,
         metavar="N",
-        help="prompt tokens between two steps of running answers (default: 64)",
+        help="prompt tokens that run at a time, and that prompts share (default: 64)",
     )
     group.add_argument("--max-prompt", type=int, metavar="N", help="most tokens of a prompt (default: the context)")
     group.add_argument(
@@ -66,6 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that running answers may take after SIGTERM (default: 30)",
     )
+    group.add_argument(
+        "--connections", type=int, default=256, metavar="N", help="most clients that are connected (default: 256)"
+    )
+    group.add_argument(
+        "--allowed-hosts",
+        metavar="NAMES",
+        help="host names that requests may be for, with commas between, or * for all (default: at a loopback address "
+        "only its own names, elsewhere all)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,10 +94,15 @@ def run(args: argparse.Namespace) -> int:
     """
     args.batch = "per_sequence"
     config = config_from(args)
-    for name in ("places", "queue", "prompt_chunk", "max_tokens", "max_prompt", "deadline", "max_body", "cache_gb"):
+    positive = ("places", "queue", "prompt_chunk", "max_tokens", "max_prompt", "deadline", "max_body", "cache_gb")
+    for name in (*positive, "connections"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value:g}; expected more than 0")
+    for name in ("prefix_gb", "drain"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}; expected 0 or more")
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port is {args.port}; expected 0 to 65535")
     if config.method.select is None:
@@ -101,17 +123,37 @@ def run(args: argparse.Namespace) -> int:
     listening = bound(args.host, args.port)
     model, tokenizer = load_model(args)
     limits = Limits(
-        args.places, args.queue, _cache_bytes(args.cache_gb, model.device), args.prompt_chunk, args.deadline
+        max_sequences=args.places,
+        queue=args.queue,
+        cache_bytes=_bytes(args.cache_gb, model.device, share=2, otherwise=2**32),
+        prompt_chunk=args.prompt_chunk,
+        prefix_bytes=_bytes(args.prefix_gb, model.device, share=10, otherwise=2**30),
+        deadline_s=args.deadline,
     )
-    settings = Settings(args.name or args.model, args.max_tokens, args.max_prompt, int(args.max_body * 1e6), key)
+    settings = Settings(
+        model=args.name or args.model,
+        max_tokens=args.max_tokens,
+        prompt_tokens=args.max_prompt,
+        body_bytes=int(args.max_body * 1e6),
+        api_key=key,
+        allowed_hosts=_allowed_hosts(args.allowed_hosts, listening.getsockname()[0]),
+    )
     print("loaded; trying a short prompt", file=sys.stderr)
-    return serve(model, tokenizer, config, limits, settings, listening, args.drain)
+    return serve(model, tokenizer, config, limits, settings, listening, args.drain, args.connections)
 
 
-def _cache_bytes(gb: float | None, device: torch.device) -> int:
+def _bytes(gb: float | None, device: torch.device, share: int, otherwise: int) -> int:
+    """So many gigabytes; or else a share of the device's free memory, or a number of bytes if that is unknown."""
     if gb is not None:
         return int(gb * 1e9)
     from griffin.analysis.machine import available_bytes
 
     free = available_bytes(device)
-    return 2**32 if free is None else free // 2
+    return otherwise if free is None else free // share
+
+
+def _allowed_hosts(names: str | None, address: str) -> tuple[str, ...] | None:
+    """Names that requests may be for, beside the loopback ones; `None` allows all."""
+    if names is not None:
+        return tuple(name.strip() for name in names.split(",") if name.strip())
+    return () if ipaddress.ip_address(address.partition("%")[0]).is_loopback else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,6 +20,7 @@ from griffin.integrations.server.errors import ApiError, refusal
 from griffin.integrations.server.metrics import Metrics
 from griffin.integrations.server.tools import MARKS, Calls, why_no_calls
 from griffin.integrations.server.types import (
+    Activations,
     Constraint,
     Event,
     FullError,
@@ -138,7 +140,7 @@ class Answering:
         if not functions or (instead is None and tools.choice == "auto" and tools.many and not tools.strict):
             if instead is None:
                 return None
-            made = asyncio.to_thread(self._grammars.json, instead)
+            made = partial(self._grammars.json, instead)
         else:
             if tools.choice in functions:
                 functions = {tools.choice: functions[tools.choice]}
@@ -148,10 +150,12 @@ class Answering:
                 "many": auto and tools.many,
                 "instead": instead if auto else None,
             }
-            made = asyncio.to_thread(self._grammars.calls, functions, MARKS, **form)
+            made = partial(self._grammars.calls, functions, MARKS, **form)
             param = param if instead is not None else "tools"
         try:
-            return await made
+            return await self.engine.pool.run(made)
+        except FullError as error:
+            raise refusal(error) from error
         except ValueError as error:
             raise ApiError(422, f"{param}: {error}", param) from error
 
@@ -176,30 +180,48 @@ class Answering:
         Raises:
             ApiError: the engine refuses the request, now or while the iterator runs.
         """
+        request, events = self._submitted(prompts, config, sampling, n=n, logprobs=logprobs, constraint=constraint)
+        return self._events(request, events, Calls() if calls else None)
+
+    async def activations(self, ids: Sequence[int], config: GriffinConfig, layer: int) -> Activations:
+        """Relative activations of a prompt's tokens in one layer. Cancelling it cancels the request.
+
+        Raises:
+            ApiError: as `start`.
+        """
+        request, events = self._submitted([ids], config, Sampling(max_tokens=1), activations_of=layer)
+        try:
+            event = await events.get()
+        finally:
+            request.cancel()  # has no effect on a finished request
+            self.engine.wake()
+        if isinstance(event, Exception):
+            raise refusal(event)
+        assert isinstance(event, Activations)
+        return event
+
+    def _submitted(
+        self, prompts: Sequence[Sequence[int]], config: GriffinConfig, sampling: Sampling, **more: Any
+    ) -> tuple[GenerationRequest, asyncio.Queue[Event]]:
+        """A request in the engine's queue, and where its events will come.
+
+        Raises:
+            ApiError: the request could never run, the queue is full, or the server is stopping.
+        """
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def emit(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = GenerationRequest(
-            prompts=prompts,
-            config=config,
-            sampling=sampling,
-            emit=emit,
-            n=n,
-            constraint=constraint,
-            logprobs=logprobs,
-        )
+        request = GenerationRequest(prompts=prompts, config=config, sampling=sampling, emit=emit, **more)
         try:
             self.engine.submit(request)
         except ValueError as error:
             raise ApiError(422, str(error), "max_tokens") from error
-        except FullError as error:
-            raise ApiError(429, f"{error}; try again later", code="queue_full", retry_after_s=5) from error
-        except StoppedError as error:
-            raise ApiError(503, str(error)) from error
-        return self._events(request, events, Calls() if calls else None)
+        except (FullError, StoppedError) as error:
+            raise refusal(error) from error
+        return request, events
 
     async def _events(
         self, request: GenerationRequest, events: asyncio.Queue[Event], calls: Calls | None
@@ -208,6 +230,7 @@ class Answering:
             while not isinstance(event := await events.get(), Summary):
                 if isinstance(event, Exception):
                     raise refusal(event)
+                assert isinstance(event, Piece)
                 yield event if calls is None else calls.read(event)
             self.metrics.finished(event)
             yield event

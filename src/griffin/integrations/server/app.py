@@ -18,17 +18,26 @@ from starlette.exceptions import HTTPException
 
 from griffin.integrations.server import schema
 from griffin.integrations.server.answering import CLIENT_GONE, Answering, Tools, tools_of, unless_gone
+from griffin.integrations.server.bounds import bounded_route
 from griffin.integrations.server.engine import Engine
-from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http
-from griffin.integrations.server.flocking import picture
+from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http, refusal
+from griffin.integrations.server.flocking import TOKENS, picture
 from griffin.integrations.server.metrics import Counted, Metrics
-from griffin.integrations.server.middleware import Gate
+from griffin.integrations.server.middleware import Gate, Hosts
 from griffin.integrations.server.ollama import add_ollama, in_ollamas_shape, no_embeddings
 from griffin.integrations.server.openai_chunks import Chunks, token_bytes, whole_response
 from griffin.integrations.server.responses import Responses
 from griffin.integrations.server.tools import why_no_calls
-from griffin.integrations.server.types import Piece, StoppedError, Summary
-from griffin.integrations.server.validation import Settings, config_of, encoded, prompts_of, sampling_of, tokens_of
+from griffin.integrations.server.types import FullError, Piece, Summary
+from griffin.integrations.server.validation import (
+    Settings,
+    config_of,
+    encoded,
+    prompt_limit,
+    prompts_of,
+    sampling_of,
+    tokens_of,
+)
 from griffin.version import __version__
 
 PAGE = Path(__file__).parent / "page"
@@ -37,8 +46,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "malformed JSON, or a prompt that is too long",
         401: "no API key, or the wrong one",
+        403: "another host's name in the Host header",
         404: "unknown model",
-        413: "the body is too large",
+        413: "the body is too large, or has too many values",
         422: "a field that is not supported or has a wrong value",
         429: "the queue is full",
         500: "the answer has failed",
@@ -78,8 +88,11 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     )
     answering = Answering(engine, settings, Metrics(engine))
     server = _Server(answering)
-    app.add_middleware(Counted, metrics=answering.metrics)
+    app.router.route_class = bounded_route(prompt_limit(engine, settings))
+    app.state.metrics = answering.metrics
     app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes)
+    app.add_middleware(Hosts, allowed=settings.allowed_hosts)
+    app.add_middleware(Counted, metrics=answering.metrics)  # added last, it is the first that a request meets
     for kind, handler in (
         (ApiError, lambda _, error: error.response()),
         (RequestValidationError, invalid),
@@ -167,21 +180,25 @@ class _Server:
         echo = [self._text(prompt) for prompt in given for _ in range(n)] if body.echo else []
         return await self._answer(body, http, prompts, tokens, logprobs, start, chat=False, echo=echo)
 
-    async def flocking(self, body: schema.FlockingRequest) -> dict[str, Any]:
+    async def flocking(self, body: schema.FlockingRequest, http: Request) -> Response:
         """Relative activations of a prompt's tokens in one layer."""
         self._answering.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(422, "give a prompt or messages", "prompt")
         prompt: Any = body.prompt if body.messages is None else [message.plain() for message in body.messages]
-        layer, layers = body.layer or 0, len(self._engine.handle.blocks)
+        engine = self._engine
+        layer, layers = body.layer or 0, len(engine.handle.blocks)
         if layer >= layers:
             raise ApiError(422, f"there is no layer {layer}; this model has layers 0 to {layers - 1}", "layer")
-        ids = (await encoded(self._engine, self._settings, [prompt], "prompt"))[0]
-        config = config_of(self._engine, body.griffin)
+        ids = (await encoded(engine, self._settings, [prompt], "prompt"))[0][-TOKENS:]
+        config = config_of(engine, body.griffin)
+        found = await unless_gone(http, self._answering.activations(ids, config, layer))
+        if found is None:
+            return CLIENT_GONE
         try:
-            return await asyncio.to_thread(self._engine.call, lambda: picture(self._engine, ids, layer, config))
-        except StoppedError as error:
-            raise ApiError(503, str(error)) from error
+            return JSONResponse(await engine.pool.run(picture, engine, ids, layer, config, found.values))
+        except FullError as error:
+            raise refusal(error) from error
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """One thread owns the model: it takes requests from a bounded queue and generates their answers token by token.
 
-Between two steps the thread drops cancelled requests and admits new ones. Prompts run in chunks, with a step of the
-running answers after each chunk, so a long prompt does not stall them. A prompt is admitted only when all of its
+Between two steps the thread drops cancelled requests and admits new ones. Prompts run in chunks, in turns, with a step
+of the running answers after each chunk, so a long prompt stalls nobody. A prompt is admitted only when all of its
 answers fit within `max_sequences` and the key/value memory, and each answer keeps its share until it ends.
 """
 
@@ -10,24 +10,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from griffin.analysis.flocking import recording
 from griffin.attachment import Griffin, attach
 from griffin.config import GriffinConfig
-from griffin.engine.batch import Batch, Prefill, Running
-from griffin.engine.step import Draw
+from griffin.engine.batch import Batch
+from griffin.engine.prefix import PrefixCache
 from griffin.generation.generate import end_tokens
-from griffin.generation.text import Answer, context_length
+from griffin.generation.text import context_length
+from griffin.integrations.server.answers import RunningAnswer, answers_to
+from griffin.integrations.server.pool import Pool
+from griffin.integrations.server.scheduler import Prompt, Scheduler
 from griffin.integrations.server.types import (
+    Activations,
     Event,
-    FullError,
     GenerationRequest,
     LateError,
     Limits,
@@ -39,27 +41,7 @@ from griffin.integrations.server.types import (
 
 logger = logging.getLogger("griffin")
 
-_T = TypeVar("_T")
-_CHUNK_WHEN_IDLE = 512  # prompt tokens in one pass while no answer is running
-
-
-class _Waiting:
-    """A prompt in the queue or in its prompt phase."""
-
-    def __init__(self, request: GenerationRequest, number: int, nbytes: int) -> None:
-        self.request, self.number, self.nbytes = request, number, nbytes
-        self.prefill: Prefill | None = None
-
-
-class _Running:
-    """One answer in its generation phase."""
-
-    def __init__(
-        self, request: GenerationRequest, index: int, sequence: Running, draw: Draw, answer: Answer, nbytes: int
-    ) -> None:
-        self.request, self.index, self.sequence = request, index, sequence
-        self.draw, self.answer, self.nbytes = draw, answer, nbytes
-        self.constraint = None if request.constraint is None else request.constraint()
+_STOPPING = "the server is stopping"
 
 
 class Engine:
@@ -84,13 +66,13 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.config, self.limits = model, tokenizer, config, limits
         self.context = context_length(model)
+        self.pool = Pool(threads=2, waiting=limits.queue)
+        self.prefixes = PrefixCache(limits.prefix_bytes, limits.prompt_chunk) if limits.prefix_bytes else None
         self._ends = end_tokens(model, tokenizer)
         self._changed = threading.Condition()
-        self._waiting: deque[_Waiting] = deque()
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._prefilling: _Waiting | None = None
-        self._running: list[_Running] = []
-        self._stopping = False
+        self._prompts = Scheduler(limits)
+        self._running: list[RunningAnswer] = []
+        self._refusing = self._stopping = False
         self.failure: BaseException | None = None
         self.handle: Griffin = attach(model, replace(config, batch="per_sequence"))
         try:
@@ -117,24 +99,23 @@ class Engine:
     @property
     def running(self) -> int:
         """The number of answers in their generation phase and prompts in their prompt phase."""
-        return len(self._running) + (self._prefilling is not None)
+        return len(self._running) + len(self._prompts.running)
 
     @property
     def waiting(self) -> int:
         """The number of prompts in the queue."""
-        return len(self._waiting)
+        return len(self._prompts.waiting)
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values that are reserved."""
-        prefilling = self._prefilling
         reserved = sum(running.nbytes for running in list(self._running))
-        return reserved + (prefilling.nbytes if prefilling is not None else 0)
+        return reserved + sum(prompt.nbytes for prompt in list(self._prompts.running))
 
     @property
     def alive(self) -> bool:
-        """Whether the thread is running and has not failed."""
-        return self._thread.is_alive() and self.failure is None
+        """Whether requests are accepted: the thread is running, has not failed, and is not about to stop."""
+        return self._thread.is_alive() and self.failure is None and not self._refusing
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that could never run.
@@ -163,59 +144,35 @@ class Engine:
         """
         self.check(request)
         with self._changed:
-            if self._stopping or not self.alive:
-                raise StoppedError("the server is stopping")
-            if len(self._waiting) + len(request.prompts) > self.limits.queue:
-                raise FullError(
-                    f"{len(self._waiting)} prompts are waiting, and the queue has {self.limits.queue} places"
-                )
+            if not self.alive:
+                raise StoppedError(_STOPPING)
             request.open_answers = len(request.prompts) * request.n
-            for number, ids in enumerate(request.prompts):
-                self._waiting.append(_Waiting(request, number, self._bytes_of(request, ids)))
+            self._prompts.add(
+                [Prompt(request, number, self._bytes_of(request, ids)) for number, ids in enumerate(request.prompts)]
+            )
             self._changed.notify()
-
-    def call(self, job: Callable[[], _T]) -> _T:
-        """Run a function in the engine's thread between two steps, and block until it has finished.
-
-        Raises:
-            StoppedError: the server is stopping.
-            Exception: the job raised it.
-        """
-        done = threading.Event()
-        outcome: list[Any] = []
-
-        def run() -> None:
-            try:
-                outcome.extend((job(), None))
-            except Exception as error:
-                outcome.extend((None, error))
-            done.set()
-
-        with self._changed:
-            if self._stopping or not self.alive:
-                raise StoppedError("the server is stopping")
-            self._jobs.append(run)
-            self._changed.notify()
-        while not done.wait(0.5):
-            if not self._thread.is_alive():
-                raise StoppedError("the server is stopping")
-        result, error = outcome
-        if error is not None:
-            raise error
-        return result  # type: ignore[no-any-return]
 
     def wake(self) -> None:
         """Make the thread check for cancelled requests now."""
         with self._changed:
             self._changed.notify()
 
-    def close(self) -> None:
-        """Stop after the current step and restore the model. Unfinished requests get a `StoppedError`."""
+    def refuse(self) -> None:
+        """Take no more requests. Those that are there go on."""
+        self._refusing = True
+
+    def stop(self) -> None:
+        """Stop after the current step, without waiting for it. Unfinished requests get a `StoppedError`."""
         with self._changed:
-            self._stopping = True
+            self._refusing = self._stopping = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Stop, wait for the thread, and restore the model."""
+        self.stop()
         if self._thread is not threading.current_thread():
             self._thread.join()
+        self.pool.close()
         self.handle.detach()
 
     # -- called in the engine's thread --------------------------------------------------------------------------------
@@ -224,31 +181,24 @@ class Engine:
         try:
             while self._wait():
                 self._drop_cancelled_and_late()
-                for job in self._taken_jobs():
-                    job()
                 self._admit()
-                if self._prefilling is not None:
-                    self._run_prompt(self._prefilling)
+                start, tokens = time.monotonic(), self._run_chunk()
                 if self._running:
                     self._step()
+                if tokens == self.limits.prompt_chunk:
+                    self._prompts.ran(tokens, time.monotonic() - start)
         except BaseException as error:  # a defect: every request gets the error instead of waiting for ever
             logger.exception("the engine has failed")
             self.failure = error
         finally:
-            self._end_all(StoppedError("the server is stopping") if self.failure is None else self.failure)
+            self._end_all(StoppedError(_STOPPING) if self.failure is None else self.failure)
 
     def _wait(self) -> bool:
         """Sleep until there is work; false when the engine is stopping."""
         with self._changed:
-            while not (self._stopping or self._jobs or self._waiting or self._prefilling or self._running):
+            while not (self._stopping or self._prompts.waiting or self._prompts.running or self._running):
                 self._changed.wait()
             return not self._stopping
-
-    def _taken_jobs(self) -> list[Callable[[], None]]:
-        with self._changed:
-            jobs = list(self._jobs)
-            self._jobs.clear()
-        return jobs
 
     def _drop_cancelled_and_late(self) -> None:
         now = time.monotonic()
@@ -263,81 +213,84 @@ class Engine:
     def _requests(self) -> list[GenerationRequest]:
         """All unfinished requests."""
         with self._changed:
-            unfinished: list[_Waiting | _Running] = [*self._waiting, *self._running]
-        if self._prefilling is not None:
-            unfinished.append(self._prefilling)
-        return list({id(entry.request): entry.request for entry in unfinished}.values())
+            prompts = [*self._prompts.waiting, *self._prompts.running]
+        requests = [prompt.request for prompt in prompts] + [running.request for running in self._running]
+        return list({id(request): request for request in requests}.values())
 
     def _drop(self, request: GenerationRequest) -> None:
         with self._changed:
-            self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
+            self._prompts.remove(request)
         self._running = [running for running in self._running if running.request is not request]
-        if self._prefilling is not None and self._prefilling.request is request:
-            self._prefilling = None
 
     def _fail(self, request: GenerationRequest, error: Exception) -> None:
         self._drop(request)
         self._emit(request, error)
 
     def _end_all(self, error: BaseException) -> None:
-        unfinished = self._requests()
-        with self._changed:
-            self._stopping = True
-            self._waiting.clear()
-            jobs = list(self._jobs)
-        self._prefilling, self._running = None, []
-        for request in unfinished:
-            self._emit(request, error if isinstance(error, Exception) else StoppedError("the server is stopping"))
-        for job in jobs:
-            job()
+        self.stop()
+        for request in self._requests():
+            self._fail(request, error if isinstance(error, Exception) else StoppedError(_STOPPING))
 
     def _admit(self) -> None:
-        """Start the next prompt if there is room for its answers."""
-        with self._changed:
-            if self._prefilling is not None or not self._waiting:
+        """Start the prompts whose answers there is room for."""
+        while True:
+            with self._changed:
+                answers = len(self._running) + sum(prompt.request.n for prompt in self._prompts.running)
+                free = self.limits.cache_bytes - self.cache_bytes
+                prompt = self._prompts.admit(self.limits.max_sequences - answers, free)
+            if prompt is None:
                 return
-            waiting = self._waiting[0]
-            free = self.limits.cache_bytes - self.cache_bytes
-            if len(self._running) + waiting.request.n > self.limits.max_sequences or waiting.nbytes > free:
-                return
-            self._waiting.popleft()
-            self._prefilling = waiting
-        request = waiting.request
-        if not request.started_s:
-            request.started_s = time.monotonic()
-        try:
-            ids = request.prompts[waiting.number]
-            waiting.prefill = self._batch.prefill(ids, request.config, len(ids) + request.sampling.max_tokens)
-        except Exception as error:
-            self._fail(request, error)
+            request = prompt.request
+            request.started_s = request.started_s or time.monotonic()
+            try:
+                ids = request.prompts[prompt.number]
+                prefixes = self.prefixes if request.activations_of is None else None  # all tokens are looked at
+                room = len(ids) + request.sampling.max_tokens
+                prompt.prefill = self._batch.prefill(ids, request.config, room, prefixes)
+                prompt.tokens = prompt.prefill.left
+                request.cached_tokens += prompt.prefill.reused
+            except Exception as error:
+                self._fail(request, error)
 
-    def _run_prompt(self, waiting: _Waiting) -> None:
-        request = waiting.request
-        assert waiting.prefill is not None
+    def _run_chunk(self) -> int:
+        """Run a chunk of the prompt whose turn it is. Returns its number of tokens."""
+        with self._changed:
+            prompt = self._prompts.turn()
+        if prompt is None:
+            return 0
+        request, prefill = prompt.request, prompt.prefill
+        assert prefill is not None
+        tokens = min(prefill.left, self.limits.prompt_chunk)  # never another number: see `Limits`
         try:
-            logits = waiting.prefill.run(self.limits.prompt_chunk if self._running else _CHUNK_WHEN_IDLE)
-            if logits is None:
-                return
-            sequence = waiting.prefill.running()
-            plan = sequence.selection.plan
-            request.used, request.ff_bytes = plan.config, plan.ff_bytes
-            request.first_token_s = request.first_token_s or time.monotonic()
-            self._prefilling = None
-            answers = []
-            for number, copied in enumerate(sequence.copies(request.n)):
-                index = waiting.number * request.n + number
-                seed = None if request.sampling.seed is None else request.sampling.seed + number
-                draw = Draw(
-                    replace(request.sampling, seed=seed),
-                    torch.tensor([list(request.prompts[waiting.number])], device=logits.device),
-                )
-                answer = Answer(self.tokenizer, request.sampling.stop)
-                answers.append(_Running(request, index, copied, draw, answer, waiting.nbytes // request.n))
+            if request.activations_of is None:
+                logits = prefill.run(tokens)
+            else:
+                with recording(self.handle.blocks[request.activations_of]) as calls:
+                    logits = prefill.run(tokens)
+                prompt.activations += calls
+            if logits is not None:
+                self._begin_answers(prompt, logits)
         except Exception as error:
             logger.exception("a prompt has failed")
             self._fail(request, error)
+        return tokens
+
+    def _begin_answers(self, prompt: Prompt, logits: Tensor) -> None:
+        """The prompt has been run: draw the first token of each answer."""
+        request = prompt.request
+        if request.activations_of is not None:
+            self._drop(request)
+            self._emit(request, Activations(torch.cat(prompt.activations)))
             return
-        self._running += answers
+        assert prompt.prefill is not None
+        sequence = prompt.prefill.running()
+        plan = sequence.selection.plan
+        request.used, request.ff_bytes = plan.config, plan.ff_bytes
+        request.first_token_s = request.first_token_s or time.monotonic()
+        answers = answers_to(prompt, sequence, self.tokenizer)
+        with self._changed:
+            self._prompts.running.remove(prompt)
+            self._running += answers
         for running in answers:
             self._draw_token(running, logits)
 
@@ -352,7 +305,7 @@ class Engine:
             else:
                 self._draw_token(running, logits)
 
-    def _draw_token(self, running: _Running, logits: Tensor) -> None:
+    def _draw_token(self, running: RunningAnswer, logits: Tensor) -> None:
         """Draw the next token of an answer and emit its text."""
         request = running.request
         try:
@@ -363,8 +316,8 @@ class Engine:
             if constraint is not None:
                 constraint.accept(token)
             ended = token in self._ends
-            text = "" if ended else running.answer.add(token)
-            info = None if request.logprobs is None else _info(token, logits, request.logprobs, running.answer.offset)
+            text = "" if ended else running.text.add(token)
+            info = None if request.logprobs is None else _info(token, logits, request.logprobs, running.text.offset)
         except Exception as error:
             logger.exception("an answer has failed")
             self._fail(request, error)
@@ -372,12 +325,12 @@ class Engine:
         running.sequence.token = token
         request.completion_tokens += not ended
         reason = None
-        if ended or running.answer.stopped:
+        if ended or running.text.stopped:
             reason = "stop"
-        elif len(running.answer.tokens) >= request.sampling.max_tokens:
+        elif len(running.text.tokens) >= request.sampling.max_tokens:
             reason = "length"
         if reason is not None:
-            text += running.answer.finish()
+            text += running.text.finish()
             self._running = [other for other in self._running if other is not running]
             request.open_answers -= 1
         self._emit(request, Piece(running.index, text, None if ended else info, reason))
@@ -391,6 +344,7 @@ class Engine:
         steps = request.completion_tokens / answers - 1
         return Summary(
             prompt_tokens=sum(map(len, request.prompts)),
+            cached_tokens=request.cached_tokens,
             completion_tokens=request.completion_tokens,
             density=config.density,
             selection="full" if config.density == 1.0 else config.selection,

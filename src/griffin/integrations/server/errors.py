@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from griffin.integrations.server import schema
-from griffin.integrations.server.types import LateError, StoppedError
+from griffin.integrations.server.types import FullError, LateError, StoppedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Alternatives of a type as pydantic names them in an error's location, beside classes and such as list[str].
@@ -65,6 +65,8 @@ def error_response(status: int, message: str, param: str | None = None, code: st
 
 def refusal(error: Exception) -> ApiError:
     """The API error that reports an exception of the engine."""
+    if isinstance(error, FullError):
+        return ApiError(429, f"{error}; try again later", code="queue_full", retry_after_s=error.retry_after_s)
     if isinstance(error, LateError):
         return ApiError(504, str(error), code="deadline_exceeded")
     if isinstance(error, StoppedError):

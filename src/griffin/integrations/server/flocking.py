@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from griffin.analysis.flocking import relative_activations
 from griffin.config import GriffinConfig
 from griffin.integrations.server.engine import Engine
 
 TOKENS, NEURONS = 256, 192  # the largest numbers shown
 
 
-def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfig) -> dict[str, Any]:
+def picture(engine: Engine, ids: Sequence[int], layer: int, config: GriffinConfig, values: Tensor) -> dict[str, Any]:
     """Relative activations |Zbar| of the neurons with the largest flocking statistic, and of a sample of the others.
 
-    Must run in the engine's thread.
-
-    Raises:
-        ValueError: there is no such layer.
+    Args:
+        engine: whose model it is.
+        ids: the tokens, `TOKENS` at most.
+        layer: the layer.
+        config: how many neurons are experts.
+        values: the relative activations, (S, D_ff).
     """
-    ids = list(ids)[-TOKENS:]
-    prompt = torch.tensor([ids], device=engine.model.device)
-    values = relative_activations(engine.model, prompt, [layer])[layer].t()  # (D_ff, S)
+    values = values.t()
     statistic = values.norm(dim=1)
     order = statistic.argsort(descending=True)
     width = len(order)

@@ -24,13 +24,18 @@ class Metrics:
             "griffin_waiting": ("prompts in the queue", lambda: engine.waiting),
             "griffin_cache_bytes": ("bytes of keys and values that are spoken for", lambda: engine.cache_bytes),
             "griffin_cache_limit_bytes": ("most of them", lambda: engine.limits.cache_bytes),
+            "griffin_prefix_bytes": ("bytes of kept beginnings of prompts", lambda: _nbytes(engine)),
+            "griffin_prefix_limit_bytes": ("most of them", lambda: engine.limits.prefix_bytes),
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=registry).set_function(value)
         self.requests = Counter(
             "griffin_requests", "requests by endpoint and status", ["path", "status"], registry=registry
         )
-        self._prompt = Counter("griffin_prompt_tokens", "prompt tokens run", registry=registry)
+        self._prompt = Counter("griffin_prompt_tokens", "prompt tokens of answered requests", registry=registry)
+        self._cached = Counter(
+            "griffin_prefix_tokens", "those of them that were known from earlier prompts", registry=registry
+        )
         self._generated = Counter("griffin_generated_tokens", "tokens generated", registry=registry)
         self._first_token = Histogram(
             "griffin_first_token_seconds", "from arrival to the first token", buckets=_SECONDS, registry=registry
@@ -52,12 +57,17 @@ class Metrics:
     def finished(self, summary: Summary) -> None:
         """Count a request that has been answered."""
         self._prompt.inc(summary.prompt_tokens)
+        self._cached.inc(summary.cached_tokens)
         self._generated.inc(summary.completion_tokens)
         self._waited.observe(summary.waited_s)
         self._first_token.observe(summary.waited_s + summary.prompt_s)
         self._density.observe(summary.density)
         if summary.generation_tokens_per_s > 0:
             self._token.observe(1 / summary.generation_tokens_per_s)
+
+    def count_other(self, status: int) -> None:
+        """Count an answer that the application has not given."""
+        self.requests.labels("other", str(status)).inc()
 
     def text(self) -> bytes:
         """All metrics in the text format."""
@@ -73,7 +83,7 @@ class Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "other")
+                path = getattr(scope.get("route"), "path", None) or self._path(scope)
                 self._metrics.requests.labels(path, str(message["status"])).inc()
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY
@@ -81,3 +91,13 @@ class Counted:
             await send(message)
 
         await self._app(scope, receive, send_counted)
+
+    @staticmethod
+    def _path(scope: Scope) -> str:
+        """The path of a request that was answered before it was routed, if it is one of the application's."""
+        known = {getattr(route, "path", None) for route in scope["app"].routes}
+        return str(scope["path"]) if scope["path"] in known else "other"
+
+
+def _nbytes(engine: Engine) -> int:
+    return 0 if engine.prefixes is None else engine.prefixes.nbytes

@@ -1,17 +1,63 @@
-"""ASGI middleware that checks the API key and caps the body size. It does not buffer responses, so streaming works."""
+"""ASGI middleware: the names that the server answers to, the API key, and the size of bodies.
+
+It does not buffer responses, so streaming works.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from griffin.integrations.server.errors import error_response
+from griffin.integrations.server.errors import ApiError, error_response
 
 _GUARDED = ("/v1/", "/api/")
 # Read and discard up to 25 times the limit before answering 413; a client that is still sending would not see it.
 _DISCARD_FACTOR = 25
+_BODIES = 16  # bodies of the largest size that are held at a time, or as many bytes of smaller ones
+
+
+class Hosts:
+    """Refuse requests for other hosts than this one. A page of another host could otherwise give its own name this
+    machine's address (DNS rebinding), and then ask this server in its reader's browser.
+
+    Args:
+        app: the application behind this middleware.
+        allowed: names beside `localhost` and the loopback addresses; with `*`, or `None`, all are.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Collection[str] | None) -> None:
+        self._app = app
+        self._allowed = None if allowed is None or "*" in allowed else {name.lower() for name in allowed}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._allowed is not None:
+            given = next((value for name, value in scope["headers"] if name.lower() == b"host"), b"")
+            name = _host_name(given.decode("latin-1"))
+            if not (name in self._allowed or _is_loopback(name)):
+                text = f"this server does not answer for the host {name[:80]!r}; --allowed-hosts names those it does"
+                await error_response(403, text, code="host_not_allowed")(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _host_name(header: str) -> str:
+    """The name in a Host header, without its port."""
+    header = header.strip().lower()
+    name = header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
+    return name.rstrip(".")
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class Gate:
@@ -26,6 +72,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, api_key: str | None, body_bytes: int, body_s: float = 30.0) -> None:
         self._app, self._key, self._max_bytes, self._body_s = app, api_key, body_bytes, body_s
+        self._held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,6 +89,13 @@ class Gate:
                 await refusal(scope, receive, send)
                 return
         body: list[Message] = []
+        try:
+            await self._read(body, scope, receive, send)
+        finally:
+            self._held -= _size(body)
+
+    async def _read(self, body: list[Message], scope: Scope, receive: Receive, send: Send) -> None:
+        """Read a body, and hand it on if it is small enough."""
         seen = 0
         try:
             async with asyncio.timeout(self._body_s):
@@ -50,10 +104,17 @@ class Gate:
                     message = await receive()
                     if message["type"] != "http.request":  # the client has disconnected
                         return
-                    seen += len(message.get("body", b""))
+                    size = len(message.get("body", b""))
+                    seen += size
                     more = message.get("more_body", False)
                     if seen <= self._max_bytes:
                         body.append(message)
+                        self._held += size
+                    if self._held > _BODIES * self._max_bytes:
+                        text = "this server is receiving all that it can hold; try again later"
+                        refusal = ApiError(429, text, code="too_many_bodies", retry_after_s=1).response()
+                        await refusal(scope, receive, send)
+                        return
         except TimeoutError:
             text = f"the body did not come within {self._body_s:g} seconds"
             await error_response(408, text, code="request_timeout")(scope, receive, send)
@@ -68,3 +129,7 @@ class Gate:
             return next(buffered, None) or await receive()
 
         await self._app(scope, replayed, send)
+
+
+def _size(body: list[Message]) -> int:
+    return sum(len(message.get("body", b"")) for message in body)

@@ -125,7 +125,7 @@ class ResponseEvents:
             "output": self.output,
             "usage": {
                 "input_tokens": summary.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "input_tokens_details": {"cached_tokens": summary.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": summary.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": summary.prompt_tokens + summary.completion_tokens,

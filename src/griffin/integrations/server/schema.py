@@ -18,7 +18,7 @@ UNSUPPORTED = (
 )
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
-MAX_BIASES = 1024
+MAX_BIASES = 256
 
 Int = StrictInt
 Text = Annotated[StrictStr, Field(min_length=1)]

@@ -14,7 +14,16 @@ from griffin.engine.step import Sampling
 
 
 class FullError(Exception):
-    """The queue is full."""
+    """The queue is full.
+
+    Args:
+        message: what is full.
+        retry_after_s: seconds after which there will be room, as far as the queue can tell.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class LateError(Exception):
@@ -33,7 +42,9 @@ class Limits:
         max_sequences: the most answers at a time.
         queue: the most prompts that wait.
         cache_bytes: the most bytes of keys and values, over all answers.
-        prompt_chunk: prompt tokens that run between two steps of the running answers.
+        prompt_chunk: prompt tokens that run between two steps of the running answers. All prompts run in such chunks,
+            whatever else runs, so that an answer does not depend on the load.
+        prefix_bytes: the most bytes of kept beginnings of prompts; 0 keeps none.
         deadline_s: the most seconds from a request's arrival to its last token.
     """
 
@@ -41,6 +52,7 @@ class Limits:
     queue: int = 64
     cache_bytes: int = 2**32
     prompt_chunk: int = 64
+    prefix_bytes: int = 2**30
     deadline_s: float = 600.0
 
 
@@ -101,6 +113,7 @@ class Summary:
 
     Args:
         prompt_tokens: tokens of all prompts.
+        cached_tokens: those of them that were known from earlier prompts.
         completion_tokens: tokens of all answers.
         density: share of the FF neurons (with a token tier: of the FF bytes) that computed the answers.
         selection: how experts were selected; `full` at density 1.0.
@@ -112,6 +125,7 @@ class Summary:
     """
 
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     density: float
     selection: str
@@ -121,7 +135,21 @@ class Summary:
     generation_tokens_per_s: float
 
 
-Event = Piece | Summary | Exception
+@dataclass(frozen=True)
+class Activations:
+    """What a request for activations gets instead of an answer.
+
+    Args:
+        values: relative activations of each token, as `griffin.analysis.flocking.relative_activations` gives them.
+
+    Shapes:
+        values: (S, D_ff), float32.
+    """
+
+    values: Tensor
+
+
+Event = Piece | Summary | Activations | Exception
 
 
 class Constraint(Protocol):
@@ -145,7 +173,8 @@ class GenerationRequest:
         n: the number of answers to each prompt.
         constraint: makes for each answer what decides which tokens may come next; `None` allows all.
         logprobs: how many of the likeliest tokens to report beside the drawn token; `None` reports none at all.
-        emit: called in the engine's thread with every event; the last is a `Summary` or an exception.
+        emit: called in the engine's thread with every event; the last is a `Summary`, `Activations` or an exception.
+        activations_of: a layer whose activations are wanted instead of answers.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -155,11 +184,13 @@ class GenerationRequest:
     n: int = 1
     constraint: Callable[[], Constraint] | None = None
     logprobs: int | None = None
+    activations_of: int | None = None
     cancelled: bool = False
     arrived_s: float = field(default_factory=time.monotonic)
     started_s: float = 0.0
     first_token_s: float = 0.0
     open_answers: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     ff_bytes: int = 0
     used: GriffinConfig | None = None

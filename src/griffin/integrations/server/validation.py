@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,10 @@ from griffin.engine.step import Sampling
 from griffin.generation.text import encode
 from griffin.integrations.server import schema
 from griffin.integrations.server.engine import Engine
-from griffin.integrations.server.errors import ApiError
+from griffin.integrations.server.errors import ApiError, refusal
+from griffin.integrations.server.types import FullError
+
+_CHARACTERS_PER_TOKEN = 32  # of a whole prompt, on average: English has 4 to 5, the most repetitive text hardly 20
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Settings:
         prompt_tokens: the most tokens of a prompt; `None` allows the model's whole context.
         body_bytes: the most bytes of a request body.
         api_key: the key that requests must carry; `None` requires none.
+        allowed_hosts: names beside the loopback ones that requests may be for; `None` allows all.
     """
 
     model: str
@@ -32,6 +35,13 @@ class Settings:
     prompt_tokens: int | None = None
     body_bytes: int = 4_000_000
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
+
+
+def prompt_limit(engine: Engine, settings: Settings) -> int | None:
+    """The most tokens of a prompt; `None` if neither the server nor the model has a limit."""
+    limits = (settings.prompt_tokens, None if engine.context is None else engine.context - 1)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 async def encoded(
@@ -40,8 +50,9 @@ async def encoded(
     """Token ids of texts, lists of messages with the tools that they may use, or lists of token ids.
 
     Raises:
-        ApiError: a prompt is empty, too long, or has a token id that the model lacks.
+        ApiError: a prompt is empty, too long, or has a token id that the model lacks; or too many wait to be tokenised.
     """
+    limit = prompt_limit(engine, settings)
     encoded_prompts: list[list[int]] = []
     for prompt in prompts:
         if isinstance(prompt, list) and isinstance(prompt[0], int):
@@ -50,20 +61,37 @@ async def encoded(
                 raise ApiError(422, f"there is no token {max(prompt)}; this model has {size}", param)
             ids = prompt
         else:
+            _check_text(prompt, limit, param)
             try:
-                ids = (await asyncio.to_thread(encode, engine.model, engine.tokenizer, [prompt], tools))[0]
+                ids = (await engine.pool.run(encode, engine.model, engine.tokenizer, [prompt], tools))[0]
+            except FullError as error:
+                raise refusal(error) from error
             except ValueError as error:
                 code = "context_length_exceeded" if "context" in str(error) else None
                 raise ApiError(400, str(error), param, code) from error
             except Exception as error:  # a chat template may raise any exception
                 raise ApiError(400, f"the chat template refuses these messages: {error}", param) from error
-        limits = (settings.prompt_tokens, None if engine.context is None else engine.context - 1)
-        limit = min((limit for limit in limits if limit is not None), default=len(ids))
-        if len(ids) > limit:
+        if limit is not None and len(ids) > limit:
             message = f"the prompt has {len(ids)} tokens, this server takes at most {limit}; shorten it"
             raise ApiError(400, message, param, "context_length_exceeded")
         encoded_prompts.append(ids)
     return encoded_prompts
+
+
+def _check_text(prompt: str | list[dict[str, Any]], limit: int | None, param: str) -> None:
+    """Refuse a text that is far too long before the time is spent to tokenise it.
+
+    Raises:
+        ApiError: it has more characters than as many tokens can have as a prompt may have.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [str(message.get("content")) for message in prompt]
+    characters = sum(map(len, texts))
+    if limit is not None and characters > limit * _CHARACTERS_PER_TOKEN:
+        message = (
+            f"the prompt has {characters:,} characters, which is more than the {limit:,} tokens that this server "
+            "takes; shorten it"
+        )
+        raise ApiError(400, message, param, "context_length_exceeded")
 
 
 def config_of(engine: Engine, given: schema.GriffinSettings | None) -> GriffinConfig:

@@ -1,0 +1,110 @@
+"""Bounds on the work that a request's body makes, checked before the work is done.
+
+The bytes of a body say little about its work: 4 MB may be one text or two million values, and a schema that refuses
+them one by one takes minutes. So the characters that make values are counted before the body is parsed, and the lengths
+of its lists and objects are checked before they are validated. Both take milliseconds, on the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from griffin.integrations.server.errors import ApiError
+
+MAX_FIELDS = 256  # of an object
+MAX_ITEMS = 4096  # of a list whose items are not numbers
+_MARKS = (b",", b"[", b"{", b'"', b"\\")  # a value, a key or an escape of a JSON text has one of them
+_MARKS_BESIDE_TOKENS = 50_000
+_MARKS_PER_TOKEN = 4  # token ids have one each, punctuation in a text has some
+_TOKENS = 131_072  # of a prompt, where the model's context has no limit
+
+
+def bounded_route(tokens: int | None) -> type[APIRoute]:
+    """A route whose request bodies are bounded before they are validated.
+
+    Args:
+        tokens: the most tokens of a prompt; `None` if there is no limit.
+    """
+    most = _MARKS_BESIDE_TOKENS + _MARKS_PER_TOKEN * (_TOKENS if tokens is None else min(tokens, _TOKENS))
+
+    class Bounded(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handler = super().get_route_handler()
+
+            async def bounded(request: Request) -> Response:
+                body = await request.body()
+                check_marks(body, most)
+                try:
+                    value = json.loads(body)
+                except ValueError:  # no body, or no JSON: FastAPI's to report
+                    return await handler(request)
+                except RecursionError:
+                    raise ApiError(400, "the body is nested too deeply") from None
+                check_sizes(value)
+                return await handler(_Parsed(request, value))
+
+            return bounded
+
+    return Bounded
+
+
+class _Parsed(Request):
+    """A request whose body has been parsed."""
+
+    def __init__(self, request: Request, value: Any) -> None:
+        super().__init__(request.scope, request.receive)
+        self._request, self._value = request, value
+
+    async def body(self) -> bytes:
+        """The body's bytes."""
+        return await self._request.body()
+
+    async def json(self) -> Any:
+        """The body's value."""
+        return self._value
+
+
+def check_marks(body: bytes, most: int) -> None:
+    """Refuse a body with too many values.
+
+    Raises:
+        ApiError: it has more commas, brackets, quotes and escapes than that.
+    """
+    marks = sum(map(body.count, _MARKS))
+    if marks > most:
+        raise ApiError(
+            413,
+            f"the body has {marks:,} commas, brackets, quotes and escapes, and this server takes at most {most:,}; "
+            "shorten its lists, or send several requests",
+            code="request_too_large",
+        )
+
+
+def check_sizes(value: Any) -> None:
+    """Refuse long lists and objects anywhere in a body, with one error instead of one for each item.
+
+    Raises:
+        ApiError: a list of other things than numbers, or an object, is too long.
+    """
+    unchecked: list[tuple[str, Any]] = [("", value)] if isinstance(value, list | dict) else []
+    while unchecked:
+        path, container = unchecked.pop()
+        if isinstance(container, dict):
+            _check_length(path or "the body", container, MAX_FIELDS, "fields")
+            named = [(f"{path}.{name[:40]}" if path else name[:40], item) for name, item in container.items()]
+        else:
+            if not all(isinstance(item, int) for item in container):
+                _check_length(path or "the body", container, MAX_ITEMS, "items")
+            named = [(path, item) for item in container if isinstance(item, list | dict)]
+        unchecked += [(name, item) for name, item in named if isinstance(item, list | dict)]
+
+
+def _check_length(name: str, container: Any, most: int, what: str) -> None:
+    if len(container) > most:
+        message = f"{name} has {len(container):,} {what}, and this server takes at most {most:,}"
+        raise ApiError(422, message, name, "too_many_items")
