@@ -1,6 +1,7 @@
 """Tokens/s of griffin serve with 1, 4, 8 and 16 requests at a time, density 1.0 against 0.5, in turns.
 
     python benchmarks/serving.py MODEL [--weights W] [--selection S] [--tokens N] [--rounds R] [-o FILE.csv]
+    python benchmarks/serving.py MODEL --behind 1500    # seconds to the first token of a short prompt behind a long one
 
 The server is a process of its own, asked by HTTP with streams. Before anything is timed, all answers are compared with
 those that the same requests get alone; bfloat16 answers may part where two tokens are nearly as likely, so it is told
@@ -79,6 +80,29 @@ async def answers(
     return len(within) / (max(within) - begin), texts
 
 
+async def behind(url: str, model: str, tokens: int, rounds: int) -> None:
+    """Print the seconds to the first token of a short prompt: alone, and while a prompt of so many tokens runs."""
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0) as client:
+
+        async def first_token_s(prompt: str | list[int]) -> float:
+            start = time.perf_counter()
+            await client.completions.create(model=model, prompt=prompt, max_tokens=1, temperature=0)
+            return time.perf_counter() - start
+
+        alone, waited, long = [], [], []
+        for number in range(rounds):
+            alone.append(await first_token_s(f"{number}: {TEXTS[number % 8]}"))
+            ids = [1000 + (number * 7919 + at * 31) % 20_000 for at in range(tokens)]  # begins like no earlier one
+            running = asyncio.create_task(first_token_s(ids))
+            await asyncio.sleep(0.5)
+            waited.append(await first_token_s(f"{number}: {TEXTS[8 + number % 8]}"))
+            if running.done():
+                sys.exit("the long prompt was over before the short one; ask for more tokens")
+            long.append(await running)
+    alone_s, waited_s, long_s = map(statistics.median, (alone, waited, long))
+    print(f"alone {alone_s:.2f} s, behind {tokens} tokens {waited_s:.2f} s; the long prompt itself {long_s:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -86,6 +110,7 @@ def main() -> None:
     parser.add_argument("--selection", default="topk")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--behind", type=int, metavar="N", help="time a short prompt behind one of N tokens instead")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     command = [sys.executable, "-m", "griffin", "serve", "-m", args.model, "--weights", args.weights, "--port", "0"]
@@ -95,6 +120,9 @@ def main() -> None:
         assert server.stderr is not None
         try:
             url = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.]+:\d+", line))) + "/v1"
+            if args.behind is not None:
+                asyncio.run(behind(url, args.model, args.behind, args.rounds))
+                return
             known = {
                 density: [asyncio.run(answers(url, args.model, [text], density, args.tokens))[1][0] for text in TEXTS]
                 for density in (1.0, 0.5)

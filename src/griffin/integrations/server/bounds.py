@@ -20,7 +20,7 @@ MAX_FIELDS = 256  # of an object
 MAX_ITEMS = 4096  # of a list whose items are not numbers
 _MARKS = (b",", b"[", b"{", b'"', b"\\")  # a value, a key or an escape of a JSON text has one of them
 _MARKS_BESIDE_TOKENS = 50_000
-_MARKS_PER_TOKEN = 4  # token ids have one each, punctuation in a text has some
+_MARKS_PER_TOKEN = 2  # token ids have one each, a text of code or JSON hardly more
 _TOKENS = 131_072  # of a prompt, where the model's context has no limit
 
 
