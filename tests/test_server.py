@@ -308,6 +308,7 @@ def test_models_health_and_metrics(quick: Server) -> None:
         text = answer.read().decode()
     assert 'griffin_requests_total{path="/v1/completions",status="200"}' in text
     assert re.search(r"griffin_generated_tokens_total [1-9]", text)
+    assert re.search(r"griffin_ff_bytes_total [1-9]", text)
     assert "griffin_cache_bytes 0.0" in text
 
 
@@ -670,6 +671,19 @@ def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Path) -> None:
         assert body["usage"]["completion_tokens"] == 600
         server.wait(30)
         assert server.returncode in (0, -signal.SIGTERM)
+
+
+def test_the_log_as_json(tmp_path: Path) -> None:
+    with process(save_bytes_model(tmp_path / "tiny"), "--log-format", "json") as (server, url):
+        assert post(url, ask())[0] == 200
+        assert post(url, b"{")[0] == 400
+        server.send_signal(signal.SIGTERM)
+        assert server.stderr is not None
+        lines = [json.loads(line) for line in server.stderr]
+    answered = [(line["method"], line["path"], line["status"]) for line in lines if "status" in line]
+    assert answered == [("POST", "/v1/completions", 200), ("POST", "/v1/completions", 400)]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    assert all(line["seconds"] > 0 for line in lines if "status" in line)
 
 
 def test_wrong_usage_is_one_line() -> None:
