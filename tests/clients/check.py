@@ -1,4 +1,4 @@
-"""Ask a running server by clients that people use: `python check.py URL MODEL`. Every answer is compared with the API's."""
+"""Ask a running server by clients that people use: `python check.py URL MODEL`. Answers are compared with the API's."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def by_ollama(url: str, model: str, expected: str) -> None:
     assert client.chat(model, messages, options=options).message.content == expected
     stream = client.chat(model, messages, options=options, stream=True)
     assert "".join(part.message.content or "" for part in stream) == expected
-    assert set(json.loads(client.generate(model, QUESTION, format=SCHEMA, options=options).response)) == {"sure", "count"}
+    form = client.generate(model, QUESTION, format=SCHEMA, options=options)
+    assert set(json.loads(form.response)) == {"sure", "count"}
 
 
 def main() -> None:

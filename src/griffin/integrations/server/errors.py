@@ -111,15 +111,14 @@ def _most_helpful(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def helpful(detail: dict[str, Any]) -> tuple[int, bool]:
         return len(_fields(detail["loc"])), not detail["type"].endswith("_type")
 
-    alternatives = list(branches.values())
     chosen = max(
-        (max(branch, key=helpful) for branch in alternatives),
+        (max(branch, key=helpful) for branch in branches.values()),
         key=lambda detail: (*helpful(detail), -len(branches[_branches(detail["loc"])])),
     )
-    same = [branch[0] for branch in alternatives if len(branch) == 1 and branch[0]["loc"][:2] == chosen["loc"][:2]]
-    own = [detail for detail in same if helpful(detail) == helpful(chosen)]
-    if len(own) == len(alternatives) > 1 and not helpful(chosen)[1]:
-        names = dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in own)
+    where = _fields(chosen["loc"])
+    same = [detail for branch in branches.values() for detail in branch if _fields(detail["loc"]) == where]
+    if len(same) > 1 and all(detail["type"].endswith("_type") for detail in same):
+        names = dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in same)
         chosen = {**chosen, "msg": "Input should be " + " or ".join(names)}
     return chosen
 
