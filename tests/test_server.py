@@ -308,6 +308,7 @@ def test_models_health_and_metrics(quick: Server) -> None:
         text = answer.read().decode()
     assert 'griffin_requests_total{path="/v1/completions",status="200"}' in text
     assert re.search(r"griffin_generated_tokens_total [1-9]", text)
+    assert re.search(r"griffin_ff_bytes_total [1-9]", text)
     assert "griffin_cache_bytes 0.0" in text
 
 
@@ -394,7 +395,7 @@ def test_a_long_prompt_does_not_hold_up_a_running_answer(quick: Server) -> None:
         ({"griffin": {"layers": [99]}}, 422, "griffin.layers", "this model has layers 0 to 5"),
         ({"griffin": {"loss": 0.1, "density": 0.5}}, 422, None, "griffin.density|there are a loss|loss"),
         ({"suffix": "x"}, 422, "suffix", "suffix is not supported; leave it out"),
-        ({"frequency_penalty": 0.5}, 422, "frequency_penalty", "not supported"),
+        ({"frequency_penalty": 2.5}, 422, "frequency_penalty", "less than or equal to 2"),
         ({"no_such": 1}, 422, "no_such", "no_such is not supported"),
         ({"max_tokens": "many"}, 422, "max_tokens", "valid integer"),
         ({"max_tokens": 0}, 422, "max_tokens", "greater than or equal to 1"),
@@ -601,7 +602,7 @@ def test_requests_of_the_served_schema_are_answered_as_it_says(quick: Server) ->
     quick.engine.config = GriffinConfig(density=0.5, selection="topk")
     schema = schemathesis.openapi.from_url(f"{quick.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 7
+    assert len(operations) == 16
     for operation in operations:
 
         @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -672,6 +673,19 @@ def test_sigterm_drains_and_sigkill_leaves_nothing(tmp_path: Path) -> None:
         assert body["usage"]["completion_tokens"] == 600
         server.wait(30)
         assert server.returncode in (0, -signal.SIGTERM)
+
+
+def test_the_log_as_json(tmp_path: Path) -> None:
+    with process(save_bytes_model(tmp_path / "tiny"), "--log-format", "json") as (server, url):
+        assert post(url, ask())[0] == 200
+        assert post(url, b"{")[0] == 400
+        server.send_signal(signal.SIGTERM)
+        assert server.stderr is not None
+        lines = [json.loads(line) for line in server.stderr]
+    answered = [(line["method"], line["path"], line["status"]) for line in lines if "status" in line]
+    assert answered == [("POST", "/v1/completions", 200), ("POST", "/v1/completions", 400)]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    assert all(line["seconds"] > 0 for line in lines if "status" in line)
 
 
 def test_wrong_usage_is_one_line() -> None:

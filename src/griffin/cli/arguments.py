@@ -57,6 +57,14 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
+def parse_biases(text: str) -> dict[int, float]:
+    """Token ids with numbers to add to their logits, such as `198=-100,11=2.5`; `Sampling` checks their range."""
+    try:
+        return {int(token): float(bias) for token, bias in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected ID=NUMBER, such as 198=-100,11=2.5") from None
+
+
 # By field: the parser of the value, the metavar, the help.
 _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "density": (
@@ -88,6 +96,17 @@ _SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_k": (int, "K", "draw from the K most likely tokens (default: 0, off)"),
     "min_p": (float, "P", "drop tokens less likely than this share of the likeliest (default: 0.0, off)"),
     "repetition_penalty": (float, "R", "above 1, tokens that have occurred become less likely (default: 1.0, off)"),
+    "frequency_penalty": (
+        float,
+        "F",
+        "subtracted from a token's logit for each time that the answer has it (default: 0.0, off)",
+    ),
+    "presence_penalty": (
+        float,
+        "F",
+        "subtracted from the logits of all tokens that the answer has (default: 0.0, off)",
+    ),
+    "logit_bias": (parse_biases, "LIST", "numbers to add to the logits of tokens, such as 198=-100,11=2.5"),
     "stop": (str, "TEXT", "a text that ends an answer, not part of it; may be given several times"),
 }
 

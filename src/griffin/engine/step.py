@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -40,6 +41,9 @@ class Sampling:
         top_k: draw from this many most likely tokens; 0 is off.
         min_p: drop tokens less likely than this share of the likeliest; 0 is off.
         repetition_penalty: above 1, tokens that have occurred become less likely.
+        frequency_penalty: subtracted from a token's logit for each time that the answer already has it; 0 is off.
+        presence_penalty: subtracted from the logits of all tokens that the answer already has; 0 is off.
+        logit_bias: token ids, each with what is added to its logit.
         stop: texts that end an answer; they are not part of it.
         seed: seed of the drawing; `None` draws a new one each time.
 
@@ -53,10 +57,14 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     stop: Sequence[str] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        biases = (self.logit_bias or {}).items()
         for name, allowed, fits in (
             ("max_tokens", "a whole number from 1", _whole(self.max_tokens) and self.max_tokens >= 1),
             ("temperature", "a number from 0 to 100", 0 <= self.temperature <= 100),
@@ -64,6 +72,13 @@ class Sampling:
             ("top_k", "a whole number from 0 (off)", _whole(self.top_k) and self.top_k >= 0),
             ("min_p", "from 0 (off) to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0 (1 is off)", 0 < self.repetition_penalty < float("inf")),
+            ("frequency_penalty", "from -100 to 100 (0 is off)", -100 <= self.frequency_penalty <= 100),
+            ("presence_penalty", "from -100 to 100 (0 is off)", -100 <= self.presence_penalty <= 100),
+            (
+                "logit_bias",
+                "token ids from 0, each with a number from -100 to 100",
+                all(_whole(token) and token >= 0 and -100 <= bias <= 100 for token, bias in biases),
+            ),
             ("seed", "a whole number from 0, or None", self.seed is None or (_whole(self.seed) and self.seed >= 0)),
         ):
             if not fits:
@@ -78,11 +93,17 @@ class Sampling:
         """Whether the likeliest token is taken; logits divided by less would not be finite."""
         return self.temperature < _LEAST_TEMPERATURE
 
-    def processors(self) -> LogitsProcessorList:
-        """Transformers' own logits processors for these settings, in the order in which its generate applies them."""
+    def processors(self, prompt_tokens: int) -> LogitsProcessorList:
+        """Logits processors for these settings: Transformers' own in the order in which its generate applies them, and
+        before its temperature the OpenAI API's penalties of the tokens after the first `prompt_tokens`, and biases.
+        """
         chosen = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
             chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.frequency_penalty or self.presence_penalty:
+            chosen.append(_AnswerPenalty(self.frequency_penalty, self.presence_penalty, prompt_tokens))
+        if self.logit_bias:
+            chosen.append(_Bias(self.logit_bias))
         if not self.greedy and self.temperature != 1.0:
             chosen.append(TemperatureLogitsWarper(self.temperature))
         if not self.greedy and self.top_k > 0:
@@ -92,6 +113,31 @@ class Sampling:
         if not self.greedy and self.min_p > 0.0:
             chosen.append(MinPLogitsWarper(self.min_p))
         return chosen
+
+
+class _AnswerPenalty(LogitsProcessor):
+    """Subtract `count * frequency + presence` from the logits of tokens that the answer has: the OpenAI API's."""
+
+    def __init__(self, frequency: float, presence: float, prompt_tokens: int) -> None:
+        self._frequency, self._presence, self._prompt_tokens = frequency, presence, prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        answer = input_ids[:, self._prompt_tokens :]
+        counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
+        return scores - (self._frequency * counts + self._presence * (counts > 0))
+
+
+class _Bias(LogitsProcessor):
+    """Add to the logits of some tokens."""
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._tokens, self._biases = torch.tensor(list(biases)), torch.tensor(list(biases.values()))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if int(self._tokens.max()) >= scores.shape[1]:
+            last = int(self._tokens.max())
+            raise ValueError(f"logit_bias names token {last}; this model has tokens 0 to {scores.shape[1] - 1}")
+        return scores.index_add(1, self._tokens.to(scores.device), self._biases.to(scores).expand(len(scores), -1))
 
 
 @dataclass(frozen=True)
@@ -197,11 +243,11 @@ def generate_step(
 
 
 class Draw:
-    """Draw the next token of every row, and remember it for the repetition penalty."""
+    """Draw the next token of every row, and remember it for the penalties."""
 
     def __init__(self, sampling: Sampling, input_ids: Tensor) -> None:
         self._greedy = sampling.greedy
-        self._processors = sampling.processors()
+        self._processors = sampling.processors(input_ids.shape[1])
         self._seen = input_ids
         self._generator = torch.Generator(device=input_ids.device)
         if sampling.seed is None:

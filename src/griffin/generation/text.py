@@ -16,13 +16,21 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 
 
-def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[list[int]]:
     """Token ids of each prompt: a text as it is, a list of messages through the tokenizer's chat template.
+
+    Args:
+        tools: JSON schemas of functions that the template shows to the model.
 
     Raises:
         ValueError: a prompt is empty or longer than the model's context, or there are messages and no chat template.
     """
-    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    ids = [_encode(tokenizer, prompt, tools) for prompt in prompts]
     limit = context_length(model)
     for tokens in ids:
         if limit is not None and len(tokens) >= limit:
@@ -33,7 +41,7 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
     return ids
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Sequence[Mapping[str, Any]]) -> list[int]:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError("the prompt is empty; GRIFFIN selects experts from it, so it needs some text")
@@ -44,10 +52,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         if tokenizer.chat_template is None:
             raise ValueError("this model's tokenizer has no chat template; give the prompt as plain text")
         messages = [dict(message) for message in prompt]
-        if messages[-1].get("role") == "assistant":  # its beginning is given: it is continued, not answered
-            encoded = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=True)
-        else:
-            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        begun = messages[-1].get("role") == "assistant"  # its beginning is given: it is continued, not answered
+        way = "continue_final_message" if begun else "add_generation_prompt"
+        settings: dict[str, Any] = {way: True, "tools": list(tools) or None}
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, **settings)
     tokens = [int(token) for token in encoded["input_ids"]]
     if not tokens:
         raise ValueError("the prompt has no tokens")

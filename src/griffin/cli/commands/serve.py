@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -83,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="host names that requests may be for, with commas between, or * for all (default: at a loopback address "
         "only its own names, elsewhere all)",
     )
+    group.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="text, or one JSON object a line, with one for each answered request (default: text)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -116,10 +121,12 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise ValueError(f"griffin serve needs {missing[0]}; install the extra: pip install 'griffin-llm[serve]'")
 
+    from griffin.integrations.server.logs import Log
     from griffin.integrations.server.run import bound, serve
     from griffin.integrations.server.types import Limits
     from griffin.integrations.server.validation import Settings
 
+    log = Log(args.log_format)
     listening = bound(args.host, args.port)
     model, tokenizer = load_model(args)
     limits = Limits(
@@ -138,8 +145,8 @@ def run(args: argparse.Namespace) -> int:
         api_key=key,
         allowed_hosts=_allowed_hosts(args.allowed_hosts, listening.getsockname()[0]),
     )
-    print("loaded; trying a short prompt", file=sys.stderr)
-    return serve(model, tokenizer, config, limits, settings, listening, args.drain, args.connections)
+    log.say("loaded; trying a short prompt")
+    return serve(model, tokenizer, config, limits, settings, listening, args.drain, args.connections, log)
 
 
 def _bytes(gb: float | None, device: torch.device, share: int, otherwise: int) -> int:

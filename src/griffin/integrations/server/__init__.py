@@ -1,4 +1,4 @@
 """An OpenAI-compatible server with continuous batching. Every request has its own experts and density.
 
-Only this package imports fastapi, uvicorn and prometheus_client.
+Only this package imports fastapi, uvicorn, prometheus_client and llguidance.
 """

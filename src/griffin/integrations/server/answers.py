@@ -11,7 +11,7 @@ from griffin.engine.batch import Running
 from griffin.engine.step import Draw
 from griffin.generation.text import Answer
 from griffin.integrations.server.scheduler import Prompt
-from griffin.integrations.server.types import GenerationRequest
+from griffin.integrations.server.types import Constraint, GenerationRequest
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class RunningAnswer:
         draw: draws its tokens.
         text: its text so far.
         nbytes: the key/value memory that is set aside for it.
+        constraint: decides which tokens may come next; `None` allows all.
     """
 
     request: GenerationRequest
@@ -33,6 +34,7 @@ class RunningAnswer:
     draw: Draw
     text: Answer
     nbytes: int
+    constraint: Constraint | None
 
 
 def answers_to(prompt: Prompt, sequence: Running, tokenizer: PreTrainedTokenizerBase) -> list[RunningAnswer]:
@@ -45,5 +47,6 @@ def answers_to(prompt: Prompt, sequence: Running, tokenizer: PreTrainedTokenizer
         draw = Draw(replace(request.sampling, seed=seed), ids)
         text = Answer(tokenizer, request.sampling.stop)
         index = prompt.number * request.n + number
-        answers.append(RunningAnswer(request, index, copied, draw, text, prompt.nbytes // request.n))
+        constraint = None if request.constraint is None else request.constraint()
+        answers.append(RunningAnswer(request, index, copied, draw, text, prompt.nbytes // request.n, constraint))
     return answers

@@ -311,7 +311,10 @@ class Engine:
         try:
             if not bool(torch.isfinite(logits).all()):
                 raise FloatingPointError("the model's logits are not finite")
-            token = int(running.draw(logits[None])[0])
+            constraint = running.constraint
+            token = int(running.draw((logits if constraint is None else constraint.masked(logits))[None])[0])
+            if constraint is not None:
+                constraint.accept(token)
             ended = token in self._ends
             text = "" if ended else running.text.add(token)
             info = None if request.logprobs is None else _info(token, logits, request.logprobs, running.text.offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +14,9 @@ from griffin.integrations.server import schema
 from griffin.integrations.server.types import FullError, LateError, StoppedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+# Alternatives of a type as pydantic names them in an error's location, beside classes and such as list[str].
+_BRANCHES = ("str", "int", "float", "bool", "list")
+_TAGGED = ("response_format", "format")  # fields whose alternatives pydantic names by their `type`
 
 
 class ApiError(Exception):
@@ -75,30 +79,63 @@ def refusal(error: Exception) -> ApiError:
 def invalid(_: Request, error: Exception) -> JSONResponse:
     """Handle a body that the schema refuses; the message names the field."""
     assert isinstance(error, RequestValidationError)
-    errors = error.errors()
-    # A field with several alternative types reports an error for each. The deepest one is probably of the intended
-    # type; of equally deep ones, one that is about the value and not about its type.
-    same_field = (detail for detail in errors if detail["loc"][:2] == errors[0]["loc"][:2])
-    deepest = max(same_field, key=lambda detail: (len(detail["loc"]), not detail["type"].endswith("_type")))
-    if deepest["type"] == "json_invalid":
-        return error_response(400, f"the body is not JSON: {deepest.get('ctx', {}).get('error', deepest['msg'])}")
-    path = [str(part) for part in deepest["loc"][1:] if isinstance(part, int) or not _is_branch(part)]
-    name = ".".join(path)
+    chosen = _most_helpful(error.errors())
+    if chosen["type"] == "json_invalid":
+        return error_response(400, f"the body is not JSON: {chosen.get('ctx', {}).get('error', chosen['msg'])}")
+    name = ".".join(_fields(chosen["loc"]))
     if not name:
-        return error_response(422, f"the body is not what is expected: {deepest['msg']}")
+        return error_response(422, f"the body is not what is expected: {chosen['msg']}")
     neutral = name.split(".")[0] in schema.UNSUPPORTED
-    unsupported = neutral or deepest["type"] == "extra_forbidden"
-    text = f"{name} is not supported" if unsupported else f"{name}: {deepest['msg']}"
+    unsupported = neutral or chosen["type"] == "extra_forbidden"
+    text = f"{name} is not supported" if unsupported else f"{name}: {chosen['msg'].removeprefix('Value error, ')}"
     if neutral:
         text += "; leave it out"
-    elif not unsupported and isinstance(deepest.get("input"), str | int | float | bool):
-        text += f" (found {_short(deepest['input'])})"
+    elif not unsupported and isinstance(chosen.get("input"), str | int | float | bool):
+        text += f" (found {_short(chosen['input'])})"
     return error_response(422, text, name, "unsupported_parameter" if unsupported else None)
 
 
-def _is_branch(part: str) -> bool:
+def _most_helpful(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The error that says most about the first wrong field.
+
+    A field with several alternative types has errors for each. The intended one is probably that whose errors lie
+    deepest; among equally deep ones that which has the right type and a wrong value; then that with the fewest errors.
+    Where nothing but the field's own type is wrong, one error names all types that it may have.
+    """
+    first = _fields(errors[0]["loc"])[:1]
+    branches: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    for detail in errors:
+        if _fields(detail["loc"])[:1] == first:
+            branches.setdefault(_branches(detail["loc"]), []).append(detail)
+
+    def helpful(detail: dict[str, Any]) -> tuple[int, bool]:
+        return len(_fields(detail["loc"])), not detail["type"].endswith("_type")
+
+    chosen = max(
+        (max(branch, key=helpful) for branch in branches.values()),
+        key=lambda detail: (*helpful(detail), -len(branches[_branches(detail["loc"])])),
+    )
+    where = _fields(chosen["loc"])
+    same = [detail for branch in branches.values() for detail in branch if _fields(detail["loc"]) == where]
+    if len(same) > 1 and all(detail["type"].endswith("_type") for detail in same):
+        names = dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in same)
+        chosen = {**chosen, "msg": "Input should be " + " or ".join(names)}
+    return chosen
+
+
+def _fields(location: Sequence[object]) -> list[str]:
+    """The names of fields and numbers of items in an error's location, which also names alternatives of types."""
+    parts = zip(location[1:], location, strict=False)
+    return [str(part) for part, before in parts if isinstance(part, int) or not _is_branch(str(part), before)]
+
+
+def _branches(location: Sequence[object]) -> tuple[object, ...]:
+    return tuple(part for part in location[1:] if isinstance(part, str) and _is_branch(part))
+
+
+def _is_branch(part: str, before: object = None) -> bool:
     """Whether a part of an error's location names one alternative of a type instead of a field."""
-    return not part.isidentifier() or part in ("str", "int", "float", "bool", "list")
+    return not part.isidentifier() or part in _BRANCHES or part[0].isupper() or before in _TAGGED
 
 
 def _short(value: object) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from griffin.integrations.server.engine import Engine
+from griffin.integrations.server.logs import log_request
 from griffin.integrations.server.types import Summary
 
 _POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -37,6 +40,9 @@ class Metrics:
             "griffin_prefix_tokens", "those of them that were known from earlier prompts", registry=registry
         )
         self._generated = Counter("griffin_generated_tokens", "tokens generated", registry=registry)
+        self._ff_bytes = Counter(
+            "griffin_ff_bytes", "bytes of FF weights read for the tokens generated", registry=registry
+        )
         self._first_token = Histogram(
             "griffin_first_token_seconds", "from arrival to the first token", buckets=_SECONDS, registry=registry
         )
@@ -59,6 +65,7 @@ class Metrics:
         self._prompt.inc(summary.prompt_tokens)
         self._cached.inc(summary.cached_tokens)
         self._generated.inc(summary.completion_tokens)
+        self._ff_bytes.inc(summary.completion_tokens * summary.ff_bytes_per_token)
         self._waited.observe(summary.waited_s)
         self._first_token.observe(summary.waited_s + summary.prompt_s)
         self._density.observe(summary.density)
@@ -81,10 +88,13 @@ class Counted:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived = time.monotonic()
+
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 path = getattr(scope.get("route"), "path", None) or self._path(scope)
                 self._metrics.requests.labels(path, str(message["status"])).inc()
+                log_request(scope["method"], path, message["status"], time.monotonic() - arrived)
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY
                 headers["X-Content-Type-Options"] = "nosniff"

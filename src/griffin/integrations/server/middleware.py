@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from griffin.integrations.server.bounds import check_body
 from griffin.integrations.server.errors import ApiError, error_response
 
-_GUARDED = "/v1/"
+_GUARDED = ("/v1/", "/api/")
 # Read and discard up to 25 times the limit before answering 413; a client that is still sending would not see it.
 _DISCARD_FACTOR = 25
 _BODIES = 16  # bodies of the largest size that are held at a time, or as many bytes of smaller ones

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from griffin.integrations.server.tools import numbered
 from griffin.integrations.server.types import Piece, Summary, TokenInfo
 
 Chunk = dict[str, Any]
@@ -27,6 +28,7 @@ class Chunks:
         usage_apart: whether usage comes in a separate chunk without choices; otherwise it comes with the last choice.
         answers: the number of choices.
         about: further fields of the `griffin` object that comes with usage.
+        echo: the texts that the choices begin with.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Chunks:
         usage_apart: bool,
         answers: int,
         about: Mapping[str, Any],
+        echo: Sequence[str] = (),
     ) -> None:
+        self._echo, self._calls = echo, [0] * answers
         self._chat, self._bytes_of, self._usage_apart = chat, bytes_of, usage_apart
         self._about = about
         self._last: Chunk | None = None
@@ -51,9 +55,9 @@ class Chunks:
         }
 
     def opening(self) -> list[Chunk]:
-        """The chunks before any token: in a chat, one with the role for each choice."""
+        """The chunks before any token: in a chat, one with the role for each choice; else the echoes of the prompts."""
         if not self._chat:
-            return []
+            return [self._with(self._choice(index, text, None, None)) for index, text in enumerate(self._echo)]
         delta = {"role": "assistant", "content": ""}
         return [self._with(self._choice(index, delta, None, None)) for index in range(self._open)]
 
@@ -65,9 +69,12 @@ class Chunks:
                 return [{**self._base, "choices": [], **about}]
             assert self._last is not None
             return [{**self._last, **about}]
-        if not event.text and event.token is None and event.finish_reason is None:
+        if not event.text and event.token is None and event.finish_reason is None and not event.calls:
             return []
         content: Any = {"content": event.text} if event.text or event.token else {}
+        if event.calls:
+            content["tool_calls"] = numbered(event.calls, self._calls[event.index])
+            self._calls[event.index] += len(event.calls)
         if not self._chat:
             content = event.text
         logprobs = None if event.token is None else self._logprobs(event.token)
@@ -152,16 +159,24 @@ def whole_response(chunks: Iterable[Chunk]) -> Chunk:
     for chunk in chunks:
         whole |= {name: value for name, value in chunk.items() if name != "choices"}
         for part in chunk["choices"]:
-            choice = choices.setdefault(part["index"], {"index": part["index"], "text": "", "logprobs": None})
+            start = {"index": part["index"], "text": "", "logprobs": None, "calls": []}
+            choice = choices.setdefault(part["index"], start)
             delta = part.get("delta")
+            for call in (delta or {}).get("tool_calls", ()):
+                choice["calls"].append({name: value for name, value in call.items() if name != "index"})
             choice["text"] += part["text"] if delta is None else delta.get("content", "")
             choice["logprobs"] = _joined(choice["logprobs"], part["logprobs"])
             choice["finish_reason"] = part["finish_reason"]
     chat = whole["object"] == "chat.completion.chunk"
+    for choice in choices.values():
+        calls = choice.pop("calls")
+        if chat:
+            text = choice.pop("text")
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                choice["message"] |= {"content": text or None, "tool_calls": calls}
     if chat:
         whole["object"] = "chat.completion"
-        for choice in choices.values():
-            choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
     whole["choices"] = [choices[index] for index in sorted(choices)]
     return whole
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import signal
 import socket
-import sys
 from types import FrameType
 
 import uvicorn
@@ -16,6 +14,7 @@ from griffin.config import GriffinConfig
 from griffin.integrations.server.app import make_app
 from griffin.integrations.server.connections import Complaints, ConnectionLimits, bounded_protocol, possible
 from griffin.integrations.server.engine import Engine
+from griffin.integrations.server.logs import Log
 from griffin.integrations.server.types import Limits
 from griffin.integrations.server.validation import Settings
 
@@ -32,6 +31,7 @@ def serve(
     listening: socket.socket,
     drain_s: int,
     connections: int,
+    log: Log,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; running answers then have `drain_s` seconds to finish. A second signal ends them.
 
@@ -44,15 +44,13 @@ def serve(
     with listening:
         engine = Engine(model, tokenizer, config, limits)
         app = make_app(engine, settings)
-        logs = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-        logs["handlers"]["access"]["stream"] = "ext://sys.stderr"  # keep stdout free for text
         most = ConnectionLimits(possible(connections))
         server = DrainingServer(
             uvicorn.Config(
                 app,
                 http=bounded_protocol(most, app.state.metrics.count_other),
                 ws="none",
-                log_config=logs,
+                log_config=log.for_uvicorn,
                 log_level="error",  # warnings would be one line for each malformed request
                 backlog=_BACKLOG,
                 timeout_graceful_shutdown=drain_s + _LAST_EVENTS_S,
@@ -63,13 +61,11 @@ def serve(
         )
         address, bound_port = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        print(
+        log.say(
             f"{settings.model} at http://{shown}:{bound_port}: API at /v1, page at / "
             f"(density {config.density:g}, {config.selection}; step: {engine.step_name}; "
             f"{limits.max_sequences} places, {limits.cache_bytes / 1e9:.1f} GB of keys and values, "
-            f"{limits.prefix_bytes / 1e9:.1f} GB of kept prompts, {most.most} connections)",
-            file=sys.stderr,
-            flush=True,
+            f"{limits.prefix_bytes / 1e9:.1f} GB of kept prompts, {most.most} connections)"
         )
         try:
             server.run(sockets=[listening])

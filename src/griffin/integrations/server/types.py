@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -73,6 +74,21 @@ class TokenInfo:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool that an answer makes.
+
+    Args:
+        id: what the tool's result refers to.
+        name: the function.
+        arguments: a JSON object, as text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Piece:
     """The text that one step adds to an answer.
 
@@ -80,13 +96,15 @@ class Piece:
         index: the number of the answer within its request.
         text: the text that later tokens cannot change.
         token: the token's log-probabilities, if the request asks for them.
-        finish_reason: `stop`, `length`, or `None` while the answer continues.
+        finish_reason: `stop`, `length`, `tool_calls`, or `None` while the answer continues.
+        calls: calls of tools that are complete with this step; their text is no part of `text`.
     """
 
     index: int
     text: str
     token: TokenInfo | None
     finish_reason: str | None
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,16 @@ class Activations:
 Event = Piece | Summary | Activations | Exception
 
 
+class Constraint(Protocol):
+    """Decides which tokens one answer may go on with."""
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """The logits (V,) with minus infinity for every token that may not come next."""
+
+    def accept(self, token: int) -> None:
+        """Go on after this token."""
+
+
 @dataclass(eq=False)
 class GenerationRequest:
     """Prompts to answer with one config.
@@ -143,6 +171,7 @@ class GenerationRequest:
         config: which FF neurons to keep.
         sampling: how tokens are drawn; answer i of a prompt uses seed + i.
         n: the number of answers to each prompt.
+        constraint: makes for each answer what decides which tokens may come next; `None` allows all.
         logprobs: how many of the likeliest tokens to report beside the drawn token; `None` reports none at all.
         emit: called in the engine's thread with every event; the last is a `Summary`, `Activations` or an exception.
         activations_of: a layer whose activations are wanted instead of answers.
@@ -153,6 +182,7 @@ class GenerationRequest:
     sampling: Sampling
     emit: Callable[[Event], None]
     n: int = 1
+    constraint: Callable[[], Constraint] | None = None
     logprobs: int | None = None
     activations_of: int | None = None
     cancelled: bool = False

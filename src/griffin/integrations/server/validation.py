@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,8 +44,10 @@ def prompt_limit(engine: Engine, settings: Settings) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-async def encoded(engine: Engine, settings: Settings, prompts: Sequence[Any], param: str) -> list[list[int]]:
-    """Token ids of texts, lists of messages or lists of token ids.
+async def encoded(
+    engine: Engine, settings: Settings, prompts: Sequence[Any], param: str, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[list[int]]:
+    """Token ids of texts, lists of messages with the tools that they may use, or lists of token ids.
 
     Raises:
         ApiError: a prompt is empty, too long, or has a token id that the model lacks; or too many wait to be tokenised.
@@ -61,7 +63,7 @@ async def encoded(engine: Engine, settings: Settings, prompts: Sequence[Any], pa
         else:
             _check_text(prompt, limit, param)
             try:
-                ids = (await engine.pool.run(encode, engine.model, engine.tokenizer, [prompt]))[0]
+                ids = (await engine.pool.run(encode, engine.model, engine.tokenizer, [prompt], tools))[0]
             except FullError as error:
                 raise refusal(error) from error
             except ValueError as error:
@@ -136,16 +138,32 @@ def tokens_of(engine: Engine, settings: Settings, prompts: Sequence[Sequence[int
     return tokens
 
 
-def sampling_of(body: schema.ChatRequest | schema.CompletionRequest, tokens: int) -> Sampling:
-    """The sampling settings of a request, with the OpenAI API's defaults."""
+def sampling_of(engine: Engine, body: schema.Generation, tokens: int) -> Sampling:
+    """The sampling settings of a request, with the OpenAI API's defaults.
+
+    Raises:
+        ApiError: `logit_bias` names something that is not a token of this model.
+    """
     stop = body.stop or ()
-    given = {name: getattr(body, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed")}
+    names = ("top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    given = {name: getattr(body, name) for name in names}
     return Sampling(
         max_tokens=tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        top_k=max(body.top_k or 0, 0),
+        seed=None if body.seed is None or body.seed < 0 else body.seed,
+        logit_bias=_biases(body.logit_bias, engine.vocabulary),
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _biases(given: dict[str, float] | None, vocabulary: int) -> dict[int, float] | None:
+    for token in given or ():
+        if not (token.isascii() and token.isdigit() and int(token) < vocabulary):
+            message = f"logit_bias: {token[:40]!r} is no token; this model has the token ids 0 to {vocabulary - 1}"
+            raise ApiError(422, message, "logit_bias")
+    return {int(token): bias for token, bias in given.items()} if given else None
 
 
 def prompts_of(given: Any) -> list[Any]:
