@@ -26,6 +26,7 @@ from griffin.families import Layout
 from griffin.layouts import FFBlock, find_ff_blocks
 from griffin.method import scores
 from griffin.method.dynamic import Split
+from griffin.method.planes import PlaneSplit
 from griffin.method.statistics import Statistics
 from griffin.weights.fingerprint import Fingerprint, fingerprint
 
@@ -68,7 +69,9 @@ class Griffin:
                 "GRIFFIN is attached to this model already; call detach() on the first handle, or leave its with-block"
             )
         self.plan = self._plan(config)
-        self.backend = backends.resolve(config.backend, self.blocks, dynamic=self.plan.config.dynamic)
+        self.backend = backends.resolve(
+            config.backend, self.blocks, dynamic=self.plan.config.dynamic, planes=self.plan.config.planes
+        )
         self.selection_s = 0.0  # seconds that the last selection took, copying included
         self._gathered = Statistics()
         self._collector: Collector | None = None  # of the prompt phase that runs, if it gathers
@@ -141,7 +144,7 @@ class Griffin:
         return frozenset(block.layer for block in self.plan.pruned)
 
     @property
-    def splits(self) -> Mapping[int, Split]:
+    def splits(self) -> Mapping[int, Split | PlaneSplit]:
         """How the bytes of every layer with dynamic neuron selection are spent; empty without it."""
         return MappingProxyType(dict(self.plan.splits))
 
@@ -219,6 +222,11 @@ class Griffin:
             ValueError: as `griffin.attach`.
         """
         plan = plan_for(self.model, self.blocks, replace(config, backend=self.backend.name))
+        if plan.config.planes and plan.splits and self.backend.name != "reference":
+            raise ValueError(
+                f"the {self.backend.name} backend does not read planes of bits; attach with planes+topk, or with "
+                "backend reference"
+            )
         if plan.splits and self.backend.name == "gather":
             raise ValueError(
                 "the gather backend copies experts once a prompt, and dynamic neuron selection chooses them for every "

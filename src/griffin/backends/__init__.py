@@ -76,17 +76,23 @@ _BACKENDS: dict[str, type[SparseFF]] = {
 }
 
 
-def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False) -> Backend:
+def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False, planes: bool = False) -> Backend:
     """The backend that a name means for these blocks.
 
     Args:
         name: `auto`, or a backend's.
         blocks: the blocks.
         dynamic: whether dynamic neuron selection is wanted, which `gather` does not have.
+        planes: whether it decides about bits, which only `reference` computes.
 
     Raises:
         ValueError: there is none of that name, or it cannot compute these blocks.
     """
+    if planes and name == "auto":
+        why = "auto: planes+ is computed by this backend only: all experts are computed, which saves no time"
+        return Backend("reference", why, reference.ReferenceFF)
+    if planes and name != "reference":
+        raise ValueError(f"the {name} backend does not read planes of bits; use backend reference, or dynamic+")
     if name == "auto":
         reason = next((reason for block in blocks if (reason := native.why_not(block)) is not None), None)
         if reason is None:
