@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
-from griffin.analysis import benchmark, files, plots
+from griffin.analysis import files, plots
 from griffin.analysis.agreement import run_continuation, run_prompt
 from griffin.analysis.bootstrap import mean_interval
 from griffin.analysis.perplexity import encode_text, windows
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> None:
     }
     del source
     points = [("dense", "1")] + [(m, d) for m in args.methods.split(",") if m for d in args.densities.split(",")]
-    for kind in ("source", *args.types.split(",")):
+    for kind in ("source", *filter(None, args.types.split(","))):
         wanted = [point for point in points if (kind, *point) not in there]
         if not wanted:
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,13 @@ from torch.nn import functional as F
 import griffin
 from conftest import tiny_llama
 from griffin import GriffinConfig
+from griffin.analysis import profiling
 from griffin.gguf import types
 from griffin.gguf.dequantise import unpack
 from griffin.layouts import find_ff_blocks
 from griffin.method import planes
 from griffin.method.planes import PlaneSplit
+from griffin.method.profile import Profile
 from griffin.models.convert import convert
 from griffin.native import grouped, library
 
@@ -119,7 +123,7 @@ def later(model: Any, handle: Any, prompt: torch.Tensor = PROMPT) -> torch.Tenso
 )
 @pytest.mark.parametrize("batch", ["shared", "per_sequence"])
 def test_the_reference_is_the_naive_computation(split: PlaneSplit, batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planes, "split", lambda block, density: split)
+    monkeypatch.setattr(planes, "split", lambda block, density, curve: split)
     model = quantised("int8" if len(split.levels) == 4 else "int4")
     mlp = model.model.layers[0].mlp
     with griffin.attach(model, selection="planes+topk", density=0.5, batch=batch) as handle:
@@ -142,7 +146,7 @@ def test_the_reference_is_the_naive_computation(split: PlaneSplit, batch: str, m
 def test_all_planes_of_all_neurons_are_the_full_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantised()
     width = find_ff_blocks(model)[0].width
-    monkeypatch.setattr(planes, "split", lambda block, density: PlaneSplit(width, width, 2, (width, width), 0))
+    monkeypatch.setattr(planes, "split", lambda block, density, curve: PlaneSplit(width, width, 2, (width, width), 0))
     with griffin.attach(model, selection="planes+topk", density=0.9) as handle:
         found = later(model, handle)
     with griffin.attach(model, selection="topk", density=1.0) as handle:
@@ -210,3 +214,35 @@ def test_weights_without_planes_are_refused() -> None:
 def test_the_name_is_canonical() -> None:
     assert GriffinConfig(selection="planes + prior+topk").selection == "prior+planes+topk"
     assert GriffinConfig(selection="planes+topk").needs == {"ups"}
+
+
+@torch.no_grad()
+def test_a_profile_measures_the_curves(tmp_path: Path) -> None:
+    model = tiny_llama(torch.float32, max_position_embeddings=600)
+    sequences = torch.randint(3, 90, (2, profiling.TOKENS))
+    profile = profiling.prior(model, sequences, {"model": "tiny"})
+    profile = profiling.with_curves(profile, model, sequences)
+    block, totals = find_ff_blocks(model)[1], torch.zeros(2, 20, dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+    hook = block.module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    gate, up, down = (p.weight for p in (*block.inputs, block.output))
+    for row in sequences:
+        model(row[None])
+        a, u = F.silu(seen[-1] @ gate.T), seen[-1] @ up.T
+        z, half = a * u, 256
+        statistic = (z[:half] / z[:half].norm(dim=1, keepdim=True)).square().sum(dim=0)
+        worth = a.abs() * u[:half].square().mean(dim=0).sqrt() * down.norm(dim=0)
+        lost = (z * down.norm(dim=0)).square()
+        for token in range(half, len(row)):
+            for at, order in enumerate((worth[token], statistic)):
+                ranked = sorted(range(block.width), key=order.tolist().__getitem__, reverse=True)
+                for part, places in enumerate(torch.tensor(ranked).tensor_split(20)):
+                    totals[at, part] += float(lost[token, places].sum())
+    hook.remove()
+    expected = totals / totals.sum(dim=1, keepdim=True)
+    found = torch.tensor([profile.curves[1].token, profile.curves[1].prompt], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    profile.save(tmp_path / "a.safetensors")
+    again = Profile.load(tmp_path / "a.safetensors")
+    assert again.curves == profile.curves
+    assert again.digest != replace(again, curves={}).digest

@@ -56,8 +56,13 @@ class Plan:
         chosen = _chosen(blocks, config)
         splits: dict[int, Split | PlaneSplit] = {}
         if config.density < 1.0 and config.dynamic:
-            spend = planes.split if config.planes else dynamic.split
-            splits = {block.layer: spend(block, config.density) for block in chosen}
+            curves = {} if known is None else known.curves
+            splits = {
+                block.layer: planes.split(block, config.density, curves.get(block.layer, planes.TYPICAL))
+                if config.planes
+                else dynamic.split(block, config.density)
+                for block in chosen
+            }
         pruned = [block for block in chosen if splits or config.experts_of(block.width) < block.width]
         return cls(config, tuple(blocks), tuple(pruned), splits, known)
 
