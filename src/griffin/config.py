@@ -14,6 +14,7 @@ from griffin.methods import METHODS, Method
 REFINEMENTS = {
     "prior": "the model's profile counts as so many tokens of the prompt, which helps short prompts",
     "dynamic": "dynamic neuron selection: a token computes those experts whose gates matter; density means bytes",
+    "planes": "as dynamic, and the token decides how many bits of a neuron are read; for quantised weights",
 }
 AUTO = "auto"
 BEST = "prior+dynamic+topk"
@@ -34,9 +35,10 @@ class GriffinConfig:
         selection: a name of `griffin.METHODS`: `topk` (the paper's), `sample`, `topk_sample` (the paper's variants),
             `random` (control), `magnitude` (the paper's static baseline, which ignores the prompt) or `wanda` (the
             paper's unstructured baseline, which evaluations alone offer). `dynamic+` before one of the first four adds
-            dynamic neuron selection (`griffin.method.dynamic`), which loses far less at the same bytes; `prior+` adds
-            the model's profile. `auto` is `topk` with `prior+` for a model that has a profile, and with `dynamic+`
-            where that saves time: where the native backend runs.
+            dynamic neuron selection (`griffin.method.dynamic`), which loses far less at the same bytes; `planes+`
+            before `topk` chooses bits as well (`griffin.method.planes`); `prior+` adds the model's profile. `auto` is
+            `topk` with `prior+` for a model that has a profile, and with `dynamic+` where that saves time: where the
+            native backend runs.
         layers: indices of the layers to prune; `None` means all of them. The others stay whole.
         batch: `shared` (one set of experts for the whole batch: the paper's weighted sum) or `per_sequence`.
         backend: `auto`, or the name of one (`reference`, `gather`, `native`, `triton`).
@@ -86,7 +88,12 @@ class GriffinConfig:
     @property
     def dynamic(self) -> bool:
         """Whether the selection has, or with `auto` or `loss` may turn out to have, dynamic neuron selection."""
-        return self.selection == AUTO or "dynamic" in self.selection.split("+") or self.loss is not None
+        return self.selection == AUTO or self.loss is not None or self.planes or "dynamic" in self.selection.split("+")
+
+    @property
+    def planes(self) -> bool:
+        """Whether dynamic neuron selection decides how many bits of a neuron are read."""
+        return "planes" in self.selection.split("+")
 
     @property
     def prior(self) -> bool:
@@ -155,6 +162,11 @@ def _selection(value: object) -> str:
         raise ValueError(
             f"selection is {value!r}, but {name} cannot be refined by {refinements[0]}; expected "
             f"{refinements[0]}+topk, or {name} alone"
+        )
+    if "planes" in refinements and ("dynamic" in refinements or name != "topk"):
+        raise ValueError(
+            f"selection is {value!r}; planes is a dynamic selection itself, among experts chosen by topk: expected "
+            "planes+topk or prior+planes+topk"
         )
     return "+".join([*(refinement for refinement in REFINEMENTS if refinement in refinements), name])
 

@@ -146,6 +146,33 @@ def perplexity_against_length(rows: Sequence[PerplexityRow], title: str, path: P
     _save(figure, path)
 
 
+def frontier(lines: Mapping[str, Sequence[tuple[float, float, str]]], across: str, loss: str, path: Path) -> None:
+    """Draw losses against bytes or speed, on a logarithmic scale, and save them as PNG.
+
+    Args:
+        lines: points by the name of their line: place, loss above 0, and a word beside it or "". The first line is
+            what the others are compared with.
+        across: label of the places' axis.
+        loss: label of the losses' axis.
+        path: the file to write.
+
+    Raises:
+        GriffinError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(lines.items()):
+        ordered = sorted(points)
+        style = {"color": "black", "linewidth": 2.0} if number == 0 else {"color": f"C{number - 1}", "alpha": 0.8}
+        axes.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], marker="o", markersize=4, label=name, **style)
+        for x, y, word in ordered:
+            axes.annotate(word, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=across, ylabel=loss, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _perplexity_lines(axes: Axes, rows: Sequence[PerplexityRow], length: str) -> None:
     lines = {(row.density, row.selection): row for row in rows if row.density < 1.0}
     full = sorted({getattr(row, length): row.full_perplexity for row in rows}.items())

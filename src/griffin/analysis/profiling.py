@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from griffin.activation import ACTIVATIONS
 from griffin.analysis import perplexity
 from griffin.attachment import GATHER_ONLY, attach
 from griffin.config import BEST, GriffinConfig
 from griffin.engine.step import Sampling, generate_step
-from griffin.layouts import find_ff_blocks
+from griffin.layouts import FFBlock, find_ff_blocks
+from griffin.method.dynamic import output_norms
+from griffin.method.planes import Curve
 from griffin.method.profile import Profile, format_of, sample
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -100,6 +104,61 @@ def prior(
         sample(model),
         about | {"tokens": str(tokens)},
     )
+
+
+@torch.no_grad()
+def with_curves(
+    profile: Profile, model: PreTrainedModel, sequences: Tensor, done: Callable[[], None] = lambda: None
+) -> Profile:
+    """The profile with how every layer's output energy is spread over its neurons: by a token's scores, by a prompt's.
+
+    The first half of a sequence is the prompt, the second half are the tokens. Blocks that `planes+` does not read (no
+    gate, an unknown activation) have none.
+
+    Shapes:
+        sequences: (N, 512), int64.
+    """
+    blocks = [block for block in find_ff_blocks(model) if block.gated and block.activation is not None]
+    seen: dict[int, list[Tensor]] = {}
+    totals: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for block in blocks:
+
+            def keep(_module: nn.Module, _x: object, y: Tensor, block: FFBlock = block) -> None:
+                parts = y[0].float().chunk(2, dim=-1) if block.layout.fused else (y[0].float(),)
+                seen.setdefault(block.layer, []).extend(parts)
+
+            for projection in block.inputs:
+                hooks.callback(projection.register_forward_hook(keep).remove)
+        for row in sequences:
+            seen.clear()
+            model(row[None].to(model.device), use_cache=False)
+            for block in blocks:
+                gate, up = seen[block.layer]
+                found = _energies_by_rank(block, gate, up)
+                totals[block.layer] = totals.get(block.layer, 0) + found
+            done()
+    shares = {layer: total / total.sum(dim=1, keepdim=True) for layer, total in totals.items()}
+    return replace(profile, curves={layer: Curve(*map(tuple, each.tolist())) for layer, each in shares.items()})
+
+
+def _energies_by_rank(block: FFBlock, gate: Tensor, up: Tensor) -> Tensor:
+    """Output energies of the later tokens, by twentieths of the neurons in a token's order and in the prompt's.
+
+    Shapes: gate, up (S, D_ff); returns (2, 20).
+    """
+    assert block.activation is not None
+    norms, a = output_norms(block).to(gate.device), ACTIVATIONS[block.activation](gate)
+    z = a * up
+    prompt = z[:_PROMPT]
+    statistic = (prompt / prompt.norm(dim=1, keepdim=True).clamp_min(1e-9)).square().sum(dim=0)
+    energies = (z[_PROMPT:] * norms).square()
+    scores = a[_PROMPT:].abs() * up[:_PROMPT].square().mean(dim=0).sqrt() * norms
+    by_token = energies.gather(1, scores.argsort(dim=1, descending=True)).mean(dim=0)
+    by_prompt = energies.mean(dim=0)[statistic.argsort(descending=True)]
+    return torch.stack(
+        [torch.stack([part.sum() for part in each.tensor_split(20)]) for each in (by_token, by_prompt)]
+    ).cpu()
 
 
 def with_losses(

@@ -26,6 +26,7 @@ from griffin.families import Layout
 from griffin.layouts import FFBlock, find_ff_blocks
 from griffin.method import scores
 from griffin.method.dynamic import Split
+from griffin.method.planes import PlaneSplit
 from griffin.method.statistics import Statistics
 from griffin.weights.fingerprint import Fingerprint, fingerprint
 
@@ -148,7 +149,7 @@ class Griffin:
         return frozenset(block.layer for block in self.plan.pruned)
 
     @property
-    def splits(self) -> Mapping[int, Split]:
+    def splits(self) -> Mapping[int, Split | PlaneSplit]:
         """How the bytes of every layer with dynamic neuron selection are spent; empty without it."""
         return MappingProxyType(dict(self.plan.splits))
 

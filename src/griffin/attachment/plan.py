@@ -13,8 +13,9 @@ from griffin.attachment.selection import Selection
 from griffin.backends import native, why_not_dynamic
 from griffin.config import AUTO, BEST, GriffinConfig
 from griffin.layouts import FFBlock
-from griffin.method import dynamic, profile, selection
-from griffin.method.dynamic import Dynamic, Split
+from griffin.method import dynamic, planes, profile, selection
+from griffin.method.dynamic import Split
+from griffin.method.planes import PlaneSplit
 from griffin.method.profile import Profile
 from griffin.method.statistics import Statistics
 
@@ -34,7 +35,7 @@ class Plan:
     config: GriffinConfig
     blocks: tuple[FFBlock, ...]
     pruned: tuple[FFBlock, ...]
-    splits: Mapping[int, Split] = field(default_factory=dict)
+    splits: Mapping[int, Split | PlaneSplit] = field(default_factory=dict)
     profile: Profile | None = None
 
     @classmethod
@@ -53,9 +54,15 @@ class Plan:
                 f"griffin sweep, eval and perplexity, and in Python of griffin.analysis.{config.method}"
             )
         chosen = _chosen(blocks, config)
-        splits: dict[int, Split] = {}
+        splits: dict[int, Split | PlaneSplit] = {}
         if config.density < 1.0 and config.dynamic:
-            splits = {block.layer: dynamic.split(block, config.density) for block in chosen}
+            curves = {} if known is None else known.curves
+            splits = {
+                block.layer: planes.split(block, config.density, curves.get(block.layer, planes.TYPICAL))
+                if config.planes
+                else dynamic.split(block, config.density)
+                for block in chosen
+            }
         pruned = [block for block in chosen if splits or config.experts_of(block.width) < block.width]
         return cls(config, tuple(blocks), tuple(pruned), splits, known)
 
@@ -109,9 +116,10 @@ class Plan:
             statistics = self.profile.added_to(statistics)
         batch = self.config.batch
         finite = selection.Finite()
-        experts = self._experts(statistics, finite)
+        experts = self._experts(statistics, self.counts, finite)
+        whole = self._whole(statistics, experts, finite)
         weights = {
-            block.layer: dynamic.dynamic(block, self.splits[block.layer], statistics, batch)
+            block.layer: dynamic.dynamic(block, self.splits[block.layer], statistics, batch, whole.get(block.layer))
             for block in self.pruned
             if block.layer in self.splits
         }
@@ -121,32 +129,51 @@ class Plan:
             Selection(
                 self,
                 {layer: of_layer[n] for layer, of_layer in experts.items()},
-                {layer: _of_sequence(each, n) for layer, each in weights.items()},
+                {layer: each.of_sequence(n) for layer, each in weights.items()},
                 finite,
             )
             for n in range(sets)
         ]
 
-    def _experts(self, statistics: Statistics, finite: selection.Finite) -> dict[int, Tensor]:
-        """Experts by layer. Shapes: each (sets, k), int64, rows ascending."""
+    def _whole(
+        self, statistics: Statistics, experts: Mapping[int, Tensor], finite: selection.Finite
+    ) -> dict[int, Tensor]:
+        """Which of the experts' gates are read whole, with splits that say it. Shapes: each (sets, k), bool."""
+        counts = {layer: split.whole for layer, split in self.splits.items() if isinstance(split, PlaneSplit)}
+        if not counts:
+            return {}
+        some = self._experts(statistics, {layer: max(1, count) for layer, count in counts.items()}, finite)
+        whole = {}
+        for block in self.pruned:
+            best, layer = some[block.layer], block.layer
+            mask = torch.zeros(len(best), block.width, dtype=torch.bool, device=best.device)
+            if counts[layer] > 0:
+                mask.scatter_(1, best, True)
+            whole[layer] = mask.gather(1, experts[layer])
+        return whole
+
+    def _experts(
+        self, statistics: Statistics, counts: Mapping[int, int], finite: selection.Finite
+    ) -> dict[int, Tensor]:
+        """The best by layer, so many. Shapes: each (sets, k), int64, rows ascending."""
         experts: dict[int, Tensor] = {}
-        for blocks in self._alike(statistics):
+        for blocks in self._alike(statistics, counts):
             scores = self.config.method.scores_function(blocks, statistics, self.config.batch)
             layers, sets = scores.shape[:2]
             # Each sequence draws from the same seed, so that its experts do not depend on the batch that it is in.
             seeds = [(self.config.seed * 1_000_003 + block.layer) % 2**63 for block in blocks for _ in range(sets)]
-            k = self.counts[blocks[0].layer]
+            k = counts[blocks[0].layer]
             chosen = selection.select(scores.flatten(0, 1), k, self.config.method.name, seeds, finite)
             experts |= zip((block.layer for block in blocks), chosen.view(layers, sets, k), strict=True)
         return dict(sorted(experts.items()))
 
-    def _alike(self, statistics: Statistics) -> Iterable[list[FFBlock]]:
+    def _alike(self, statistics: Statistics, counts: Mapping[int, int]) -> Iterable[list[FFBlock]]:
         """Blocks of one width, one number of experts and one device: one call selects for all of them."""
         groups: dict[tuple[int, int, torch.device], list[FFBlock]] = {}
         for block in self.pruned:
             energies = statistics.energies.get(block.layer)
             device = block.device if energies is None else energies.device
-            groups.setdefault((block.width, self.counts[block.layer], device), []).append(block)
+            groups.setdefault((block.width, counts[block.layer], device), []).append(block)
         return groups.values()
 
 
@@ -187,9 +214,3 @@ def _dynamic_pays(blocks: Sequence[FFBlock], backend: str) -> bool:
     if backend == "reference":
         return all(block.activation is not None for block in blocks)
     return why_not_dynamic(backend) is None and all(native.why_not(block) is None for block in blocks)
-
-
-def _of_sequence(weights: Dynamic, sequence: int) -> Dynamic:
-    if len(weights.weights) == 1:
-        return weights
-    return Dynamic(weights.split, weights.weights[sequence : sequence + 1])

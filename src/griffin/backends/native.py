@@ -19,6 +19,7 @@ from torch import Tensor
 from griffin.backends.reference import split_rows
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, sketch
+from griffin.method.planes import PlaneSplit
 from griffin.native import kernel, library, operands
 from griffin.weights.neuron_major import make_neuron_major
 from griffin.weights.projection import rows
@@ -120,21 +121,29 @@ class NativeFF:
     def sets_of(self, experts: Sequence[Tensor], dynamic: Dynamic | None) -> list[Set]:
         """What every 16 sequences of a batch are computed with; arguments as for `select`."""
         if len(experts) == 1:
-            return [Set(experts[0], None, self._dynamic(dynamic, slice(0, 1)))]
+            return [Set(experts[0], None, self._dynamic(dynamic, slice(0, 1), experts))]
         sets = []
         for at in range(0, len(experts), kernel.MAX_ROWS):
             part = slice(at, at + kernel.MAX_ROWS)
-            sets.append(Set(*kernel.union(experts[part], self._width), self._dynamic(dynamic, part)))
+            joined, row_mask = kernel.union(experts[part], self._width)
+            sets.append(Set(joined, row_mask, self._dynamic(dynamic, part, experts[part], joined)))
         return sets
 
-    def _dynamic(self, dynamic: Dynamic | None, rows: slice) -> operands.Dynamic | None:
+    def _dynamic(
+        self, dynamic: Dynamic | None, rows: slice, experts: Sequence[Tensor], joined: Tensor | None = None
+    ) -> operands.Dynamic | None:
         if dynamic is None:
             return None
         gate = None
         if dynamic.split.gate is not None:
             gate = operands.packed_matrix(sketch(self._ff, dynamic.split.gate))
         weights = dynamic.weights if len(dynamic.weights) == 1 else dynamic.weights[rows]
-        return operands.dynamic(self.block, weights, dynamic.split.chosen, gate=gate)
+        planes = None
+        if isinstance(dynamic.split, PlaneSplit):
+            assert dynamic.whole is not None
+            whole = _row_bits(dynamic.whole if len(dynamic.whole) == 1 else dynamic.whole[rows], experts, joined)
+            planes = operands.Planes(whole, dynamic.split.first, dynamic.split.levels)
+        return operands.dynamic(self.block, weights, dynamic.split.chosen, gate=gate, planes=planes)
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
@@ -172,6 +181,19 @@ class NativeFF:
             y: Tensor = ff(x, experts, mask, self.number, group)
             return y
         return kernel.ff(self.block, x, experts, mask, dynamic=dynamic)  # without the dispatcher's overhead
+
+
+def _row_bits(whole: Tensor, experts: Sequence[Tensor], joined: Tensor | None) -> Tensor:
+    """Of every expert, which rows read its gate whole, a bit each: all of them or none where they share the experts.
+
+    Shapes: whole (sets, k), bool; experts sets of (k,); joined (n,), their union; returns (n,), or (k,), uint16.
+    """
+    if joined is None:
+        return torch.where(whole[0], 0xFFFF, 0).to(torch.uint16)
+    bits = torch.zeros(len(joined), dtype=torch.int32)
+    for row, (own, of_row) in enumerate(zip(experts, whole, strict=True)):
+        bits[torch.searchsorted(joined, own[of_row].to(joined.dtype))] |= 1 << row
+    return bits.to(torch.uint16)
 
 
 def why_not(block: FFBlock) -> str | None:

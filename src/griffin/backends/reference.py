@@ -11,17 +11,20 @@ from torch.nn import functional as F
 
 from griffin.activation import ACTIVATIONS
 from griffin.layouts import FFBlock
-from griffin.method.dynamic import Dynamic, sketch
+from griffin.method.dynamic import Dynamic, reduced, sketch
+from griffin.method.planes import PlaneSplit
 from griffin.weights.projection import rows
 from griffin.weights.quantised import QuantisedLinear
 
 _Project = Callable[[Tensor, Tensor], Tensor]
+_ALL = 4  # planes, or more
 
 
 class ReferenceFF:
     """`y = W_2[:, E] (act(W_g[E] x) * (W_1[E] x)) + b_2`, sequence by sequence, by `index_select`.
 
     With dynamic neuron selection all of them are computed, and those that a token leaves out are multiplied by zero.
+    With a `PlaneSplit` this is done for every number of planes, each for the neurons that are read to so many.
     """
 
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
@@ -29,12 +32,13 @@ class ReferenceFF:
         self._experts: tuple[Tensor, ...] = ()
         self._dynamic: Dynamic | None = None
         self._gate: Tensor | None = None  # before its activation, of the token that is computed
+        self._levels: Tensor | None = None  # of the experts, for the token that is computed; with a PlaneSplit
         self._sketch: tuple[str, Tensor] | None = None  # the gate's copy in fewer bits, as numbers
         self.calls = 0  # tests read it to know which path ran
 
     def select(self, experts: Sequence[Tensor], dynamic: Dynamic | None = None) -> None:
         """See `SparseFF.select`."""
-        self._experts, self._dynamic = tuple(experts), dynamic
+        self._experts, self._dynamic, self._levels = tuple(experts), dynamic, None
 
     def refresh(self) -> bool:
         """See `SparseFF.refresh`. The weights are read where they are at every step; a sketch is fetched anew."""
@@ -49,7 +53,13 @@ class ReferenceFF:
     def read(self, which: int, x: Tensor) -> Tensor:
         """See `SparseFF.read`."""
         if self._dynamic is None or which > 0:
+            if self._levels is not None and which > 0:
+                return self._up(x, self._levels)
             return self._read(which, x)
+        if isinstance(self._dynamic.split, PlaneSplit):
+            gate = self._gates(x, self._dynamic)
+            self._levels = self._level(gate, self._dynamic)
+            return torch.cat([gate, self._up(x, self._levels)], dim=-1) if self._block.layout.fused else gate
         format, k = self._dynamic.split.gate, self._experts[0].shape[0]
         if format is None:
             y = self._read(which, x)
@@ -78,9 +88,13 @@ class ReferenceFF:
         """See `SparseFF.write`."""
         if not torch.compiler.is_compiling():  # a count that changes would recompile every step
             self.calls += 1
+        output = self._block.output
+        if self._levels is not None:
+            assert isinstance(output, QuantisedLinear)
+            y = self._down(z, self._levels)
+            return y if output.bias is None else y + output.bias.to(y.dtype)
         if self._dynamic is not None:
             z = z * self._chosen()
-        output = self._block.output
         if isinstance(output, QuantisedLinear):
             own_bias = output.bias
             return self._each(z, lambda part, e: F.linear(part, output.dequantised(e, part.dtype).t(), own_bias))
@@ -106,14 +120,72 @@ class ReferenceFF:
         gate, dynamic = self._gate, self._dynamic
         assert gate is not None
         assert dynamic is not None
+        scores = self._scores(gate, dynamic)
+        kept = torch.zeros_like(scores).scatter_(2, scores.topk(dynamic.split.chosen).indices, 1.0)
+        return kept.view(gate.shape).to(gate.dtype)
+
+    def _scores(self, gate: Tensor, dynamic: Dynamic) -> Tensor:
+        """Shapes: gate (..., k), before its activation; returns (sets, tokens, k), float32."""
         name = self._block.activation
         assert name is not None
         values = ACTIVATIONS[name](gate).abs().float()
         weights = dynamic.weights.to(gate.device)
-        set_weights = torch.stack([weights[row if len(weights) > 1 else 0][e] for row, e in enumerate(self._experts)])
-        scores = values.view(len(set_weights), -1, set_weights.shape[1]) * set_weights[:, None]
-        kept = torch.zeros_like(scores).scatter_(2, scores.topk(dynamic.split.chosen).indices, 1.0)
-        return kept.view(gate.shape).to(gate.dtype)
+        own = torch.stack([weights[row if len(weights) > 1 else 0][e] for row, e in enumerate(self._experts)])
+        return values.view(len(own), -1, own.shape[1]) * own[:, None]
+
+    def _gates(self, x: Tensor, dynamic: Dynamic) -> Tensor:
+        """Gates of the experts, of some from whole rows and of the others from the first planes. (..., k)"""
+        split, whole = dynamic.split, dynamic.whole
+        assert isinstance(split, PlaneSplit)
+        assert whole is not None
+        gate = self._planes(0, x, split.first)
+        if split.whole == 0:
+            return gate
+        every = self._planes(0, x, _ALL).view(len(self._experts), -1, split.experts)
+        return torch.where(whole[:, None], every, gate.view(every.shape)).view(gate.shape)
+
+    def _level(self, gate: Tensor, dynamic: Dynamic) -> Tensor:
+        """To how many planes a token reads up and down of every expert. (..., k)"""
+        split = dynamic.split
+        assert isinstance(split, PlaneSplit)
+        scores = self._scores(gate, dynamic)
+        best = scores.topk(split.levels[0]).indices
+        levels = torch.zeros_like(scores, dtype=torch.int64)
+        for level, count in enumerate(split.levels, 1):
+            levels.scatter_(2, best[..., :count], level)
+        return levels.view(gate.shape)
+
+    def _up(self, x: Tensor, levels: Tensor) -> Tensor:
+        """Up of the experts, each to its level's planes; 0 at level 0. (..., k)"""
+        y = torch.zeros(levels.shape, dtype=x.dtype)
+        for level in range(1, int(levels.max()) + 1):
+            y = torch.where(levels == level, self._planes(1, x, level), y)
+        return y
+
+    def _planes(self, which: int, x: Tensor, planes: int) -> Tensor:
+        """The experts' gates (0) or ups (1) from the first planes of their rows. (..., k)"""
+        inputs, fused = self._block.inputs, self._block.layout.fused
+        projection = inputs[0 if fused else which]
+        assert isinstance(projection, QuantisedLinear)
+        bias = projection.bias
+        if bias is not None and fused:
+            bias = bias.chunk(2)[which]
+        weight = reduced(projection, which if fused else 0, planes)
+        return self._each(
+            x, lambda part, e: F.linear(part, weight.unpack(e, dtype=part.dtype), None if bias is None else bias[e])
+        )
+
+    def _down(self, z: Tensor, levels: Tensor) -> Tensor:
+        """The block's output without its bias, every neuron's column to its level's planes. (..., D)"""
+        output = self._block.output
+        assert isinstance(output, QuantisedLinear)
+        y = torch.zeros(*z.shape[:-1], output.out_features, dtype=z.dtype)
+        for level in range(1, int(levels.max()) + 1):
+            weight = reduced(output, 0, level)
+            y += self._each(
+                z * (levels == level), lambda part, e, w=weight: F.linear(part, w.unpack(e, dtype=part.dtype).t())
+            )  # type: ignore[misc]
+        return y
 
     def _each(self, x: Tensor, project: _Project) -> Tensor:
         if len(self._experts) == 1:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin.layouts import FFBlock
+from griffin.method.planes import PlaneSplit
 from griffin.method.statistics import Statistics
 from griffin.native import grouped, library
 from griffin.weights.fingerprint import fingerprint
@@ -66,18 +67,28 @@ class Dynamic:
     """How one layer's neurons are selected for every token.
 
     Args:
-        split: how many neurons.
+        split: how many neurons, and with a `PlaneSplit` how precisely.
         weights: what a token's gates are multiplied by: one row for all sequences, or one for each.
+        whole: with a `PlaneSplit`, which of the experts' gates are read whole: one row for every set of experts.
 
     Shapes:
-        weights: (1 or B, D_ff), float32.
+        weights: (1 or B, D_ff), float32. whole: (sets, experts), bool.
     """
 
-    split: Split
+    split: Split | PlaneSplit
     weights: Tensor
+    whole: Tensor | None = None
+
+    def of_sequence(self, n: int) -> Dynamic:
+        """Of one sequence, where sequences have weights and gates of their own."""
+        weights, whole = (t if t is None or len(t) == 1 else t[n : n + 1] for t in (self.weights, self.whole))
+        assert weights is not None
+        return Dynamic(self.split, weights, whole)
 
 
-def dynamic(block: FFBlock, split: Split, statistics: Statistics, batch: str) -> Dynamic:
+def dynamic(
+    block: FFBlock, split: Split | PlaneSplit, statistics: Statistics, batch: str, whole: Tensor | None = None
+) -> Dynamic:
     """Weights `rms(u_j) * ||W_2[:, j]||`, of the prompt's `u_j`; without a gate `||W_2[:, j]||`.
 
     With a shared batch every sequence counts the same, however long its prompt is.
@@ -87,14 +98,14 @@ def dynamic(block: FFBlock, split: Split, statistics: Statistics, batch: str) ->
     """
     norms = output_norms(block)
     if not block.gated:
-        return Dynamic(split, norms[None])
+        return Dynamic(split, norms[None], whole)
     if block.layer not in statistics.ups:
         raise ValueError("the prompt phase gathered no up projections, which dynamic neuron selection needs")
     ups = statistics.ups[block.layer]
     squares = ups / statistics.tokens[block.layer].clamp_min(1)[:, None].to(ups.device)
     if batch == "shared":
         squares = squares.mean(dim=0, keepdim=True)
-    return Dynamic(split, squares.sqrt() * norms.to(squares.device))
+    return Dynamic(split, squares.sqrt() * norms.to(squares.device), whole)
 
 
 def joined(sets: Sequence[Dynamic | None]) -> Dynamic | None:
@@ -110,7 +121,11 @@ def joined(sets: Sequence[Dynamic | None]) -> Dynamic | None:
         raise ValueError(
             "sequences of one batch need the same split of dynamic neuron selection, or none of them has one"
         )
-    return given[0] if len(given) == 1 else Dynamic(given[0].split, torch.cat([each.weights for each in given]))
+    if len(given) == 1:
+        return given[0]
+    whole = [each.whole for each in given if each.whole is not None]
+    weights = torch.cat([each.weights for each in given])
+    return Dynamic(given[0].split, weights, torch.cat(whole) if whole else None)
 
 
 def split(block: FFBlock, density: float) -> Split:
@@ -181,11 +196,19 @@ def sketch(block: FFBlock, format: str) -> grouped.Packed:
     return _kept(gate, format, make)  # type: ignore[no-any-return]
 
 
-def make_sketches(blocks: Sequence[FFBlock], splits: Mapping[int, Split]) -> None:
+def make_sketches(blocks: Sequence[FFBlock], splits: Mapping[int, Split | PlaneSplit]) -> None:
     """Make the sketches that are not there yet, as many at a time as torch has threads."""
     wanted = [(block, splits[block.layer].gate) for block in blocks if block.layer in splits]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda each: sketch(*each), [(block, gate) for block, gate in wanted if gate is not None]))
+
+
+def reduced(projection: QuantisedLinear, part: int, planes: int) -> grouped.Packed | grouped.Reduced:
+    """A part of a projection as its first planes say it; itself where it has no more."""
+    packed = projection.parts[part]
+    if planes >= len(packed.format.planes):
+        return packed
+    return _kept(projection, f"{planes} planes of part {part}", lambda: packed.reduced(planes))  # type: ignore[no-any-return]
 
 
 def output_norms(block: FFBlock) -> Tensor:

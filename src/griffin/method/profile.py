@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from griffin.cache import cache_folder
 from griffin.errors import GriffinError
 from griffin.layouts import FFBlock
+from griffin.method.planes import Curve
 from griffin.method.statistics import Statistics
 from griffin.weights.projection import rows
 from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear
@@ -46,6 +47,7 @@ class Profile:
         embeddings: values of the input embeddings at even distances.
         about: model, text and number of tokens, for people.
         losses: by format of the FF weights and density: KL to the full model in nats a token, of `config.BEST`.
+        curves: by layer, how its output energy is spread, for `planes+`; none in older profiles.
 
     Shapes:
         energies, ups: each (D_ff,), float32. embeddings: (512,), float32.
@@ -56,12 +58,14 @@ class Profile:
     embeddings: Tensor
     about: Mapping[str, str] = field(default_factory=dict)
     losses: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+    curves: Mapping[int, Curve] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """8 hex digits that tell it from other profiles of its model."""
         digest = hashlib.sha256(json.dumps([dict(self.losses), list(self.energies)], sort_keys=True).encode())
-        for values in (*self.energies.values(), *self.ups.values()):
+        curves = [torch.tensor([curve.token, curve.prompt]) for curve in self.curves.values()]
+        for values in (*self.energies.values(), *self.ups.values(), *curves):
             digest.update(values.contiguous().numpy().tobytes())
         return digest.hexdigest()[:8]
 
@@ -115,6 +119,7 @@ class Profile:
         """
         tensors = {f"energies.{layer}": values.bfloat16() for layer, values in self.energies.items()}
         tensors |= {f"ups.{layer}": values.bfloat16() for layer, values in self.ups.items()}
+        tensors |= {f"curves.{layer}": torch.tensor([c.token, c.prompt]) for layer, c in self.curves.items()}
         tensors["embeddings"] = self.embeddings
         losses = {
             name: {str(density): loss for density, loss in values.items()} for name, values in self.losses.items()
@@ -152,6 +157,7 @@ class Profile:
             return cls(
                 _by_layer("energies", tensors), _by_layer("ups", tensors), tensors["embeddings"],
                 json.loads(metadata["about"]), losses,
+                {layer: Curve(*map(tuple, values.tolist())) for layer, values in _by_layer("curves", tensors).items()},
             )  # fmt: skip
         except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
             raise ValueError(f"{path} is damaged or no profile ({error}); make it again: griffin profile") from error

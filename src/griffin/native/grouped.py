@@ -60,6 +60,11 @@ class Format:
         return torch.tensor(self.table, dtype=torch.float32) if self.table else None
 
     @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of the planes that codes are stored in, the highest first: 2 each, and an odd bit the last."""
+        return (2,) * (self.bits // 2) + (1,) * (self.bits % 2)
+
+    @property
     def supers(self) -> bool:
         """Whether 256 weights share a scale that the groups' bytes multiply."""
         return self.scale.startswith("sub")
@@ -121,6 +126,49 @@ class Packed:
         """Bytes of rows and scales."""
         return self.rows.numel() + (0 if self.scales is None else self.scales.numel())
 
+    def row_bytes(self, planes: int | None = None) -> int:
+        """Bytes of a row that is read to its first planes; None: all. Neuron-major: without scales."""
+        if planes is None or planes >= len(self.format.planes):
+            return int(self.rows.shape[1])
+        return self._planes_at + planes * self._plane_bytes
+
+    @property
+    def _plane_bytes(self) -> int:
+        """Bytes of a plane of 2 bits in a row."""
+        return (-(-self.d_out // 64) * 64 if self.neuron_major else self.format.padded(self.d_in)) // 4
+
+    @property
+    def _planes_at(self) -> int:
+        """Where a row's planes begin: behind its scales and offsets, at whole cache lines."""
+        if self.neuron_major:
+            return 0
+        f, d = self.format, self.format.padded(self.d_in)
+        if f.supers:
+            vectors = 2 if f.offset == "sub" else 1
+            scales = vectors * (2 * -(-d // 256) + d // f.group)
+        else:
+            each = (4 if f.scale == "f32" else 2) + {"none": 0, "f16": 2, "code": 1}[f.offset]
+            scales = each * -(-d // f.span)
+        return -(-scales // 64) * 64
+
+    def reduced(self, planes: int) -> Reduced:
+        """The matrix as its first planes say it, in copies of it.
+
+        Raises:
+            ValueError: the codes stand for numbers of a table.
+        """
+        if self.format.table:
+            raise ValueError(
+                f"{self.format.name} codes stand for numbers of a table, so their high bits alone say little"
+            )
+        low, high = (empty(self.format, self.d_out, self.d_in, neuron_major=self.neuron_major) for _ in range(2))
+        for each, bits in ((low, 0), (high, 255)):
+            each.rows.copy_(self.rows)
+            each.rows[:, self.row_bytes(planes) :] = bits if planes < len(self.format.planes) else 0
+            if each.scales is not None and self.scales is not None:
+                each.scales.copy_(self.scales)
+        return Reduced(low, high)
+
     def struct(self, bias: Tensor | None = None) -> abi.MatrixStruct:
         """As the library takes it; the caller keeps the tensors alive. bias: (out,) float32, contiguous."""
         return abi.MatrixStruct(
@@ -163,6 +211,22 @@ class Packed:
             )
         )  # fmt: skip
         return out.to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """A matrix that is read to its first planes: the bits behind them stand at their mean, (2^left - 1) / 2.
+
+    Args:
+        low, high: the matrix with these bits all 0, and all 1.
+    """
+
+    low: Packed
+    high: Packed
+
+    def unpack(self, rows: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Packed.unpack`."""
+        return ((self.low.unpack(rows) + self.high.unpack(rows)) / 2).to(dtype)
 
 
 def row_bytes(format: Format, d_in: int) -> int:

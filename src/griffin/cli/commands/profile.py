@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from griffin.method.profile import Profile
 
+_CURVES = 8  # sequences that measure how the layers' energies are spread
 _LEAST = 4  # sequences: every fourth is held out
 
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     from griffin.analysis.benchmark import check_length
     from griffin.analysis.files import check_writable
-    from griffin.analysis.profiling import DENSITIES, TOKENS, prior, split, with_losses
+    from griffin.analysis.profiling import DENSITIES, TOKENS, prior, split, with_curves, with_losses
     from griffin.layouts import find_ff_blocks
     from griffin.method.profile import Profile
 
@@ -75,7 +76,11 @@ def run(args: argparse.Namespace) -> int:
     if profile is None or text is not None:
         with progress_bar(len(for_prior)) as done:
             profile = prior(model, for_prior, source, lambda: done("prior"))
-        profile.save(path)
+    if not profile.curves or text is not None:
+        some = for_prior[:_CURVES]
+        with progress_bar(len(some)) as done:
+            profile = with_curves(profile, model, some, lambda: done("curves"))
+    profile.save(path)
     with progress_bar(len(held_out) * len(DENSITIES)) as done:
         profile = with_losses(profile, model, held_out, str(path), lambda: done("losses"))
     profile.save(path)
