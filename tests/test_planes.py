@@ -122,12 +122,14 @@ def later(model: Any, handle: Any, prompt: torch.Tensor = PROMPT) -> torch.Tenso
     ],
 )
 @pytest.mark.parametrize("batch", ["shared", "per_sequence"])
-def test_the_reference_is_the_naive_computation(split: PlaneSplit, batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_backend_is_the_naive_computation(
+    split: PlaneSplit, batch: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(planes, "split", lambda block, density, curve: split)
     model = quantised("int8" if len(split.levels) == 4 else "int4")
     mlp = model.model.layers[0].mlp
-    with griffin.attach(model, selection="planes+topk", density=0.5, batch=batch) as handle:
-        assert handle.backend.name == "reference"
+    with griffin.attach(model, selection="planes+topk", density=0.5, batch=batch, backend=backend) as handle:
         seen: list[torch.Tensor] = []
         hooks = (
             mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
@@ -139,7 +141,10 @@ def test_the_reference_is_the_naive_computation(split: PlaneSplit, batch: str, m
         prompt, _, x, y = seen
         for row in range(2):
             expected = naive(handle.blocks[0], split, prompt[row], x[row])
-            torch.testing.assert_close(y[row], expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+            if backend == "reference":
+                torch.testing.assert_close(y[row], expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+            else:  # inputs are of 8 bits there, which also moves a neuron or two over the edge of a level
+                assert float((y[row] - expected).norm() / expected.norm()) < 0.1
         assert handle.sparse_calls == 3  # layers
 
 
@@ -196,8 +201,7 @@ def test_levels_lose_no_more_than_any_other_counts() -> None:
         ({"selection": "planes+sample"}, "among experts chosen by topk"),
         ({"selection": "planes+dynamic+topk"}, "among experts chosen by topk"),
         ({"selection": "planes+magnitude"}, "cannot be refined"),
-        ({"selection": "planes+topk", "backend": "gather"}, "does not read planes"),
-        ({"selection": "planes+topk", "backend": "native"}, "does not read planes"),
+        ({"selection": "planes+topk", "backend": "gather"}, "copies experts once a prompt"),
         ({"selection": "planes+topk", "density": 0.02}, "too small for planes"),
     ],
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from griffin.engine.decoders import Decoders, NativeStep, new_cache
 from griffin.engine.forward import Forward
 from griffin.engine.native_decoder import Caches, NativeDecoder
 from griffin.models.convert import convert
-from griffin.native import grouped, kernel, library, operands
+from griffin.native import abi, grouped, kernel, library, operands
 from griffin.weights.quantised import QuantisedLinear
 from test_kernel import FORMATS, make, matrix
 from test_native import STEPPED, build
@@ -32,27 +32,18 @@ from test_quantised import blocks
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
 GGUF = ("Q8_0", "Q4_K", "Q6_K")
 FLOATS = ("f32", "bf16")
-PHASES = (Phase.generate,)  # what is known not to hold is not made smaller first
-
-
-def broken(*marked: str, among: Sequence[str], reason: str) -> list[Any]:
-    """Parameters, of which those named are known not to hold."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return [pytest.param(each, marks=mark) if each in marked else each for each in among]
 
 
 # -- products --------------------------------------------------------------------------------------------------------
 
-DOT = "one row's dot with float weights sums in another order than that of several rows"
-UNION = "threads share out the union of the rows' experts, so a row's sums are cut elsewhere than alone"
 
-
-@pytest.mark.parametrize("fmt", broken("f32", "bf16", "f16", among=(*FORMATS, *GGUF), reason=DOT))
-@settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
-@given(rows=st.integers(1, 16), d=st.integers(1, 3), d_out=st.integers(1, 90), threads=st.integers(1, 2))
+@pytest.mark.parametrize("fmt", [*FORMATS, *GGUF])
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 80), d=st.integers(1, 3), d_out=st.integers(1, 90), threads=st.integers(1, 2))
 def test_products(fmt: str, rows: int, d: int, d_out: int, threads: int) -> None:
     torch.manual_seed(d_out)
     w = gguf_matrix(fmt, d_out, 256 * d) if fmt in GGUF else matrix(torch.randn(d_out, 64 * d + 7), fmt)
+    rows = rows if w.struct.format == abi.GROUPED else min(rows, kernel.MAX_ROWS)
     x = torch.randn(rows, w.d_in)
     together = kernel.matvec(w, x, threads=threads)
     assert torch.equal(together, torch.cat([kernel.matvec(w, row[None], threads=threads) for row in x]))
@@ -62,8 +53,8 @@ def gguf_matrix(type: str, d_out: int, d_in: int) -> Any:
     return operands.packed_matrix(grouped.from_gguf(type, blocks(type, d_out, d_in)[0], d_out, d_in))
 
 
-@pytest.mark.parametrize("fmt", broken("f32", "bf16", "f16", among=FORMATS, reason=DOT))
-@settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
+@pytest.mark.parametrize("fmt", FORMATS)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 16),
     d=st.integers(1, 200),
@@ -80,8 +71,8 @@ def test_feedforward(fmt: str, rows: int, d: int, d_ff: int, shared: bool, threa
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("fmt", broken(*FORMATS, among=FORMATS, reason=UNION))
-@settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
+@pytest.mark.parametrize("fmt", FORMATS)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(rows=st.integers(2, 16), d=st.integers(1, 200), d_ff=st.integers(40, 150), threads=st.integers(1, 2))
 def test_feedforward_of_experts_of_their_own(fmt: str, rows: int, d: int, d_ff: int, threads: int) -> None:
     torch.manual_seed(d)
@@ -92,8 +83,8 @@ def test_feedforward_of_experts_of_their_own(fmt: str, rows: int, d: int, d_ff: 
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("fmt", broken(*FORMATS, among=FORMATS, reason=UNION))
-@settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
+@pytest.mark.parametrize("fmt", FORMATS)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(rows=st.integers(2, 16), d=st.integers(1, 200), d_ff=st.integers(40, 150), threads=st.integers(1, 2))
 def test_feedforward_with_dynamic_selection(fmt: str, rows: int, d: int, d_ff: int, threads: int) -> None:
     torch.manual_seed(d)
@@ -160,12 +151,9 @@ STEPS = [
 
 @pytest.mark.parametrize(
     ("weights", "family"),
-    [
-        pytest.param(*each, marks=[pytest.mark.xfail(strict=True, reason=DOT)] if each[0] in FLOATS else [])
-        for each in STEPS
-    ],
+    STEPS,
 )
-@settings(max_examples=4, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     counts=st.lists(st.integers(1, 8), min_size=1, max_size=4).filter(lambda counts: 1 < sum(counts) <= 16),
     length=st.integers(1, 40),

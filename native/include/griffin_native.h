@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 8, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
+enum { GRIFFIN_ABI = 9, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_GROUPED };
 /* Where a group's scale s comes from: a float16 for 256 weights times a byte of the group's own, or a value of its own
  * (for `span` weights). */
@@ -91,9 +91,9 @@ typedef struct {
    * whole or to its first `first` planes; up and down of the levels[l - 1] best scores of a token to their first l planes at
    * least (whole, where a matrix has no more). Bits that are not read stand at their mean. */
   const uint16_t* whole; /* (n_experts,): bit r of entry i says that row r reads the gate of expert i whole */
+  int64_t levels[4];     /* levels[0] = k, none above the one before it */
   int32_t n_levels;      /* 0: all rows are read whole; else 1..4 */
   int32_t first;         /* 1..4 */
-  int64_t levels[4];     /* levels[0] = k, none above the one before it */
 } griffin_dynamic;
 
 /* Rows in, rows out. Types are GRIFFIN_F32 or GRIFFIN_BF16, strides the bytes from one row to the next. y is written

@@ -44,7 +44,8 @@ inline bool valid_dynamic(const griffin_ff_block& block, const griffin_dynamic& 
   if (!dynamic.weight || dynamic.weight_stride < 0 || dynamic.k < 1) return false;
   const griffin_matrix& gate = dynamic.gate;
   if (dynamic.n_levels) {
-    const bool planes = has_planes(block.up) && has_planes(block.down) && (!block.gate.weight || has_planes(block.gate));
+    const bool planes =
+        has_planes(block.up) && has_planes(block.down) && (!block.gate.weight || has_planes(block.gate));
     if (!planes || gate.weight || !dynamic.whole || dynamic.n_levels < 1 || dynamic.n_levels > 4) return false;
     if (dynamic.first < 1 || dynamic.first > 4 || dynamic.levels[0] != dynamic.k) return false;
     for (int l = 1; l < dynamic.n_levels; l++)

@@ -12,7 +12,7 @@
 namespace griffin {
 namespace {
 
-constexpr int kGatesAhead = 6;  // grouped rows to the one that is prefetched
+constexpr int kGatesAhead = 6;                          // grouped rows to the one that is prefetched
 constexpr int kShift = 20, kBins = 1 << (31 - kShift);  // a float's exponent and 3 bits of its fraction
 
 // Of n scores those above `least` are chosen, and of those equal to it the first `equals`: k together, or all of them
@@ -126,8 +126,7 @@ Chosen Dynamic::choose(int thread) const {
   for (int r = 0; r < io_.rows; r++) {
     const Edges of(scores_ + r * stride_, n_);
     edges[r] = of.of(dynamic_.k, room);
-    for (int l = 0; l < more; l++)
-      higher[r][l] = dynamic_.levels[l + 1] ? of.of(dynamic_.levels[l + 1], room) : kNone;
+    for (int l = 0; l < more; l++) higher[r][l] = dynamic_.levels[l + 1] ? of.of(dynamic_.levels[l + 1], room) : kNone;
   }
   int64_t count = 0;
   if (io_.rows == 1) {  // without branches: this is a visible share of a small block's time

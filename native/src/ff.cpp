@@ -20,8 +20,8 @@ namespace {
 constexpr int kExperts = 8;     // whose float down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
 constexpr int kAllPlanes = 4;
-constexpr int kVisit = 32;      // experts of a visit at most: kExperts, or those of a group of neurons
-constexpr int kRowsAhead = 6;   // rows to the grouped one that is prefetched
+constexpr int kVisit = 32;     // experts of a visit at most: kExperts, or those of a group of neurons
+constexpr int kRowsAhead = 6;  // rows to the grouped one that is prefetched
 
 // Off the 4096-byte multiples that share a cache set.
 int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
@@ -208,8 +208,9 @@ class Part {
     for (int s = 0; s < visit.n; s++) {
       const int ahead = s + kRowsAhead, over = ahead - visit.n;
       const int64_t j = visit.neuron[s];
-      const uint8_t* const prefetched =
-          up_.row(ahead < visit.n ? visit.neuron[ahead] : over < next.n ? next.neuron[over] : j);
+      const uint8_t* const prefetched = up_.row(ahead < visit.n ? visit.neuron[ahead]
+                                                : over < next.n ? next.neuron[over]
+                                                                : j);
       for (int planes = 1; planes <= kAllPlanes; planes++) {
         uint32_t mask = 0;
         for (int r = 0; r < rows_; r++) mask |= static_cast<uint32_t>(visit.level(s, r, rows_) == planes) << r;

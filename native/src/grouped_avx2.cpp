@@ -40,9 +40,7 @@ struct B256 {
     acc = dot_x<bits>(acc, first_operand(codes), _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8));
     return dot_x<bits>(acc, second_operand(codes), _mm256_srai_epi16(q, 8));
   }
-  template <int bits> static I whole(I acc) {
-    return bits <= 4 ? _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) : acc;
-  }
+  template <int bits> static I whole(I acc) { return bits <= 4 ? _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) : acc; }
   static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
   static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }

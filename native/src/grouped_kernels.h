@@ -72,14 +72,14 @@ using GroupedLevelsFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, co
                                  const int* ahead_bytes, int end, float* y);
 
 struct GroupedKernels {
-  GroupedDotFn dot[2][7];       // [group == 32][bits - 2]
+  GroupedDotFn dot[2][7];        // [group == 32][bits - 2]
   GroupedDotFn dot_first[2][5];  // of rows read to their first planes
-  GroupedDownFn down[7];   // [bits - 2]
+  GroupedDownFn down[7];         // [bits - 2]
   GroupedDownManyFn down_many[7];
   GroupedLevelsFn down_levels;
   GroupedRowsFn rows[2][7];  // [group == 32][bits - 2]
   int tile;                  // weight rows that `rows` takes at once
-  bool high_apart;  // GroupedInput::high is not in q
+  bool high_apart;           // GroupedInput::high is not in q
   void (*quantise)(const float* x, int d, int group, const GroupedInput& to);
 };
 

@@ -86,8 +86,8 @@ template <class B> inline void at_their_mean(int left, typename B::F* s, typenam
 
 // s and m of the groups g .. g + kLanes, zero from `lanes` on.
 template <class B, int kGroup>
-inline void whole_scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of, int g, int lanes, typename B::F* s,
-                      typename B::F* m) {
+inline void whole_scales_at(const RowPlan& p, const uint8_t* row, const RowScales& of, int g, int lanes,
+                            typename B::F* s, typename B::F* m) {
   const griffin_grouped& f = p.format;
   if (has_supers(f)) {
     constexpr int kEach = kSuper / kGroup;  // 8 or 16 groups
@@ -163,7 +163,8 @@ void grouped_dot_of(const RowPlan& p, const uint8_t* row, const GroupedInput* co
 #pragma GCC unroll 8
         for (int t = 0; t < kSteps; t++) {
           first[t % 2] = B::template dot_x<kBits>(first[t % 2], B::first_operand(code[t]), B::load(q + 128 * t));
-          second[t % 2] = B::template dot_x<kBits>(second[t % 2], B::second_operand(code[t]), B::load(q + 128 * t + 64));
+          second[t % 2] =
+              B::template dot_x<kBits>(second[t % 2], B::second_operand(code[t]), B::load(q + 128 * t + 64));
         }
         const I sum = B::join(B::add(first[0], first[1]), B::add(second[0], second[1]));
         acc[n] = B::minus_product(acc[n], offset, B::load_floats(x[n]->sum + lane));
@@ -386,7 +387,8 @@ void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int 
 // two places, as two bytes each, 128 high + low (high bytes first), or as pairs of 16 bits (values 0 and 2 first).
 template <int kGroup, bool kBytes> void quantise_groups(const float* x, int d, const GroupedInput& to_input) {
   int8_t *const q = (int8_t*)to_input.q, *const apart = (int8_t*)to_input.high;
-  float *const scale = (float*)to_input.scale, *const sum = (float*)to_input.sum, *const high_sum = (float*)to_input.high_sum;
+  float *const scale = (float*)to_input.scale, *const sum = (float*)to_input.sum,
+               *const high_sum = (float*)to_input.high_sum;
   const int groups = d / kGroup, padded = (int)up_to(groups, kChunkGroups);
   const int64_t last = (int64_t)(padded - kChunkGroups) * kGroup;
   if (padded > groups) memset(q + 2 * last, 0, 2 * (size_t)kChunkGroups * kGroup);

@@ -58,7 +58,8 @@ void grouped_rows(const RowPlan& p, const uint8_t* const* row, int m, const Grou
         scales_at<B, kGroup>(p, own[i], scales[i], lane, lanes - part * B::kLanes, &scale[i], &offset[i]);
       }
       for (int r = 0; r < n; r++)
-        add_tile<B, kBits, kSteps>(code, scale, offset, (const uint8_t*)x[r]->q + 2 * (int64_t)g * kGroup + part * B::kBytes,
+        add_tile<B, kBits, kSteps>(code, scale, offset,
+                                   (const uint8_t*)x[r]->q + 2 * (int64_t)g * kGroup + part * B::kBytes,
                                    B::load_floats(x[r]->scale + lane), B::load_floats(x[r]->sum + lane), acc[r]);
     }
     pairs += lanes * kGroup / 4, bit += (lanes + 1) / 2 * kSteps;
@@ -100,7 +101,8 @@ inline void add_chunk(const NeuronPlan& p, const uint8_t (*codes)[64 / B::kBytes
         for (int i = 0; i < kSums; i++) {
           const int c = 16 * (from + i) + part * B::kLanes;
           const F less = kOffsets ? B::load_floats(m + c) : B::zero();
-          B::store(y + c, scaled.template add<kOffsets>(B::load_floats(y + c), B::template whole<kBits>(acc[r][i]), B::load_floats(s + c), less));
+          B::store(y + c, scaled.template add<kOffsets>(B::load_floats(y + c), B::template whole<kBits>(acc[r][i]),
+                                                        B::load_floats(s + c), less));
         }
       }
     }

@@ -56,8 +56,7 @@ void Inputs::prepare(int thread, int threads) {
     for (int i = 0; i < 2; i++) {
       const GroupedInput& to = in.grouped[i];
       const int group = i ? 32 : 16;
-      if (wants_grouped_[i])
-        kernels_.grouped->quantise(row, static_cast<int>(round_up(d_, group)), group, to);
+      if (wants_grouped_[i]) kernels_.grouped->quantise(row, static_cast<int>(round_up(d_, group)), group, to);
     }
   }
 }
@@ -68,8 +67,9 @@ Rows::Rows(const griffin_matrix& matrix, const Inputs& inputs, int planes)
   const bool wide = matrix.grouped.group == 32;
   if (in_integers(matrix))
     plan_ = first_planes(row_plan(matrix.grouped, matrix.d_in), planes ? planes : plane_count(matrix.grouped.bits)),
-    row_bytes_ = plan_.bytes, grouped_ = plan_.left ? set.grouped->dot_first[wide][plan_.format.bits - 2]
-                                                    : set.grouped->dot[wide][plan_.format.bits - 2];
+    row_bytes_ = plan_.bytes,
+    grouped_ = plan_.left ? set.grouped->dot_first[wide][plan_.format.bits - 2]
+                          : set.grouped->dot[wide][plan_.format.bits - 2];
   else if (matrix.format == GRIFFIN_GROUPED)
     dot_ = set.dot[GRIFFIN_F32], room_.reset(new float[2 * round_up(matrix.d_in, kPad)]);
   else

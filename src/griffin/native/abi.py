@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-ABI = 8
+ABI = 9
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
 FORMATS = ("f32", "bf16", "f16", "grouped")
@@ -64,9 +64,9 @@ class DynamicStruct(ctypes.Structure):
         ("weight_stride", _i64),
         ("k", _i64),
         ("whole", _pointer),
+        ("levels", _i64 * 4),
         ("n_levels", _i32),
         ("first", _i32),
-        ("levels", _i64 * 4),
     ]
 
 
