@@ -636,13 +636,15 @@ def process(model: str, *words: str, **environment: str) -> Iterator[tuple[subpr
     command = [sys.executable, "-m", "griffin", "serve", "-m", model, "--name", NAME, "--port", "0", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as server:
         assert server.stderr is not None
+        said = ""
         try:
             for line in server.stderr:
+                said += line
                 if address := re.search(r"http://127\.0\.0\.1:\d+", line):
                     yield server, address[0]
                     break
             else:
-                pytest.fail("the server said no address")
+                pytest.fail(f"the server said no address: {said}")
         finally:
             server.kill()
 

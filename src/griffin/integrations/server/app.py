@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from griffin.integrations.server import schema
 from griffin.integrations.server.answering import CLIENT_GONE, Answering, Tools, tools_of, unless_gone
-from griffin.integrations.server.bounds import bounded_route
+from griffin.integrations.server.bounds import most_marks
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, error_response, failed, invalid, of_http, refusal
 from griffin.integrations.server.flocking import TOKENS, picture
@@ -88,9 +88,9 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     )
     answering = Answering(engine, settings, Metrics(engine))
     server = _Server(answering)
-    app.router.route_class = bounded_route(prompt_limit(engine, settings))
     app.state.metrics = answering.metrics
-    app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes)
+    marks = most_marks(prompt_limit(engine, settings))
+    app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes, marks=marks)
     app.add_middleware(Hosts, allowed=settings.allowed_hosts)
     app.add_middleware(Counted, metrics=answering.metrics)  # added last, it is the first that a request meets
     for kind, handler in (

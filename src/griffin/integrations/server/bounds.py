@@ -8,11 +8,7 @@ of its lists and objects are checked before they are validated. Both take millis
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
-
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
 
 from griffin.integrations.server.errors import ApiError
 
@@ -24,56 +20,24 @@ _MARKS_PER_TOKEN = 2  # token ids have one each, a text of code or JSON hardly m
 _TOKENS = 131_072  # of a prompt, where the model's context has no limit
 
 
-def bounded_route(tokens: int | None) -> type[APIRoute]:
-    """A route whose request bodies are bounded before they are validated.
+def most_marks(tokens: int | None) -> int:
+    """The most commas, brackets, quotes and escapes of a body.
 
     Args:
         tokens: the most tokens of a prompt; `None` if there is no limit.
     """
-    most = _MARKS_BESIDE_TOKENS + _MARKS_PER_TOKEN * (_TOKENS if tokens is None else min(tokens, _TOKENS))
-
-    class Bounded(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handler = super().get_route_handler()
-
-            async def bounded(request: Request) -> Response:
-                body = await request.body()
-                check_marks(body, most)
-                try:
-                    value = json.loads(body)
-                except ValueError:  # no body, or no JSON: FastAPI's to report
-                    return await handler(request)
-                except RecursionError:
-                    raise ApiError(400, "the body is nested too deeply") from None
-                check_sizes(value)
-                return await handler(_Parsed(request, value))
-
-            return bounded
-
-    return Bounded
+    return _MARKS_BESIDE_TOKENS + _MARKS_PER_TOKEN * (_TOKENS if tokens is None else min(tokens, _TOKENS))
 
 
-class _Parsed(Request):
-    """A request whose body has been parsed."""
+def check_body(body: bytes, most: int) -> None:
+    """Refuse a body with too much in it.
 
-    def __init__(self, request: Request, value: Any) -> None:
-        super().__init__(request.scope, request.receive)
-        self._request, self._value = request, value
-
-    async def body(self) -> bytes:
-        """The body's bytes."""
-        return await self._request.body()
-
-    async def json(self) -> Any:
-        """The body's value."""
-        return self._value
-
-
-def check_marks(body: bytes, most: int) -> None:
-    """Refuse a body with too many values.
+    Args:
+        body: what should be JSON; what it is not is for others to report.
+        most: the most commas, brackets, quotes and escapes.
 
     Raises:
-        ApiError: it has more commas, brackets, quotes and escapes than that.
+        ApiError: it has more, or a list or object in it is too long.
     """
     marks = sum(map(body.count, _MARKS))
     if marks > most:
@@ -83,6 +47,13 @@ def check_marks(body: bytes, most: int) -> None:
             "shorten its lists, or send several requests",
             code="request_too_large",
         )
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    check_sizes(value)
 
 
 def check_sizes(value: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from griffin.integrations.server.bounds import check_body
 from griffin.integrations.server.errors import ApiError, error_response
 
 _GUARDED = ("/v1/", "/api/")
@@ -61,17 +62,20 @@ def _is_loopback(name: str) -> bool:
 
 
 class Gate:
-    """Refuse requests without the key and bodies that are too large, whether or not they declare a length.
+    """Refuse requests without the key and bodies that are too large, whether or not they declare a length, or that have
+    too many values.
 
     Args:
         app: the application behind this middleware.
         api_key: the key that requests under /v1/ must carry; `None` disables the check.
         body_bytes: the largest body in bytes.
+        marks: the most commas, brackets, quotes and escapes of a body.
         body_s: the time in seconds within which the body must arrive.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, body_bytes: int, body_s: float = 30.0) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, body_bytes: int, marks: int, body_s: float = 30.0) -> None:
         self._app, self._key, self._max_bytes, self._body_s = app, api_key, body_bytes, body_s
+        self._marks = marks
         self._held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,6 +126,11 @@ class Gate:
         if seen > self._max_bytes:
             text = f"the body is larger than the {self._max_bytes / 1e6:g} MB that this server takes"
             await error_response(413, text, code="request_too_large")(scope, receive, send)
+            return
+        try:
+            check_body(b"".join(message.get("body", b"") for message in body), self._marks)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
             return
         buffered = iter(body)
 
