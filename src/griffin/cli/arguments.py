@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from griffin.config import BACKENDS, BATCHES, REFINEMENTS, GriffinConfig
+from griffin.config import BACKENDS, BATCHES, BEST, REFINEMENTS, GriffinConfig
 from griffin.methods import METHODS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from griffin.engine.step import Sampling
 
 BUILTIN_MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
-REFINED = " and ".join(f"{name}+" for name in REFINEMENTS) + f" may stand before it, as in {'+'.join(REFINEMENTS)}+topk"
+REFINED = ", ".join(f"{name}+" for name in REFINEMENTS) + f" may stand before it, as in {BEST}"
 _MOST_LAYERS = 10_000
 
 
