@@ -163,7 +163,9 @@ def frontier(lines: Mapping[str, Sequence[tuple[float, float, str]]], across: st
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(lines.items()):
         ordered = sorted(points)
-        style = {"color": "black", "linewidth": 2.0} if number == 0 else {"color": f"C{number - 1}", "alpha": 0.8}
+        style: dict[str, Any] = (
+            {"color": "black", "linewidth": 2.0} if number == 0 else {"color": f"C{number - 1}", "alpha": 0.8}
+        )
         axes.plot([x for x, _, _ in ordered], [y for _, y, _ in ordered], marker="o", markersize=4, label=name, **style)
         for x, y, word in ordered:
             axes.annotate(word, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)

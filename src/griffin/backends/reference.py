@@ -181,10 +181,12 @@ class ReferenceFF:
         assert isinstance(output, QuantisedLinear)
         y = torch.zeros(*z.shape[:-1], output.out_features, dtype=z.dtype)
         for level in range(1, int(levels.max()) + 1):
-            weight = reduced(output, 0, level)
-            y += self._each(
-                z * (levels == level), lambda part, e, w=weight: F.linear(part, w.unpack(e, dtype=part.dtype).t())
-            )  # type: ignore[misc]
+            unpack = reduced(output, 0, level).unpack
+
+            def project(part: Tensor, e: Tensor, unpack: Any = unpack) -> Tensor:
+                return F.linear(part, unpack(e, dtype=part.dtype).t())
+
+            y += self._each(z * (levels == level), project)
         return y
 
     def _each(self, x: Tensor, project: _Project) -> Tensor:

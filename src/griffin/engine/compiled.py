@@ -182,7 +182,8 @@ class _State:
         device = layers[0][0].device
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.starts = torch.zeros(layers[0][0].shape[0], dtype=torch.int64, device=device)
-        self.cache = Cache(layers=[_StaticLayer(*pair, self.length) for pair in layers])
+        self._layers = [_StaticLayer(keys, values, self.length) for keys, values in layers]
+        self.cache = Cache(layers=list(self._layers))
         self._known: tuple[int, Tensor | None] | None = None  # what length and starts hold
         self._owner: ReferenceType[BufferedCache] | None = None
         self._graph: Any = None
@@ -226,7 +227,7 @@ class _State:
         self._graph = None
         self._tokens = tokens.clone()
         before = self.length.clone()  # every run writes the same token at the same place
-        stream = torch.cuda.Stream(tokens.device)
+        stream = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -239,7 +240,7 @@ class _State:
         self._graph = graph
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in self.cache.layers]
+        return [(layer.keys, layer.values) for layer in self._layers]
 
 
 # Of a model, by batch size and capacity, the least recently taken first.
@@ -251,6 +252,8 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_compileable = True
     is_sliding = False  # all tokens are kept; the mask hides the old ones
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -283,7 +286,9 @@ def _step(
     model: Any, tokens: Tensor, length: Tensor, starts: Tensor, cache: Cache, takes_positions: bool, takes_keep: bool
 ) -> Tensor:
     """One step. Shapes: tokens (B,). Returns logits (B, V), float32; `length` is one more afterwards."""
-    capacity = cache.layers[0].keys.shape[2]
+    layer = cache.layers[0]
+    assert isinstance(layer, _StaticLayer)
+    capacity = layer.get_max_length()
     arguments: dict[str, Any] = {"logits_to_keep": 1} if takes_keep else {}
     if takes_positions:
         arguments["position_ids"] = (length - starts)[:, None]

@@ -259,7 +259,7 @@ class _Ahead:
         rows = self._step.rows(torch.tensor([token, *drafted]))
         policy.ran(1 + len(drafted), time.perf_counter() - start)
         self._cache.cut(before + 1)
-        self._drafted, self._logits = [token, *drafted], list(rows.split(1))
+        self._drafted, self._logits = [token, *drafted], list(torch.split(rows, 1))
         return self._take()
 
     def _take(self) -> Tensor:

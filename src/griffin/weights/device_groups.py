@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from griffin.native.grouped import SLACK, Format, Packed
+from griffin.native.grouped import Format, Packed
+from griffin.native.packing import SLACK
 
 _SUPER = 256  # weights that share a scale which the groups' bytes multiply
 _BLOCK = 4096  # rows that are converted at a time

@@ -20,7 +20,7 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-_LIBRARY = torch.library.Library("griffin", "FRAGMENT")
+_LIBRARY = torch.library.Library("griffin", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class Block(Protocol):
@@ -30,7 +30,7 @@ class Block(Protocol):
         """The FF of a step's rows. Shapes: x (rows, D), as returned."""
 
 
-@eager_break_during_capture
+@eager_break_during_capture  # type: ignore[untyped-decorator]
 def vllm_ff(x: Tensor, out: Tensor, name: str) -> None:
     """Compute one FF block into `out`.
 
