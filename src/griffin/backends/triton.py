@@ -195,8 +195,7 @@ def _rows_of(projection: nn.Module, fused: bool) -> list[_Matrix]:
 
 
 def _biases_of(projection: nn.Module, fused: bool) -> list[Tensor | None]:
-    bias = projection.bias
-    assert bias is None or isinstance(bias, Tensor)
+    bias: Any = projection.bias
     if bias is None:
         return [None] * (2 if fused else 1)
     return list(bias.detach().chunk(2)) if fused else [bias.detach()]
@@ -204,10 +203,10 @@ def _biases_of(projection: nn.Module, fused: bool) -> list[Tensor | None]:
 
 def _down_of(projection: nn.Module) -> tuple[_Matrix, Tensor | None]:
     bias = projection.bias
-    bias = bias.detach() if isinstance(bias, Tensor) else None
+    own = bias.detach() if isinstance(bias, Tensor) else None
     if isinstance(projection, QuantisedLinear):
-        return device_groups(projection.parts[0], projection.stored.device), bias
-    return rows(projection)[0].detach().t(), bias
+        return device_groups(projection.parts[0], projection.stored.device), own
+    return rows(projection)[0].detach().t(), own
 
 
 def launch(
