@@ -195,18 +195,18 @@ def _rows_of(projection: nn.Module, fused: bool) -> list[_Matrix]:
 
 
 def _biases_of(projection: nn.Module, fused: bool) -> list[Tensor | None]:
-    bias = projection.bias
-    if not isinstance(bias, Tensor):
+    bias: Any = projection.bias
+    if bias is None:
         return [None] * (2 if fused else 1)
     return list(bias.detach().chunk(2)) if fused else [bias.detach()]
 
 
 def _down_of(projection: nn.Module) -> tuple[_Matrix, Tensor | None]:
-    own = projection.bias
-    bias = own.detach() if isinstance(own, Tensor) else None
+    bias = projection.bias
+    own = bias.detach() if isinstance(bias, Tensor) else None
     if isinstance(projection, QuantisedLinear):
-        return device_groups(projection.parts[0], projection.stored.device), bias
-    return rows(projection)[0].detach().t(), bias
+        return device_groups(projection.parts[0], projection.stored.device), own
+    return rows(projection)[0].detach().t(), own
 
 
 def launch(

@@ -182,8 +182,9 @@ class _State:
         device = layers[0][0].device
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.starts = torch.zeros(layers[0][0].shape[0], dtype=torch.int64, device=device)
-        self._layers = [_StaticLayer(keys, values, self.length) for keys, values in layers]
-        self.cache = Cache(layers=list(self._layers))
+        make: Any = _StaticLayer  # whose base is untyped
+        self._pairs = [(keys, values) for keys, values in layers]
+        self.cache = Cache(layers=[make(*pair, self.length) for pair in layers])
         self._known: tuple[int, Tensor | None] | None = None  # what length and starts hold
         self._owner: ReferenceType[BufferedCache] | None = None
         self._graph: Any = None
@@ -227,7 +228,7 @@ class _State:
         self._graph = None
         self._tokens = tokens.clone()
         before = self.length.clone()  # every run writes the same token at the same place
-        stream = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call, unused-ignore]
         stream.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -240,7 +241,7 @@ class _State:
         self._graph = graph
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.keys, layer.values) for layer in self._layers]
+        return self._pairs
 
 
 # Of a model, by batch size and capacity, the least recently taken first.
@@ -252,8 +253,6 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_compileable = True
     is_sliding = False  # all tokens are kept; the mask hides the old ones
-    keys: Tensor
-    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, length: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -265,13 +264,13 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token of each sequence; return whole buffers, (B, K, capacity, E)."""
-        self.keys.index_copy_(2, self.length, key_states)
-        self.values.index_copy_(2, self.length, value_states)
-        return self.keys, self.values
+        keys: Any = self.keys
+        values: Any = self.values
+        return keys.index_copy_(2, self.length, key_states), values.index_copy_(2, self.length, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
-        return self.keys.shape[2], 0
+        return self.get_max_length(), 0
 
     def get_seq_length(self) -> Tensor:  # type: ignore[override, unused-ignore]
         """Tokens before this step's, on the device."""
@@ -279,16 +278,17 @@ class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_max_length(self) -> int:
         """The capacity."""
-        return self.keys.shape[2]
+        keys: Any = self.keys
+        capacity: int = keys.shape[2]  # symbolic while it is traced
+        return capacity
 
 
 def _step(
     model: Any, tokens: Tensor, length: Tensor, starts: Tensor, cache: Cache, takes_positions: bool, takes_keep: bool
 ) -> Tensor:
     """One step. Shapes: tokens (B,). Returns logits (B, V), float32; `length` is one more afterwards."""
-    layer = cache.layers[0]
-    assert isinstance(layer, _StaticLayer)
-    capacity = layer.get_max_length()
+    layer: Any = cache.layers[0]
+    capacity = layer.keys.shape[2]
     arguments: dict[str, Any] = {"logits_to_keep": 1} if takes_keep else {}
     if takes_positions:
         arguments["position_ids"] = (length - starts)[:, None]
