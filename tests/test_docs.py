@@ -24,7 +24,7 @@ ASKING = "client"  # which needs a server: tests/test_server.py
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {"cli.md": "generate_cli", "reference.md": "generate_reference"}
-FENCE = re.compile(r"(<!-- not run: .+ -->\n)?^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_snippets_of_the_docs_run(page: Path, loaded: Any) -> None:
 def test_every_code_block_names_its_language() -> None:
     for page in PAGES:
         for _, language, code in FENCE.findall(page.read_text(encoding="utf-8")):
-            assert language in ("json", "python", "sh", "text"), f"{page.name}: {code}"
+            assert language in ("ini", "json", "python", "sh", "text"), f"{page.name}: {code}"
 
 
 def test_commands_in_the_docs_exist() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -85,22 +84,10 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
 
 
-def test_light_imports_leave_the_compiler_to_those_who_compile() -> None:
-    names = ["scipy", "sklearn", "accelerate", "sympy", "torch._dynamo", "torch.distributed.tensor"]
+def test_a_command_answers(path: Path) -> None:
     done = python(
-        "import sys, json; from griffin.cli.lean import import_lean; import_lean(); "
-        "import transformers.models.llama.modeling_llama; "
-        f"print(json.dumps([name for name in {names} if sys.modules.get(name)])); "
-        "import torch; print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
-    )
-    assert done.stdout.splitlines() == ["[]", "2.0"]
-
-
-def test_a_command_answers_without_packages_that_an_answer_does_not_need(path: Path) -> None:
-    done = python(
-        "import sys, json, griffin.cli; code = griffin.cli.main(); "
-        "print(json.dumps([code, [name for name in ('scipy', 'sklearn', 'accelerate') if sys.modules.get(name)]]))",
+        "import griffin.cli; print(griffin.cli.main())",
         *("generate", "-m", str(path), "--max-tokens", "3", "--density", "0.5", "The sea"),
     )
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, []]
+    assert done.stdout.splitlines()[-1] == "0"
     assert "generated 3 tokens" in done.stderr

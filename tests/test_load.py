@@ -557,8 +557,8 @@ def test_smollm2_answers(capfd: pytest.CaptureFixture[str]) -> None:
     assert "quantization_config" not in model.config.to_dict()
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    # in a chat its first words are a close call between "The" and "L'", which the order of sums decides
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)  # type: ignore[operator, unused-ignore]
     assert "Paris" in tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])
 

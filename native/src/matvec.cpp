@@ -33,7 +33,7 @@ struct Call {
 // Rows begin..end of one matrix, two at a time.
 void multiply_few(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
   const int rows_ahead = w.grouped() ? 6 * kRowsAhead : kRowsAhead;
-  int all[GRIFFIN_MAX_ROWS];
+  int all[kMaxInputs];
   for (int r = 0; r < rows; r++) all[r] = r;
   for (int first = 0; first < rows; first += kMaxRows) {
     const int n = rows - first < kMaxRows ? rows - first : kMaxRows;

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # do not fail on a terminal that is not UTF-8
     try:
-        code = _run(sys.argv[1:], own_process=True) if argv is None else _run(list(argv), own_process=False)
+        code = _run(sys.argv[1:] if argv is None else list(argv))
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failure
 
 
-def _run(argv: list[str], own_process: bool) -> int:
+def _run(argv: list[str]) -> int:
     parser = Parser(prog="griffin", usage="griffin COMMAND [options]", description="Faster LLM generation by GRIFFIN.")
     parser.add_argument("--version", action="version", version=f"griffin {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
@@ -74,7 +74,6 @@ def _run(argv: list[str], own_process: bool) -> int:
         if others and not takes_others:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         args.others = others
-        args.own_process = own_process
         code: int = args.run(args)
     except SystemExit as stop:  # --help, --version, wrong usage
         return int(stop.code or 0)

@@ -213,16 +213,11 @@ def sampling_from(args: argparse.Namespace) -> Sampling:
 
 
 def begin_loading(args: argparse.Namespace) -> None:
-    """Before torch is imported, by commands that answer prompts: start to read the model, if it is a file, and make
-    the imports light."""
+    """Before torch is imported, by commands that answer prompts: start to read the model, if it is a file."""
     if args.model.lower().endswith(".gguf") and args.dtype is None and args.weights is None:
         from griffin.models import early
 
         early.begin(Path(args.model).expanduser())
-    if args.own_process:
-        from griffin.cli.lean import import_lean
-
-        import_lean()
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
