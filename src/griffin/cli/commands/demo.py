@@ -28,8 +28,8 @@ CASES = {
     "dynamic selection, three quarters": GriffinConfig(density=0.75, selection=AUTO),
 }
 _STATISTIC_TOKENS = 1024
-_REPEATS = 5
-_ROUNDS, _ROUND_TOKENS = 5, 64
+_REPEATS = 3
+_ROUNDS, _ROUND_TOKENS = 3, 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         assert not isinstance(result, list)
         results[name] = result
         console.print(Panel(escape(result.text.strip() or "(no text)"), title=name, title_align="left"))
+    console.print(f"Measuring: {_ROUNDS} rounds of {_ROUND_TOKENS} tokens each …", style="dim")
     runs, _ = measure(model, ids, list(CASES.values()), _ROUND_TOKENS, _ROUNDS)  # as `griffin bench` measures
     console.print(_table(dict(zip(CASES, runs, strict=True)), _agreements(model, ids, results[_FULL].tokens)))
 
