@@ -1,5 +1,7 @@
 """Time of the native FF call with dynamic neuron selection, as a ratio to plain experts that read the same bytes.
 
+Quantised weights also by planes of bits (`planes+`), with random gates and neurons.
+
     python benchmarks/dynamic.py [--densities 0.5,0.75] [--rounds 40] [-o results/MACHINE/dynamic.csv]
 
 The weights are random, in the shapes of real models, with enough layers that no CPU cache holds them. Plain, dynamic
@@ -18,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from griffin.analysis import files, machine
-from griffin.layouts import find_ff_blocks
-from griffin.method import dynamic
+from griffin.layouts import FFBlock, find_ff_blocks
+from griffin.method import dynamic, planes
 from griffin.models.convert import convert
 from griffin.native import kernel, library, operands
 
@@ -63,17 +65,25 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
         kernel.ff(blocks[0], x, experts[0], dynamic=selections[0])
         read = (library.ff_bytes() - before) / blocks[0].weight_bytes
         seconds: dict[str, list[float]] = {"dense": [], "plain": [], "dynamic": []}
+        by_planes = None if weights == "bf16" else _by_planes(ff[0], blocks, weight, density)
+        if by_planes is not None:
+            seconds["planes"] = []
         for number in range(rounds + 3):
             for name, times in seconds.items():
                 start = time.perf_counter()
                 for block, e, p, t in zip(blocks, experts, plain, selections, strict=True):
                     if name == "dynamic":
                         kernel.ff(block, x, e, dynamic=t)
+                    elif name == "planes":
+                        kernel.ff(block, x, by_planes[0], dynamic=by_planes[1])
                     else:
                         kernel.ff(block, x, p if name == "plain" else None)
                 if number >= 3:  # the first rounds warm up
                     times.append((time.perf_counter() - start) / layers)
-        ratios = [ours / base for ours, base in zip(seconds["dynamic"], seconds["plain"], strict=True)]
+        ratios = {
+            name: statistics.median(ours / base for ours, base in zip(times, seconds["plain"], strict=True))
+            for name, times in seconds.items()
+        }
         rows.append(
             {
                 "shape": shape, "weights": weights, "density": density, "gate": split.gate or "own",
@@ -81,15 +91,30 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
                 "dense_us": 1e6 * statistics.median(seconds["dense"]),
                 "plain_us": 1e6 * statistics.median(seconds["plain"]),
                 "dynamic_us": 1e6 * statistics.median(seconds["dynamic"]),
-                "dynamic_to_plain": statistics.median(ratios),
+                "dynamic_to_plain": ratios["dynamic"],
+                "planes_us": 1e6 * statistics.median(seconds["planes"]) if by_planes else None,
+                "planes_to_plain": ratios.get("planes"),
             }
         )  # fmt: skip
         row = rows[-1]
         print(
             f"{shape:15} {weights:5} {density:5g}  bytes {row['ff_bytes']:.3f}  dense {row['dense_us']:7.0f} us  plain "
             f"{row['plain_us']:7.0f} us  dynamic {row['dynamic_us']:7.0f} us  {row['dynamic_to_plain']:.3f}x"
+            + ("" if by_planes is None else f"  planes {row['planes_us']:7.0f} us  {row['planes_to_plain']:.3f}x")
         )
     return rows
+
+
+def _by_planes(
+    ff: FFBlock, blocks: list[operands.Block], weight: torch.Tensor, density: float
+) -> tuple[torch.Tensor, operands.Dynamic]:
+    """Random experts, some with whole gates, in the split that `planes+` has for this density."""
+    split = planes.split(ff, density)
+    experts = torch.randperm(ff.width)[: split.experts].sort().values
+    whole = torch.zeros(split.experts, dtype=torch.int32)
+    whole[torch.randperm(split.experts)[: split.whole]] = 1
+    read = operands.Planes(whole.to(torch.uint16), split.first, split.levels)
+    return experts, operands.dynamic(blocks[0], weight, split.chosen, planes=read)
 
 
 def _check(

@@ -35,7 +35,7 @@ class Edges {
     for (int64_t i = 0; i < n; i++)
       if (!(scores[i] < 0)) bins_[magnitude(scores[i]) >> kShift]++;
   }
-  Edge of(int64_t k, float* room) const {
+  Edge at(int64_t k, float* room) const {
     int64_t above = 0;
     int bin = kBins - 1;
     while (bin > 0 && above + bins_[bin] < k) above += bins_[bin--];
@@ -124,9 +124,9 @@ Chosen Dynamic::choose(int thread) const {
   const int more = dynamic_.n_levels > 1 ? dynamic_.n_levels - 1 : 0;
   Edge edges[GRIFFIN_MAX_ROWS], higher[GRIFFIN_MAX_ROWS][3];
   for (int r = 0; r < io_.rows; r++) {
-    const Edges of(scores_ + r * stride_, n_);
-    edges[r] = of.of(dynamic_.k, room);
-    for (int l = 0; l < more; l++) higher[r][l] = dynamic_.levels[l + 1] ? of.of(dynamic_.levels[l + 1], room) : kNone;
+    const Edges own(scores_ + r * stride_, n_);
+    edges[r] = own.at(dynamic_.k, room);
+    for (int l = 0; l < more; l++) higher[r][l] = dynamic_.levels[l + 1] ? own.at(dynamic_.levels[l + 1], room) : kNone;
   }
   int64_t count = 0;
   if (io_.rows == 1) {  // without branches: this is a visible share of a small block's time

@@ -35,12 +35,12 @@ void multiply_few(const Product& product, const Rows& w, int rows, int64_t begin
   const int rows_ahead = w.grouped() ? 6 * kRowsAhead : kRowsAhead;
   int all[kMaxInputs];
   for (int r = 0; r < rows; r++) all[r] = r;
-  for (int first = 0; first < rows; first += kMaxRows) {
-    const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
-    for (int64_t o = begin; o < end; o += 2) {
-      const int m = end - o >= 2 ? 2 : 1;
-      const int64_t ahead = o + rows_ahead + 2 <= end ? o + rows_ahead : o;
-      const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
+  for (int64_t o = begin; o < end; o += 2) {
+    const int m = end - o >= 2 ? 2 : 1;
+    const int64_t ahead = o + rows_ahead + 2 <= end ? o + rows_ahead : o;
+    const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
+    for (int first = 0; first < rows; first += kMaxRows) {  // inputs beyond the first ones find the rows in the cache
+      const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
       float out[2 * kMaxRows];
       w.dot(own, m, all + first, n, out, next);
       for (int i = 0; i < m; i++)

@@ -1,9 +1,4 @@
-"""Experts read in place by the native library: nothing is copied, so a new selection costs nothing.
-
-The library computes a whole FF block in one call. The model's own forward calls the projections one by one, so the
-first input projection keeps the block's input, the others answer with a placeholder, and the output projection makes
-the call.
-"""
+"""Experts read in place by the native library: nothing is copied, so a new selection costs nothing."""
 
 from __future__ import annotations
 
@@ -16,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from griffin.backends.in_place import InPlace
 from griffin.backends.reference import split_rows
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, sketch
@@ -56,46 +52,29 @@ class Set(NamedTuple):
     dynamic: operands.Dynamic | None
 
 
-class NativeFF:
+class NativeFF(InPlace):
     """One FF block over the model's own weights, its output projection stored neuron-major."""
 
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
-        if (reason := why_not(block)) is not None:
-            raise ValueError(f"the native backend cannot be used: {reason}")
-        self._ff, self._width = block, block.width
-        self._undo = undo.enter_context(ExitStack())  # of this block, so that replaced weights can be taken anew
-        self._open()
+        super().__init__(block, undo, "native")
         self.number = next(_NUMBERS)
         _BLOCKS[self.number] = self
         self._sequences = 1
         self._sets: list[Set] = []  # for every 16 sequences
-        self._x: Tensor | None = None
-        self._placeholder = torch.zeros(2)
-        self.calls = 0
+
+    @staticmethod
+    def _why_not(block: FFBlock) -> str | None:
+        return why_not(block)
 
     def _open(self) -> None:
-        """Take the addresses of the model's weights, until `undo` closes."""
         if not isinstance(self._ff.output, QuantisedLinear):  # which is neuron-major as it is
             make_neuron_major(self._ff.output, self._ff.path, self._undo)
         self._block: operands.Block | None = native_block(self._ff)
-        self._taken = addresses(self._ff)
         self._undo.callback(self._close)  # before the weights are transposed back
 
     def _close(self) -> None:
         """Let the model's weights go."""
         self._block, self._sets, self._x = None, [], None
-
-    def refresh(self) -> bool:
-        """See `SparseFF.refresh`."""
-        if addresses(self._ff) == self._taken:
-            return False
-        self._undo.close()
-        if (reason := why_not(self._ff)) is not None:
-            raise ValueError(
-                f"the model's weights were replaced while GRIFFIN was attached, and {reason}; attach again"
-            )
-        self._open()
-        return True
 
     @property
     def ff_block(self) -> FFBlock:
@@ -150,15 +129,9 @@ class NativeFF:
         """See `SparseFF.buffers`."""
         return tuple(part for each in self._sets for part in (each.experts, each.row_mask) if part is not None)
 
-    def read(self, which: int, x: Tensor) -> Tensor:
-        """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
-        self._x = x
-        return self._placeholder.to(x.dtype).expand(*x.shape[:-1], 2)
-
     def write(self, z: Tensor) -> Tensor:
         """See `SparseFF.write`."""
-        x, self._x = self._x, None
-        assert x is not None, "the output projection was called before the input projections"
+        x = self._input()
         if not torch.compiler.is_compiling():  # a count that changes would recompile every step
             self.calls += 1
         if self._sequences == 1:
@@ -215,16 +188,6 @@ def why_not(block: FFBlock) -> str | None:
     if block.activation is None:
         return f"{block.path} has an activation that the native library does not know"
     return None
-
-
-def addresses(block: FFBlock) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
-    """Where and how a block's weights and biases are stored."""
-    tensors = [
-        tensor
-        for projection in (*block.inputs, block.output)
-        for tensor in (*projection.parameters(recurse=False), *projection.buffers(recurse=False))
-    ]
-    return tuple((tensor.data_ptr(), tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
 def native_block(block: FFBlock) -> operands.Block:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from griffin.backends.native import addresses
+from griffin.backends.in_place import InPlace
 from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic
 from griffin.weights.device_groups import DeviceGroups, device_groups, why_not_device
@@ -52,22 +52,19 @@ def _(x: Tensor, experts: Tensor, counts: Tensor, block: int) -> Tensor:
     return torch.empty_like(x)
 
 
-class TritonFF:
+class TritonFF(InPlace):
     """One FF block over the model's own weights, its output projection stored neuron-major."""
 
     def __init__(self, block: FFBlock, undo: ExitStack) -> None:
-        if (reason := why_not(block)) is not None:
-            raise ValueError(f"the triton backend cannot be used: {reason}")
-        self._ff, self._width = block, block.width
-        self._undo = undo.enter_context(ExitStack())  # of this block, so that replaced weights can be taken anew
-        self._open()
+        super().__init__(block, undo, "triton")
         self._number = _NUMBERS.setdefault(block.output, next(_COUNTER))
         _BLOCKS[self._number] = self
         self._lists = _LISTS.setdefault(block.output, {})
         self._experts, self._counts = self._lists_of(1)
-        self._x: Tensor | None = None
-        self._placeholder = torch.zeros(2, device=block.device)
-        self.calls = 0
+
+    @staticmethod
+    def _why_not(block: FFBlock) -> str | None:
+        return why_not(block)
 
     def select(self, experts: Sequence[Tensor], dynamic: Dynamic | None = None) -> None:
         """See `SparseFF.select`. Nothing waits for the device."""
@@ -78,32 +75,14 @@ class TritonFF:
             self._experts[n, :k].copy_(expert_set)
             self._counts[n].fill_(k)
 
-    def refresh(self) -> bool:
-        """See `SparseFF.refresh`."""
-        if addresses(self._ff) == self._taken:
-            return False
-        self._undo.close()
-        if (reason := why_not(self._ff)) is not None:
-            raise ValueError(
-                f"the model's weights were replaced while GRIFFIN was attached, and {reason}; attach again"
-            )
-        self._open()
-        return True
-
     @property
     def buffers(self) -> tuple[Tensor, ...]:
         """See `SparseFF.buffers`."""
         return self._experts, self._counts
 
-    def read(self, which: int, x: Tensor) -> Tensor:
-        """See `SparseFF.read`. Keeps the input; the projection is computed in `write`."""
-        self._x = x
-        return self._placeholder.to(x.dtype).expand(*x.shape[:-1], 2)
-
     def write(self, z: Tensor) -> Tensor:
         """See `SparseFF.write`."""
-        x, self._x = self._x, None
-        assert x is not None, "the output projection was called before the input projections"
+        x = self._input()
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         if flat.shape[0] % self._experts.shape[0]:
             raise ValueError(
@@ -142,7 +121,6 @@ class TritonFF:
         self._activation = block.activation
         self._matrices: _Matrices | None = (inputs[0] if block.gated else None, inputs[-1], down)
         self._biases = (biases[0] if block.gated else None, biases[-1], down_bias)
-        self._taken = addresses(block)
         self._undo.callback(self._close)  # before the weights are transposed back
 
     def _close(self) -> None:
