@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from block_numbers import numbers
 from torch import nn
 from torch.nn import functional as F
 
@@ -58,7 +59,9 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
         split = dynamic.split(ff[0], density)
         experts = [torch.randperm(width)[: split.experts].sort().values for _ in ff]
         plain = [torch.randperm(width)[: int(density * width)].sort().values for _ in ff]
-        sketches = [None if split.gate is None else dynamic.sketch(block, split.gate) for block in ff]
+        sketches = [
+            None if split.gate is None else operands.packed_matrix(dynamic.sketch(block, split.gate)) for block in ff
+        ]
         selections = [operands.dynamic(b, weight, split.chosen, gate=s) for b, s in zip(blocks, sketches, strict=True)]
         _check(blocks[0], x, weight, experts[0], selections[0], sketches[0], split.chosen, activation)
         before = library.ff_bytes()
@@ -128,9 +131,9 @@ def _check(
     activation: str,
 ) -> None:
     """Exit if the result differs from torch by more than 8-bit inputs, and ties at the k-th score, explain."""
-    gate, up, down = operands.unpack(block)
+    gate, up, down = map(numbers, block.matrices)
     if sketch is not None:
-        gate = operands.unpack(sketch)[0]
+        gate = numbers(sketch)
     act = F.silu if activation == "silu" else lambda v: F.gelu(v, approximate="tanh")
     gates = act(x @ gate[experts].T)
     best = (gates.abs() * weight[experts]).topk(k).indices[0]

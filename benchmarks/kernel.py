@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from block_numbers import numbers
 from torch import Tensor
 
-from griffin.native import kernel, library, memory, operands
+from griffin.native import grouped, kernel, library, memory, operands
 
 Blocks = list[operands.Block]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -30,31 +31,23 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 def make_block(fmt: str, d_ff: int, d: int) -> operands.Block:
     """A gated block of random weights. Rows repeat every 256, which no timing can tell."""
-    shape = (d_ff, d)
-    if fmt in DTYPES:
-        parts = []
-        for _ in range(3):
-            weight = torch.empty(shape, dtype=DTYPES[fmt])
+    matrices = []
+    for neuron_major in (False, False, True):
+        slab = torch.randn(256, d).repeat(-(-d_ff // 256), 1)[:d_ff] / d**0.5
+        if fmt in DTYPES:
+            weight = torch.empty(d_ff, d, dtype=DTYPES[fmt])
             memory.advise_huge(weight)
-            slab = (torch.randn(256, d) / d**0.5).to(DTYPES[fmt])
-            for begin in range(0, d_ff, 256):
-                weight[begin : begin + 256] = slab[: min(256, d_ff - begin)]
-            parts.append(weight)
-        return operands.ff_block(*parts, activation="silu")
-    slab = [torch.randn(256, d) / d**0.5 for _ in range(3)]
-    small = operands.quantise_ff(*slab, format=fmt, activation="silu")
-    records = torch.empty(d_ff, small.tensors[0].shape[1], dtype=torch.uint8)
-    memory.advise_huge(records)
-    for begin in range(0, d_ff, 256):
-        records[begin : begin + 256] = small.tensors[0][: min(256, d_ff - begin)]
-    scales = small.tensors[1].repeat(-(-d_ff // 256), 1)[:d_ff].contiguous() if fmt == "int8" else None
-    return operands.ff_records(records, scales, d_model=d, gated=True, activation="silu")
+            matrices.append(operands.matrix(weight.copy_(slab), neuron_major=neuron_major))
+        else:
+            packed = grouped.quantise(slab.T if neuron_major else slab, fmt, neuron_major=neuron_major)
+            matrices.append(operands.packed_matrix(packed))
+    return operands.ff_block(*matrices, activation="silu")
 
 
 def check(block: operands.Block, x: Tensor, experts: Tensor, mask: Tensor | None) -> float:
     """Relative error against float64 over the dequantised weights; raises if it is more than the format's."""
     y = kernel.ff(block, x, experts, mask, out=torch.full((len(x), block.d_model), float("nan"))).double()
-    gate, up, down = (part[experts.long()].double() for part in operands.unpack(block))
+    gate, up, down = (part[experts.long()].double() for part in map(numbers, block.matrices))
     z = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
     if mask is not None:
         z *= torch.stack([(mask.int() >> r) & 1 for r in range(len(x))])
@@ -143,7 +136,7 @@ def main() -> None:
                 def dense(x: Tensor = typed, blocks: Blocks = blocks) -> None:
                     nonlocal turn
                     turn += 1
-                    gate, up, down = blocks[turn % len(blocks)].tensors[:3]
+                    gate, up, down = (matrix.kept[0] for matrix in blocks[turn % len(blocks)].matrices)
                     linear = torch.nn.functional.linear
                     linear(torch.nn.functional.silu(linear(x, gate)) * linear(x, up), down.T)
 
