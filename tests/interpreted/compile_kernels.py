@@ -77,7 +77,7 @@ def main() -> None:
     up, up_constants = groups(4, "UP_")
     compiled(kernels.read_groups, ff | gate_constants | up_constants | tile, architecture, gate | up)
     down, down_constants = groups(4, "")
-    compiled(kernels.write_groups, down_constants | {"SPLITS": 32, "ROWS": 1, "K": 16, "C": 256}, architecture, down)
+    compiled(kernels.write_groups, down_constants | {"SPLITS": 32, "ROWS": 1, "K": 16, "C": 128}, architecture, down)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,8 @@ def launch(
         )  # fmt: skip
     else:
         stride = down.codes.shape[1]
-        columns = min(256, triton.next_power_of_2(stride))
+        # A byte of 4-bit codes is two columns, each with its scales: half as many bytes, or registers spill.
+        columns = min(1024 // down.bits, triton.next_power_of_2(stride))
         kernels.write_groups[(-(-stride // columns), splits, row_tiles)](
             z, experts, counts, *_pointers(down), parts, tokens, hidden, width, per_set, stride, down.padded,
             **_constants("", down), SPLITS=splits, ROWS=row_tile, K=chunk, C=columns, num_warps=1,
