@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(
 @needs_triton
 def test_under_the_interpreter() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/interpreted"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/processes"],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
@@ -38,7 +38,7 @@ def test_under_the_interpreter() -> None:
 def test_the_kernels_compile_without_spilling(architecture: int) -> None:
     """Compiled in a process without the interpreter, whose kernels are Python."""
     run = subprocess.run(
-        [sys.executable, "tests/interpreted/compile_kernels.py", str(architecture)],
+        [sys.executable, "tests/processes/compile_kernels.py", str(architecture)],
         cwd=ROOT, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip

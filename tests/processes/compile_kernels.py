@@ -1,6 +1,6 @@
 """Compile the Triton kernels for an NVIDIA architecture (80, 90, ...), which needs no GPU, and print their registers.
 
-    python tests/interpreted/compile_kernels.py 90
+    python tests/processes/compile_kernels.py 90
 
 Fails where a kernel does not compile, or spills registers to memory.
 """
