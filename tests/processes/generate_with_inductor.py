@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 import griffin
 from griffin.engine.compiled import compiled_graphs
 
 
 def main() -> None:
-    model, tokenizer = griffin.load("smollm2-135m")
+    model, tokenizer = griffin.load("smollm2-135m", dtype=torch.float32)
     model.model.layers = model.model.layers[:4]  # of 30, which would take the compiler minutes
     model.config.num_hidden_layers = 4
     settings: dict[str, Any] = {"density": 0.5, "selection": "topk", "backend": "gather", "max_tokens": 12}
