@@ -52,6 +52,9 @@ struct B256 {
   template <int bits> static I dot_x(I acc, I operand, I x) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(operand, x));
   }
+  template <int bits> static void add_dot(I& acc, I codes, I q) { acc = dot<bits>(acc, codes, q); }
+  template <int bits> static void add_x(I& acc, I operand, I x) { acc = dot_x<bits>(acc, operand, x); }
+  static I after_first(I sum) { return sum; }
   static I join(I first, I second) { return add(first, second); }
   static I low8(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm256_unpackhi_epi8(a, b); }
@@ -70,6 +73,9 @@ struct B256 {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+  }
+  static void sum_each(const F* v, int n, float* out) {
+    for (int i = 0; i < n; i++) out[i] = sum(v[i]);
   }
   static F halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static F unsigned_bytes(const uint8_t* p) {

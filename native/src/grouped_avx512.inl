@@ -11,7 +11,7 @@ namespace {
 struct B512 {
   using I = __m512i;
   using F = __m512;
-  static constexpr int kBytes = 64, kLanes = 16, kTile = 8;
+  static constexpr int kBytes = 64, kLanes = 16, kTile = 6;
   static I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I none() { return _mm512_setzero_si512(); }
   static I set1(uint8_t v) { return _mm512_set1_epi8((char)v); }
@@ -53,6 +53,16 @@ struct B512 {
   static I first_operand(I codes) { return codes; }
   static I second_operand(I codes) { return codes; }
   template <int bits> static I dot_x(I acc, I operand, I x) { return dot<bits>(acc, operand, x); }
+  // acc += the products, in its register: compilers copy the sums of an expression back and forth in a loop.
+  template <int bits> static void add_dot(I& acc, I codes, I q) {
+#if defined(GRIFFIN_VNNI) && defined(__GNUC__)
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
+#else
+    acc = dot<bits>(acc, codes, q);
+#endif
+  }
+  template <int bits> static void add_x(I& acc, I operand, I x) { add_dot<bits>(acc, operand, x); }
+  static I after_first(I high) { return left32<7>(high); }
   static I join(I high, I low) { return add(left32<7>(high), low); }
   static I low8(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
@@ -68,6 +78,23 @@ struct B512 {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F minus_product(F c, F a, F b) { return _mm512_fnmadd_ps(a, b, c); }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
+  // out[i] = sum(v[i]), in the order that `sum` has
+  static void sum_each(const F* v, int n, float* out) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+      const F ab = add_halves(v[i], v[i + 1]), cd = add_halves(v[i + 2], v[i + 3]);
+      F all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+      all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
+      all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
+      const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+      _mm_storeu_ps(out + i, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, all)));
+    }
+    for (; i < n; i++) out[i] = sum(v[i]);
+  }
+  // the sums of a's two halves, and of b's
+  static F add_halves(F a, F b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  }
   static F halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static F unsigned_bytes(const uint8_t* p) {
     return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));

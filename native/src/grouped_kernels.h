@@ -45,8 +45,17 @@ struct LevelOfNeurons {
 // y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
 using GroupedDownFn = void (*)(const NeuronPlan&, const GroupOfNeurons&, int begin, int end, float* y);
 
-// z of many rows of input for the neurons of a group, all of them: row r's quads at z + r * z_stride, its total and factor
-// at r * stride, its y at y + r * y_stride.
+// Groups of neurons one after the other, all their neurons: group g's rows at rows + g * the group's size.
+struct GroupsOfNeurons {
+  const uint8_t* scales;
+  int group, count;  // the first, and how many
+  const uint8_t* const* rows;
+};
+
+constexpr int kGroupQuads = 8;  // int32 of a group's z
+
+// z of many rows of input for these groups: row r's quads for group g at z + r * z_stride + g * kGroupQuads (zero where a
+// neuron is not), its total and factor at r * stride + g, its y at y + r * y_stride.
 struct ManyZ {
   int rows;
   const int32_t* z;
@@ -58,12 +67,12 @@ struct ManyZ {
   int64_t y_stride;
 };
 
-// The same for many rows: the codes are unpacked once. `of` has neither z nor what belongs to it.
-using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, int begin, int end, const ManyZ& z);
+// As GroupedDownFn, group after group, for many rows: the codes are unpacked once.
+using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupsOfNeurons&, int begin, int end, const ManyZ&);
 
 constexpr int kManyInputs = 32;  // that a block of weight rows meets at most
 
-// out[i * stride + r] = <row[i], x[r]> for i < m <= tile, r < n <= kManyInputs: to the bit what GroupedDotFn gives.
+// out[r * stride + i] = <row[i], x[r]> for i < m <= tile, r < n <= kManyInputs: to the bit what GroupedDotFn gives.
 using GroupedRowsFn = void (*)(const RowPlan&, const uint8_t* const* row, int m, const GroupedInput* const* x, int n,
                                float* out, int64_t stride);
 

@@ -94,6 +94,9 @@ struct Portable {
   static I first_operand(I codes) { return codes; }
   static I second_operand(I codes) { return codes; }
   template <int bits> static I dot_x(I acc, I operand, I x) { return dot<bits>(acc, operand, x); }
+  template <int bits> static void add_dot(I& acc, I codes, I q) { acc = dot<bits>(acc, codes, q); }
+  template <int bits> static void add_x(I& acc, I operand, I x) { acc = dot_x<bits>(acc, operand, x); }
+  static I after_first(I high) { return left32<7>(high); }
   static I join(I high, I low) { return add(left32<7>(high), low); }
   static I low8(I a, I b) {
     return each([&](int i) { return (i % 2 ? b : a).at[i / 2]; });
@@ -129,6 +132,9 @@ struct Portable {
     return floats([&](int i) { return c.at[i] - a.at[i] * b.at[i]; });
   }
   static float sum(F v) { return (v.at[0] + v.at[2]) + (v.at[1] + v.at[3]); }
+  static void sum_each(const F* v, int n, float* out) {
+    for (int i = 0; i < n; i++) out[i] = sum(v[i]);
+  }
   static F halves(const uint16_t* p) {
     return floats([=](int i) { return half_to_float(p[i]); });
   }

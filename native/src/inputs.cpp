@@ -110,7 +110,7 @@ void Rows::dot_many(int64_t o, int m, int first, int n, float* out, int64_t stri
     const uint8_t* rows[16];
     const int count = m - i < set.tile ? m - i : set.tile;
     for (int t = 0; t < count; t++) rows[t] = row(o + i + t);
-    many(plan_, rows, count, x, n, out + i * stride, stride);
+    many(plan_, rows, count, x, n, out + i, stride);
   }
 }
 

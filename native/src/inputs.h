@@ -45,7 +45,7 @@ class Rows {
   void dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const;
   // A grouped matrix's row o; `next` may be any row, of another matrix too.
   void dot(int64_t o, const int* rows, int n, float* out, const uint8_t* next) const;
-  // A grouped matrix's rows o .. o + m with the inputs first .. first + n: out[i * stride + r], r < n.
+  // A grouped matrix's rows o .. o + m with the inputs first .. first + n: out[r * stride + i], r < n.
   void dot_many(int64_t o, int m, int first, int n, float* out, int64_t stride) const;
   // The same for row o of two matrices: out[at] is a's product, out[n + at] b's.
   static void dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next);

@@ -12,7 +12,7 @@ namespace griffin {
 namespace {
 
 constexpr int kRowsAhead = 2;   // rows of W to the one that is prefetched
-constexpr int kBlockRows = 32;  // rows of W that many inputs meet before the next
+constexpr int kBlockRows = 48;  // rows of W that many inputs meet before the next
 constexpr int kMany = 2;        // inputs from which on unpacked rows are kept for all of them
 
 void store(void* y, bool bf16, int64_t at, float value) {
@@ -53,17 +53,17 @@ void multiply_few(const Product& product, const Rows& w, int rows, int64_t begin
 
 // The same for many inputs of a grouped matrix: a block of its rows stays in the second-level cache for all of them.
 void multiply_many(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
-  float out[kBlockRows * kManyInputs];
+  float out[kManyInputs * kBlockRows];
+  const float* const bias = product.matrix->bias;
   for (int64_t from = begin; from < end; from += kBlockRows) {
     const int m = static_cast<int>(end - from < kBlockRows ? end - from : kBlockRows);
     for (int first = 0; first < rows; first += kManyInputs) {
       const int n = rows - first < kManyInputs ? rows - first : kManyInputs;
-      w.dot_many(from, m, first, n, out, kManyInputs);
+      w.dot_many(from, m, first, n, out, kBlockRows);
       for (int r = 0; r < n; r++) {
-        float own[kBlockRows];
-        for (int i = 0; i < m; i++) own[i] = out[i * kManyInputs + r] + w.bias(from + i);
         char* const y = static_cast<char*>(product.y) + (first + r) * product.y_stride;
-        kernels().reduce(own, 0, 1, nullptr, y + from * (product.bf16 ? 2 : 4), product.bf16, m);
+        kernels().reduce(out + r * kBlockRows, 0, 1, bias ? bias + from : nullptr, y + from * (product.bf16 ? 2 : 4),
+                         product.bf16, m);
       }
     }
   }
@@ -100,7 +100,7 @@ class NeuronProduct {
  public:
   static int64_t bytes(const griffin_matrix& m, int rows) {
     const NeuronPlan p = neuron_plan(m.grouped, m.d_out, m.d_in);
-    return rows * (int64_t{p.groups} * (4 + 4 + kQuads * 4) + p.d * 4) + 64;
+    return rows * (int64_t{p.groups} * (4 + 4 + kGroupQuads * 4) + p.d * 4) + 64;
   }
   NeuronProduct(const griffin_matrix& m, const griffin_io& io, void* memory)
       : m_(m), io_(io), plan_(neuron_plan(m.grouped, m.d_out, m.d_in)) {
@@ -124,7 +124,8 @@ class NeuronProduct {
         else
           memcpy(own, reinterpret_cast<const float*>(z) + begin, sizeof(float) * n);
         const int64_t at = int64_t{r} * plan_.groups + g;
-        factor_[at] = quantise_z(own, n, quads_ + at * kQuads, total_ + at);
+        if (n < group) memset(quads_ + at * kGroupQuads, 0, sizeof(int32_t) * kGroupQuads);
+        factor_[at] = quantise_z(own, n, quads_ + at * kGroupQuads, total_ + at);
       }
     }
   }
@@ -149,39 +150,34 @@ class NeuronProduct {
 
  private:
   void add_groups(int begin, int end) {
-    const int group = m_.grouped.group;
-    const auto down = kernels().grouped->down[m_.grouped.bits - 2];
-    for (int g = 0; g < plan_.groups; g++) {
-      const int first = g * group, n = m_.d_in - first < group ? m_.d_in - first : group;
-      const uint8_t* rows[32];
-      for (int j = 0; j < (n + 3) / 4 * 4; j++)
-        rows[j] = static_cast<const uint8_t*>(m_.weight) + (first + (j < n ? j : 0)) * m_.stride;
-      if (io_.rows > 2) {
-        GroupOfNeurons of{};
-        of.scales = static_cast<const uint8_t*>(m_.scales), of.group = g, of.quads = (n + 3) / 4, of.rows = rows;
+    constexpr int kGroups = 8;  // at a time
+    const int group = m_.grouped.group, quads = group / 4;
+    const GroupedKernels& set = *kernels().grouped;
+    const uint8_t* const scales = static_cast<const uint8_t*>(m_.scales);
+    for (int from = 0; from < plan_.groups; from += kGroups) {
+      const int count = plan_.groups - from < kGroups ? plan_.groups - from : kGroups;
+      const uint8_t* rows[kGroups * 32];
+      for (int j = 0; j < count * group; j++) {
+        const int neuron = from * group + j;  // behind the last one z is zero
+        rows[j] = static_cast<const uint8_t*>(m_.weight) + (neuron < m_.d_in ? neuron : 0) * m_.stride;
+      }
+      if (io_.rows > 1) {
         const ManyZ z{io_.rows,
-                      quads_ + int64_t{g} * kQuads,
-                      int64_t{plan_.groups} * kQuads,
-                      total_ + g,
-                      factor_ + g,
+                      quads_ + int64_t{from} * kGroupQuads,
+                      int64_t{plan_.groups} * kGroupQuads,
+                      total_ + from,
+                      factor_ + from,
                       plan_.groups,
                       y_,
                       plan_.d};
-        kernels().grouped->down_many[m_.grouped.bits - 2](plan_, of, begin, end, z);
+        set.down_many[m_.grouped.bits - 2](plan_, GroupsOfNeurons{scales, from, count, rows}, begin, end, z);
         continue;
       }
-      for (int r = 0; r < io_.rows; r++) {
-        const int64_t at = int64_t{r} * plan_.groups + g;
-        const GroupOfNeurons of{static_cast<const uint8_t*>(m_.scales),
-                                g,
-                                (n + 3) / 4,
-                                total_[at],
-                                rows,
-                                quads_ + at * kQuads,
-                                factor_[at],
-                                nullptr,
-                                0};
-        down(plan_, of, begin, end, y_ + int64_t{r} * plan_.d);
+      for (int g = 0; g < count; g++) {
+        const int at = from + g;
+        const GroupOfNeurons of{scales,      at,      quads, total_[at], rows + g * group, quads_ + at * kGroupQuads,
+                                factor_[at], nullptr, 0};
+        set.down[m_.grouped.bits - 2](plan_, of, begin, end, y_);
       }
     }
   }
@@ -213,8 +209,6 @@ class NeuronProduct {
 
   const griffin_matrix& m_;
   const griffin_io& io_;
-  static constexpr int kQuads = 8;  // int32 of a group's neurons
-
   const NeuronPlan plan_;
   float *y_, *factor_;
   int32_t *total_, *quads_;
