@@ -63,6 +63,8 @@ GRIFFIN_API int griffin_quantise(const griffin_grouped* format, const float* wei
  * matrix (begin a multiple of 256), of others all. out_stride in values. */
 GRIFFIN_API int griffin_unpack(const griffin_matrix* matrix, const int64_t* rows, int64_t first, int64_t n,
                                int64_t begin, int64_t end, void* out, int out_type, int64_t out_stride, int threads);
+/* L2 norms of all rows of W (d_out,), or neuron-major of all neurons (d_in,), any format. */
+GRIFFIN_API int griffin_row_norms(const griffin_matrix* matrix, float* out, int threads);
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,10 @@
 // Weights as bf16 or float32: for lookups, and for the GEMMs of the prompt phase. Each thread takes a share of the rows.
 #include "unpack.h"
 
+#include <math.h>
 #include <string.h>
+
+#include <vector>
 
 #include "checks.h"
 #include "griffin_gguf.h"
@@ -57,6 +60,33 @@ extern "C" int griffin_unpack(const griffin_matrix* matrix, const int64_t* rows,
       [](void* data, int thread, int team) {
         const Call& c = *static_cast<Call*>(data);
         c.function(c.part, c.n * thread / team, c.n * (thread + 1) / team);
+      },
+      &call);
+  return GRIFFIN_OK;
+}
+
+extern "C" int griffin_row_norms(const griffin_matrix* matrix, float* out, int threads) {
+  if (!matrix || !valid_matrix(*matrix) || !out || threads < 1) return GRIFFIN_BAD_ARGUMENT;
+  struct Call {
+    const griffin_matrix* matrix;
+    float* out;
+    UnpackFn function;
+  } call{matrix, out, chosen()};
+  parallel(
+      threads,
+      [](void* data, int thread, int team) {
+        const Call& c = *static_cast<Call*>(data);
+        const bool major = c.matrix->neuron_major;
+        const int64_t columns = major ? c.matrix->d_out : c.matrix->d_in,
+                      rows = major ? c.matrix->d_in : c.matrix->d_out;
+        std::vector<float> row(static_cast<size_t>(columns));
+        for (int64_t i = rows * thread / team; i < rows * (thread + 1) / team; i++) {
+          c.function({c.matrix, nullptr, i, 0, columns, row.data(), columns, false}, 0, 1);
+          double sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t k = 0; k < columns; k++) sum += double{row[k]} * row[k];
+          c.out[i] = static_cast<float>(sqrt(sum));
+        }
       },
       &call);
   return GRIFFIN_OK;

@@ -241,8 +241,9 @@ struct Value {
   double value, error;
 };
 
-// One output of W x + b. Grouped: the inputs' rounding, of steps of the largest / 16256, neuron-major / 127.
-constexpr double kOfNeurons = 4e-3;
+// One output of W x + b. Grouped: the inputs' rounding, of steps of the largest / 16256, neuron-major / 127: 5.6 standard
+// deviations, 1 / sqrt(12) of a step each.
+constexpr double kOfInputs = 1.62 / 16256, kOfNeurons = 1.62 / 127;
 Value product(const Weights& w, int64_t o, const float* x, double bias) {
   double sum = bias, squares = bias * bias, weights = 0, top = 0;
   for (int i = 0; i < w.matrix.d_in; i++) {
@@ -250,8 +251,8 @@ Value product(const Weights& w, int64_t o, const float* x, double bias) {
     sum += term, squares += term * term, weights += v * v, top = std::max(top, fabs(double{x[i]}));
   }
   const bool grouped = w.matrix.format == GRIFFIN_GROUPED;
-  return {sum,
-          1e-5 * sqrt(squares) + (grouped ? (w.matrix.neuron_major ? kOfNeurons : 1e-4) * sqrt(weights) * top : 0)};
+  return {sum, 1e-5 * sqrt(squares) +
+                   (grouped ? (w.matrix.neuron_major ? kOfNeurons : kOfInputs) * sqrt(weights) * top : 0)};
 }
 
 // bf16 rounds y.
@@ -428,6 +429,16 @@ void check_unpack(const Kind& kind, int d_out, int d_in) {
     std::vector<float> floats(type == GRIFFIN_F32 ? static_cast<size_t>(n) * (end - begin) : 0);
     std::vector<uint16_t> halves(type == GRIFFIN_BF16 ? static_cast<size_t>(n) * (end - begin) : 0);
     void* const out = type == GRIFFIN_F32 ? static_cast<void*>(floats.data()) : halves.data();
+    std::vector<float> norms(static_cast<size_t>(count));
+    expect(griffin_row_norms(&w.matrix, norms.data(), between(1, 3)) == GRIFFIN_OK, "norms of rows");
+    for (int r = 0; r < count; r++) {
+      double sum = 0;
+      for (int c = 0; c < width; c++) {
+        const double value = w.values[static_cast<size_t>(r) * width + c];
+        sum += value * value;
+      }
+      expect(fabs(norms[r] - sqrt(sum)) <= 1e-5 * sqrt(sum), "norm of a row");
+    }
     expect(
         griffin_unpack(&w.matrix, rows.data(), 0, n, begin, end, out, type, end - begin, between(1, 3)) == GRIFFIN_OK,
         "unpack of some rows");

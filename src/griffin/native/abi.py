@@ -192,6 +192,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "griffin_pack_codes": (_int, [_pointer, _pointer, _int]),
     "griffin_quantise": (_int, [_pointer, _pointer, _i64, _i64, _pointer, _pointer, _int]),
     "griffin_unpack": (_int, [_pointer, _pointer, *[_i64] * 4, _pointer, _int, _i64, _int]),
+    "griffin_row_norms": (_int, [_pointer, _pointer, _int]),
     "griffin_advise_huge": (_int, [_pointer, _i64]),
     "griffin_read_bandwidth": (ctypes.c_double, [_pointer, _i64, _int]),
 }

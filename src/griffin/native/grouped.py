@@ -212,6 +212,18 @@ class Packed:
         )  # fmt: skip
         return out.to(dtype)
 
+    def row_norms(self) -> Tensor:
+        """L2 norms of the rows of W; neuron-major: of its columns.
+
+        Shapes: returns (out,), neuron-major (in,), float32.
+        """
+        norms = torch.empty(self.d_in if self.neuron_major else self.d_out)
+        struct = self.struct()
+        library.check(
+            library.loaded().griffin_row_norms(ctypes.addressof(struct), norms.data_ptr(), torch.get_num_threads())
+        )
+        return norms
+
 
 @dataclass(frozen=True, eq=False)
 class Reduced:

@@ -125,14 +125,8 @@ class QuantisedLinear(_Quantised):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def row_norms(self) -> list[Tensor]:
-        """L2 norm of every stored row, a tensor (n,) of float32 a part. Dequantises a block at a time."""
-        norms = []
-        for part in self.parts:
-            count, length = part.rows.shape[0], part.d_out if part.neuron_major else part.d_in
-            step = max(1, float32_gemm.BLOCK_VALUES // length)
-            blocks = [part.unpack(first=at, last=at + step) for at in range(0, count, step)]
-            norms.append(torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]))
-        return norms
+        """L2 norm of every stored row, a tensor (n,) of float32 a part."""
+        return [part.row_norms() for part in self.parts]
 
     def reset(self) -> None:
         """See the base."""
