@@ -6,6 +6,7 @@ usage (`ValueError`), 130 interrupted, 141 stdout was closed by its reader. `GRI
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"griffin: error: {' '.join(str(error).split())}", file=sys.stderr)
         _drop_stdout()  # otherwise the flush at exit would fail again
         return failure
+    finally:
+        gc.unfreeze()
+        gc.enable()  # which a command that fails while it loads has left off
 
 
 def _run(argv: list[str]) -> int:
