@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from forked import Griffin
 from griffin.config import BACKENDS
 from griffin.methods import METHODS
 
@@ -40,9 +40,7 @@ NAME = "matrix"
 @contextlib.contextmanager
 def server(*flags: str) -> Iterator[tuple[str | None, str]]:
     """A server; yields its address and what it said, or no address and why it did not start."""
-    command = [sys.executable, "-m", "griffin", "serve", "--name", NAME, "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
+    with Griffin(["serve", "--name", NAME, "--port", "0", *flags], "stderr") as process:
         said = ""
         try:
             for line in process.stderr:

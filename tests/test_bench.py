@@ -198,9 +198,9 @@ def test_gates_of_a_copy_are_held_to_what_quantised_weights_are(monkeypatch: pyt
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_a_shape_quantised_by_layers_is_the_whole_model(name: str, weights: str) -> None:
-    shape = shapes.Shape("llama", shapes._llama(1024, 2048, LAYERS, 4, 4, 256, VOCABULARY))
+    shape = shapes.Shape("llama", shapes._llama(512, 1024, LAYERS, 4, 4, 128, VOCABULARY))
     if name == "opt":
-        wide = {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 2048}
+        wide = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 1024}
         shape = shapes.Shape("opt", dict(TINY_OPT.settings) | wide)
     made = workload.built(shape, weights)
     whole = benchmark.prepare(shapes.build(shape, torch.bfloat16), weights)

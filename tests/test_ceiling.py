@@ -111,9 +111,9 @@ def test_a_step_on_meta_is_that_of_the_model(shape: shapes.Shape) -> None:
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_packed_shape_is_nearly_the_packed_model(weights: str, family: str) -> None:
-    wide = shapes.Shape("llama", shapes._llama(1024, 2048, LAYERS, 4, 4, 256, 1000))
+    wide = shapes.Shape("llama", shapes._llama(512, 1024, LAYERS, 4, 4, 128, 1000))
     if family == "opt":
-        settings = {"hidden_size": 1024, "word_embed_proj_dim": 1024, "ffn_dim": 2048, "vocab_size": 1000}
+        settings = {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 1024, "vocab_size": 1000}
         wide = shapes.Shape("opt", dict(TINY_OPT.settings) | settings)
     stored = step_cost(benchmark.prepare(shapes.build(wide, torch.bfloat16), weights), 20)
     counted = step_cost(shapes.on_meta(wide, torch.bfloat16), 20, PACKED_BYTES[weights])

@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from forked import Griffin
 from griffin import cli
 from griffin.analysis.ceiling import bytes_read_per_token
 from griffin.attachment import attach
@@ -385,13 +386,11 @@ def test_stdout_closed_early_and_full(tiny: str) -> None:
 
 def test_generate_ctrl_c(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, TEMPLATE, 100_000)
-    command = [sys.executable, "-m", "griffin", "generate", "-m", folder, "w1", "--max-tokens", "90000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c) as process:
-        assert process.stdout is not None
+    with Griffin(["generate", "-m", folder, "w1", "--max-tokens", "90000"], "stdout", "stderr") as process:
         assert process.stdout.read(10)
         process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=60)[1]
-    assert (process.returncode, err) == (130, b"\n")
+        process.stdout.read()
+        assert (process.stderr.read(), process.wait(60)) == ("\n", 130)
 
 
 def test_entry_point_reads_stdin_and_ascii_stdout_is_no_failure(tiny: str) -> None:

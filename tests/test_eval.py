@@ -6,8 +6,6 @@ import gzip
 import json
 import math
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +58,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_survey() -> Iterator[None]:
+    """With every result the harness writes down what pip lists and the hardware, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -760,7 +766,7 @@ def test_figures_by_hand_from_the_logged_samples(
         "-m",
         folder,
         "--tasks",
-        "hellaswag,copa",
+        "hellaswag,copa,xsum",
         "--density",
         "0.5",
         "--data",
@@ -789,6 +795,8 @@ def test_figures_by_hand_from_the_logged_samples(
     assert metrics["acc_norm,none"] == pytest.approx(statistics.mean(right_by_length))
     assert metrics["acc_stderr,none"] == pytest.approx(statistics.stdev(right) / math.sqrt(3))
     assert f"{metrics['acc,none']:.4f}" in out
+    assert "|copa" in out
+    assert "rougeL" in out
     (model, tokenizer) = bytes_model(torch.float32), bytes_tokenizer()
     again = evaluate(model, tokenizer, GriffinConfig(seed=3), tasks=["hellaswag"], data=data, limit=3)["hellaswag"]
     assert again.metrics["acc"] == metrics["acc,none"]
@@ -867,27 +875,10 @@ def test_the_paper_suite() -> None:
 
 
 @pytest.mark.model
-def test_a_real_model(
-    data: Path, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase], capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "griffin",
-        "eval",
-        "-m",
-        "smollm2-135m",
-        "--tasks",
-        "copa,xsum",
-        "--data",
-        str(data),
-    ]
-    run = subprocess.run([*command, "--density", "0.5", "--limit", "2"], capture_output=True, text=True, check=True)
-    assert "|copa" in run.stdout
-    assert "rougeL" in run.stdout
+def test_a_real_model(data: Path, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     full, half = (
-        evaluate(*smollm2, GriffinConfig(density=density, selection="topk"), tasks=["copa", "coqa"], data=data)
-        for density in (1.0, 0.75)
+        evaluate(*smollm2, GriffinConfig(density=density, selection="topk"), tasks=["coqa"], data=data, limit=2)["coqa"]
+        for density in (1.0, 0.25)
     )
-    assert full["coqa"].metrics["f1"] > 0.5  # a question that a real model answers
-    assert half["coqa"].samples != full["coqa"].samples or half["copa"].samples != full["copa"].samples
+    assert full.metrics["f1"] > 0.5  # a question that a real model answers
+    assert half.samples != full.samples

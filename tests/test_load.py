@@ -1,6 +1,7 @@
 """Loading: names, folders, GGUF files, the built-in models' way into the cache, and every message on the way."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -564,8 +565,10 @@ def test_smollm2_answers(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.model
-def test_smollm2_equals_its_gguf(capfd: pytest.CaptureFixture[str]) -> None:
+def test_smollm2_equals_its_gguf(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A built-in model is its file, which transformers' own loader reads as the same model and tokenizer."""
+    for slow in ("GGUFReader", "get_tensor_name_map"):  # which transformers makes anew 3 and 400 times
+        monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     source = builtin.builtin_file(BUILTIN[DEFAULT_MODEL])
     model, tokenizer = load(source, dtype="f32", device="cpu")
     assert capfd.readouterr() == ("", "")

@@ -223,8 +223,8 @@ def test_smollm2(quantised_smollm2: Loaded) -> None:
     drafted = 0
     for number, prompt in enumerate(prompts):
         for settings in ({}, {"temperature": 0.7, "seed": 3})[: 1 + number % 2]:
-            plain = generate(model, tokenizer, prompt, density=1.0, max_tokens=32, **settings)
-            pieces = list(stream_generate(model, tokenizer, prompt, lossless=True, max_tokens=32, **settings))
+            plain = generate(model, tokenizer, prompt, density=1.0, max_tokens=20, **settings)
+            pieces = list(stream_generate(model, tokenizer, prompt, lossless=True, max_tokens=20, **settings))
             result = fold(pieces)
             assert isinstance(plain, griffin.Result)
             assert (result.text, result.tokens, result.finish_reason) == (plain.text, plain.tokens, plain.finish_reason)

@@ -11,6 +11,7 @@ import torch
 
 import griffin
 from conftest import tiny_llama
+from evaluation_data import save_bytes_model
 from griffin import GriffinConfig
 from griffin.analysis import perplexity, profiling
 from griffin.cli import main
@@ -203,7 +204,8 @@ def test_the_shipped_profiles() -> None:
             assert losses[0.3] > losses[0.5] > losses[0.9]
 
 
-def test_generate_on_the_command_line_takes_the_best_there_is(smollm2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.model
+def test_generate_on_the_command_line_takes_the_best_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "-m", "smollm2-135m", "--max-tokens", "4", "--json", "The sea is"]
     assert main([*command, "--loss", "0.5"]) == 0
     assert '"selection": "auto"' in capsys.readouterr().out
@@ -211,18 +213,20 @@ def test_generate_on_the_command_line_takes_the_best_there_is(smollm2: Any, caps
     assert "no density of the profile keeps KL" in capsys.readouterr().err
 
 
-def test_the_command_makes_a_profile(smollm2: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "text.txt"
+def test_the_command_makes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = save_bytes_model(tmp_path / "tiny"), tmp_path / "text.txt"
     text.write_text("The lighthouse keeper counted the ships that passed, and wrote their names into his book. " * 150)
-    command = ["profile", "-m", "smollm2-135m", "--text", str(text), "--sequences", "4"]
+    command = ["profile", "-m", model, "--text", str(text), "--sequences", "4"]
     out = tmp_path / "own.safetensors"
     assert main([*command, "-o", str(out)]) == 0
-    assert str(out) in capsys.readouterr().out
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
     own = Profile.load(out)
-    assert own.about == {"model": "smollm2-135m", "text": "text.txt", "tokens": "1536"}
+    assert own.about == {"model": model, "text": "text.txt", "tokens": "1536"}
+    loaded, _ = griffin.load(model)
+    assert own.fits(loaded, find_ff_blocks(loaded))
     (losses,) = own.losses.values()
-    assert losses[0.5] < 1.0
-    assert main(["profile", "-m", "smollm2-135m", "--text", str(text), "--sequences", "400", "-o", str(out)]) == 2
-    assert main(["profile", "-m", "smollm2-135m", "--sequences", "2"]) == 2
+    assert 0 < losses[0.9] < losses[0.5] < losses[0.3]
+    assert main(["profile", "-m", model, "--text", str(text), "--sequences", "400", "-o", str(out)]) == 2
+    assert main(["profile", "-m", model, "--sequences", "2"]) == 2
     assert main([*command, "-o", str(tmp_path / "nowhere" / "x")]) == 1  # before the model writes for minutes
     assert Profile.load(out).about == own.about

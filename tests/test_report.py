@@ -35,7 +35,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text(" ".join(f"w{(7 * number + number // 5) % 95}" for number in range(4000)))
     wanted = ["--flocking", "--examples", "--speed", "--perplexity", str(text), "--prompt", "16,64", "--generate", "32"]
     arguments = ["sweep", "-m", model, *wanted, "--sequences", "4", "--methods", "topk,random", "-o", str(folder)]
-    assert main(arguments) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "_BUFFER_BYTES", 2**20)  # as in tests/test_bench.py: no speed is tested
+        patch.setattr(machine, "_LEAST_BUFFER_BYTES", 2**10)
+        assert main(arguments) == 0
     own = next(iter(read(folder).cells.values())).model
     with writing(folder, own, machine.versions()) as opened:
         for density, values in {1.0: FULL_VALUES, **VALUES}.items():

@@ -7,17 +7,14 @@ import concurrent.futures
 import contextlib
 import gc
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import griffin
 from conftest import tiny_llama
-from evaluation_data import bytes_tokenizer, save_bytes_model, special_model
+from evaluation_data import bytes_model, bytes_tokenizer, save_bytes_model, special_model
+from forked import Griffin
 from griffin.config import GriffinConfig
 from griffin.integrations.server.app import make_app
 from griffin.integrations.server.connections import ConnectionLimits, bounded_protocol
@@ -46,6 +44,7 @@ TEXTS = (
     "Once upon a time there was a little dog who lived in a big house with",
     "Water boils at",
 )
+TOKENS = 12
 
 
 class Server:
@@ -120,13 +119,16 @@ def small(loaded: Loaded) -> Loaded:
 
 @pytest.fixture(scope="module")
 def expected(smollm2: Loaded) -> dict[tuple[str, float], str]:
-    """What griffin.generate answers to each text at each density; asked before the server has the model."""
+    """What griffin.generate answers to two texts at each density; asked before the server has the model."""
+    return answers_to(TEXTS[:2], smollm2)
+
+
+def answers_to(texts: Sequence[str], loaded: Loaded) -> dict[tuple[str, float], str]:
     answers = {}
-    for text in TEXTS:
+    for text in texts:
         for density in (1.0, 0.75, 0.5):
-            result = griffin.generate(
-                *smollm2, text, griffin=GriffinConfig(density=density, selection="topk"), max_tokens=20
-            )
+            config = GriffinConfig(density=density, selection="topk")
+            result = griffin.generate(*loaded, text, griffin=config, max_tokens=TOKENS)
             assert isinstance(result, griffin.Result)
             answers[text, density] = result.text
     return answers
@@ -170,7 +172,7 @@ def test_answers_equal_the_library(expected: dict[tuple[str, float], str], serve
     client = server.client()
     for (text, density), answer in expected.items():
         got = client.completions.create(
-            model=NAME, prompt=text, max_tokens=20, temperature=0, extra_body={"griffin": {"density": density}}
+            model=NAME, prompt=text, max_tokens=TOKENS, temperature=0, extra_body={"griffin": {"density": density}}
         )
         assert got.choices[0].text == answer
         assert got.usage is not None
@@ -316,15 +318,16 @@ def test_models_health_and_metrics(quick: Server) -> None:
 
 
 @pytest.mark.model
-def test_every_answer_under_load_equals_the_same_request_alone(
-    expected: dict[tuple[str, float], str], server: Server
-) -> None:
+def test_every_answer_under_load_equals_the_same_request_alone(tiny: Loaded, quick: Server) -> None:
+    expected = answers_to(TEXTS, tiny)
+    assert len(set(expected.values())) == len(expected)
+
     async def run() -> list[tuple[tuple[str, float], str]]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0, timeout=300) as client:
+        async with openai.AsyncOpenAI(base_url=f"{quick.url}/v1", api_key="x", max_retries=0, timeout=300) as client:
 
             async def one(key: tuple[str, float], number: int) -> tuple[tuple[str, float], str]:
                 asked: dict[str, Any] = {
-                    **{"model": NAME, "prompt": key[0], "max_tokens": 20, "temperature": 0},
+                    **{"model": NAME, "prompt": key[0], "max_tokens": TOKENS, "temperature": 0},
                     "extra_body": {"griffin": {"density": key[1]}},
                 }
                 if number % 2:
@@ -336,7 +339,7 @@ def test_every_answer_under_load_equals_the_same_request_alone(
 
     for key, text in asyncio.run(run()):
         assert text == expected[key]
-    assert server.engine.cache_bytes == 0
+    assert quick.engine.cache_bytes == 0
 
 
 @pytest.mark.model
@@ -593,33 +596,34 @@ def test_the_example_of_the_readme(quick: Server, capsys: pytest.CaptureFixture[
 # -- the schema --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.model
 @pytest.mark.filterwarnings("ignore")
-def test_requests_of_the_served_schema_are_answered_as_it_says(quick: Server) -> None:
+def test_requests_of_the_served_schema_are_answered_as_it_says() -> None:
     import schemathesis
     from hypothesis import HealthCheck, settings
 
-    quick.engine.config = GriffinConfig(density=0.5, selection="topk")
-    schema = schemathesis.openapi.from_url(f"{quick.url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
-    assert len(operations) == 16
-    for operation in operations:
+    tokenizer = bytes_tokenizer()  # 259 tokens: a grammar takes seconds with 49,152
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    with served((bytes_model(torch.float32), tokenizer)) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        operations = [result.ok() for result in schema.get_all_operations()]
+        assert len(operations) == 16
+        for operation in operations:
 
-        @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-        @schemathesis_given(operation)
-        def check(case: Any) -> None:
-            if isinstance(case.body, dict):
-                if "model" in case.body and isinstance(case.body["model"], str):
-                    case.body["model"] = NAME  # else all are 404
-                if isinstance(case.body.get("max_tokens"), int):
-                    case.body["max_tokens"] = min(case.body["max_tokens"], 3)
-            # What fields mean together no schema says, so a valid one may be refused: with 400 or 422, as documented.
-            case.call_and_validate(
-                timeout=60, excluded_checks=[schemathesis.checks.CHECKS.get_one("positive_data_acceptance")]
-            )
+            @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+            @schemathesis_given(operation)
+            def check(case: Any) -> None:
+                if isinstance(case.body, dict):
+                    if "model" in case.body and isinstance(case.body["model"], str):
+                        case.body["model"] = NAME  # else all are 404
+                    if isinstance(case.body.get("max_tokens"), int):
+                        case.body["max_tokens"] = min(case.body["max_tokens"], 3)
+                # What fields mean together no schema says, so a valid one may be refused, with 400 or 422 as documented
+                case.call_and_validate(
+                    timeout=60, excluded_checks=[schemathesis.checks.CHECKS.get_one("positive_data_acceptance")]
+                )
 
-        check()
-    assert quick.engine.alive
+            check()
+        assert server.engine.alive
 
 
 def schemathesis_given(operation: Any) -> Any:
@@ -632,10 +636,9 @@ def schemathesis_given(operation: Any) -> Any:
 
 
 @contextlib.contextmanager
-def process(model: str, *words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "griffin", "serve", "-m", model, "--name", NAME, "--port", "0", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}) as server:
-        assert server.stderr is not None
+def process(model: str, *words: str, **environment: str) -> Iterator[tuple[Griffin, str]]:
+    command = ["serve", "-m", model, "--name", NAME, "--port", "0", *words]
+    with Griffin(command, "stderr", **environment) as server:
         said = ""
         try:
             for line in server.stderr:
@@ -680,7 +683,6 @@ def test_the_log_as_json(tmp_path: Path) -> None:
         assert post(url, ask())[0] == 200
         assert post(url, b"{")[0] == 400
         server.send_signal(signal.SIGTERM)
-        assert server.stderr is not None
         lines = [json.loads(line) for line in server.stderr]
     answered = [(line["method"], line["path"], line["status"]) for line in lines if "status" in line]
     assert answered == [("POST", "/v1/completions", 200), ("POST", "/v1/completions", 400)]
@@ -697,11 +699,12 @@ def test_wrong_usage_is_one_line() -> None:
         (["--api-key", "ä"], "characters that a header cannot carry"),
         (["--api-key", ""], "--api-key is empty"),
     ):
-        done = subprocess.run([sys.executable, "-m", "griffin", "serve", *words], capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert done.stderr.count("\n") == 1
-        assert message in done.stderr
+        with Griffin(["serve", *words], "stdout", "stderr") as refused:
+            out, error = refused.stdout.read(), refused.stderr.read()
+            assert refused.wait(60) == 2
+        assert out == ""
+        assert error.count("\n") == 1
+        assert message in error
 
 
 @pytest.mark.model
@@ -710,8 +713,7 @@ def test_a_port_that_is_taken() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        done = subprocess.run(
-            [sys.executable, "-m", "griffin", "serve", "-m", NAME, "--port", port], capture_output=True, text=True
-        )
-    assert done.returncode == 2
-    assert f"cannot listen at 127.0.0.1:{port}" in done.stderr
+        with Griffin(["serve", "-m", NAME, "--port", port], "stderr") as refused:
+            error = refused.stderr.read()
+            assert refused.wait(60) == 2
+    assert f"cannot listen at 127.0.0.1:{port}" in error

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from forked import Griffin
 from griffin.analysis import jobs
 from griffin.analysis.cells import FULL, CellResult, Key, Metric, Model
 from griffin.analysis.folder import read, writing
@@ -57,17 +56,15 @@ def test_the_matrix_has_the_full_model_once() -> None:
 def test_a_sweep_that_is_killed_goes_on_where_it_was(tiny: str, text: Path, tmp_path: Path) -> None:
     arguments = command(tiny, text, tmp_path / "out", "--methods", "topk,magnitude", "--densities", "1.0,0.75,0.5")
     lines = tmp_path / "out" / "cells.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "griffin", *arguments], stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (lines.is_file() and lines.read_bytes().count(b"\n")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+    with Griffin(arguments) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (lines.is_file() and lines.read_bytes().count(b"\n")):
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.002)
+        finally:
+            process.kill()
     before = lines.read_bytes()
     kept = before[: before.rfind(b"\n") + 1]
     assert 1 <= kept.count(b"\n") < 40, "killed in the middle"
