@@ -76,6 +76,7 @@ def serve(
             server.run(sockets=[listening])
         finally:
             engine.close()
+            gc.unfreeze()  # the interpreter's end frees it
     if server.forced_by is not None:
         return 128 + server.forced_by
     return 0 if engine.failure is None else 1
