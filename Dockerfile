@@ -5,9 +5,10 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY native native
 COPY src src
-# The CPU's PyTorch first: the one that PyPI has for Linux brings gigabytes of CUDA.
+# The CPU's PyTorch first: the one that PyPI has for Linux brings gigabytes of CUDA. What torch needs has the versions of
+# constraints.txt, which only PyPI is sure to have; of two torch 2.13.0 pip takes the one named +cpu.
 RUN python -m venv /opt/griffin \
-    && /opt/griffin/bin/pip install --no-cache-dir -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch \
+    && /opt/griffin/bin/pip install --no-cache-dir -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch \
     && /opt/griffin/bin/pip install --no-cache-dir -c constraints.txt '.[serve]'
 
 FROM python:3.11-slim

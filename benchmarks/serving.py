@@ -1,7 +1,7 @@
 """Tokens/s of griffin serve with 1, 4, 8 and 16 requests at a time, density 1.0 against 0.5, in turns.
 
     python benchmarks/serving.py MODEL [--weights W] [--selection S] [--tokens N] [--rounds R] [-o FILE.csv]
-    python benchmarks/serving.py MODEL --behind 1500    # seconds to the first token of a short prompt behind a long one
+    python benchmarks/serving.py MODEL --behind 1500 [-o FILE.csv]  # seconds of a short prompt behind a long one
 
 The server is a process of its own, asked by HTTP with streams. Before anything is timed, all answers are compared with
 those that the same requests get alone; bfloat16 answers may part where two tokens are nearly as likely, so it is told
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -80,8 +81,8 @@ async def answers(
     return len(within) / (max(within) - begin), texts
 
 
-async def behind(url: str, model: str, tokens: int, rounds: int) -> None:
-    """Print the seconds to the first token of a short prompt: alone, and while a prompt of so many tokens runs."""
+async def behind(url: str, model: str, tokens: int, rounds: int) -> dict[str, float]:
+    """Seconds to the first token of a short prompt: alone, and while a prompt of so many tokens runs."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0) as client:
 
         async def first_token_s(prompt: str | list[int]) -> float:
@@ -101,6 +102,17 @@ async def behind(url: str, model: str, tokens: int, rounds: int) -> None:
             long.append(await running)
     alone_s, waited_s, long_s = map(statistics.median, (alone, waited, long))
     print(f"alone {alone_s:.2f} s, behind {tokens} tokens {waited_s:.2f} s; the long prompt itself {long_s:.2f} s")
+    return {"behind_tokens": tokens, "alone_s": alone_s, "behind_s": waited_s, "most_s": max(waited), "long_s": long_s}
+
+
+def save(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as CSV, if there is a file for them."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def main() -> None:
@@ -121,7 +133,9 @@ def main() -> None:
         try:
             url = next(found[0] for line in server.stderr if (found := re.search(r"http://[\d.]+:\d+", line))) + "/v1"
             if args.behind is not None:
-                asyncio.run(behind(url, args.model, args.behind, args.rounds))
+                found = asyncio.run(behind(url, args.model, args.behind, args.rounds))
+                settings = {"model": args.model, "weights": args.weights, "selection": args.selection}
+                save(args.output, [{**settings, **found, "rounds": args.rounds, **machine(), **versions()}])
                 return
             known = {
                 density: [asyncio.run(answers(url, args.model, [text], density, args.tokens))[1][0] for text in TEXTS]
@@ -147,12 +161,7 @@ def main() -> None:
                 )
         finally:
             server.terminate()
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    save(args.output, rows)
 
 
 if __name__ == "__main__":

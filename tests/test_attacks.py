@@ -91,6 +91,12 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
     "wrong tokens": (TEXT, lambda: body(prompt=[-1] * 40_000), 422, "prompt.0"),
     "unknown fields": (TEXT, lambda: body(**{f"x{n}": 1 for n in range(10_000)}), 422, "10,001 fields"),
     "nested": (TEXT, lambda: b'{"prompt":' + b"[" * 40_000 + b"]" * 4_000 + b"}", 400, "nested|JSON"),
+    "long numbers": (
+        TEXT,
+        lambda: b'{"prompt": [' + (b"9" * 4200 + b", ") * 900 + b"1]}",
+        400,
+        "cannot be read.*digits",
+    ),
     "many parts": (
         CHAT,
         lambda: body(messages=[{"role": "user", "content": [{}] * 4096}]),

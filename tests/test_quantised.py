@@ -22,7 +22,7 @@ from griffin.models.convert import convert
 from griffin.native import grouped, kernel, library, operands
 from griffin.weights.neuron_major import is_neuron_major
 from griffin.weights.projection import rows
-from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear, quantised_format
+from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear, parameter_count, quantised_format
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"{library.why_not()}")
 FORMATS = ("int8", "int4")
@@ -241,6 +241,16 @@ def test_tied_embeddings_stay_for_the_lookup() -> None:
     head = model.get_output_embeddings()
     assert isinstance(head, QuantisedLinear)
     assert relative(head.dequantised(), table.float()) < 0.01
+
+
+def test_weights_are_counted_whatever_their_format_and_shared_ones_once() -> None:
+    packed = grouped.quantise(torch.randn(96, 64), "int8")
+    tied = nn.ModuleList([QuantisedEmbedding(packed), QuantisedLinear([packed]), nn.Linear(3, 2)])
+    assert parameter_count(tied) == 96 * 64 + 3 * 2 + 2
+    model = tiny("llama")
+    count = parameter_count(model)
+    convert(model, "int8")
+    assert parameter_count(model) == count
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f32", torch.float32)])

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
@@ -248,6 +248,27 @@ def test_parse_of_the_openai_client(quick: Server) -> None:
     answer = quick.client().chat.completions.parse(model=NAME, messages=USER, response_format=Sky, max_tokens=400)
     if answer.choices[0].finish_reason == "stop":  # a random model may write a number without an end
         assert isinstance(answer.choices[0].message.parsed, Sky)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"$ref": "#"},  # nothing has this form
+        {"type": "string", "pattern": "^(a?){1000}a{1000}$"},
+    ],
+)
+def test_a_form_that_no_answer_can_be_held_to(
+    quick: Server, form: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request's fault, not the server's: no 500, and no traceback in the log."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "form", "schema": form}}
+    with pytest.raises(openai.UnprocessableEntityError, match=r"cannot be held to its form: [^<]*$") as refused:
+        quick.client().chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "Go"}], max_tokens=8, response_format=cast(Any, wanted)
+        )
+    assert refused.value.code == "unsupported_form"
+    assert not caplog.records
 
 
 @pytest.mark.model

@@ -20,7 +20,7 @@ from evaluation_data import bytes_model, bytes_tokenizer, save_bytes_model
 from griffin.integrations.server.connections import ConnectionLimits
 from griffin.integrations.server.run import bound
 from griffin.integrations.server.types import Limits
-from test_server import Loaded, Server, ask, post, process, served, until
+from test_server import NAME, Loaded, Server, ask, post, process, served, until
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,19 @@ def test_other_hosts_are_refused(loaded: Loaded) -> None:
         got, answer = post(server.url, ask(), Host="evil.example")
         assert got == 403
         assert answer["error"]["code"] == "host_not_allowed"
+
+
+def test_a_body_is_json_whatever_its_type_says_but_not_from_a_page(loaded: Loaded) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # what `curl -d` says
+    page = {"Origin": "http://evil.example"}
+    with served(loaded) as server:
+        ollama = json.dumps({"model": NAME, "prompt": "The sky", "stream": False}).encode()
+        assert post(server.url, ask(), **form)[0] == 200
+        assert post(server.url, ollama, "/api/generate", **form)[0] == 200
+        status, answer = post(server.url, ask(), **form, **page)  # a browser sends this without asking the server
+        assert status == 415
+        assert "Content-Type: application/json" in answer["error"]["message"]
+        assert post(server.url, ask(), **page)[0] == 200  # and this only if the server has allowed it
 
 
 def test_which_of_several_errors_is_told(loaded: Loaded) -> None:

@@ -185,6 +185,17 @@ def quantised_format(model: nn.Module) -> str | None:
     return "+".join(name for name, _ in names.most_common()) or None
 
 
+def parameter_count(model: nn.Module) -> int:
+    """The number of weights; those of quantised layers are counted from their shapes, and tied ones once."""
+    packed: dict[int, int] = {}
+    for module in model.modules():
+        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+            own = next((buffer.data_ptr() for buffer in module.buffers(recurse=False)), id(module))
+            size = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+            packed[own] = size + getattr(module, "num_embeddings", 0) * getattr(module, "embedding_dim", 0)
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(packed.values())
+
+
 def prompt_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype | str:
     """The dtype in which a model of `dtype` multiplies prompts; "int8" where weights are quantised, but float32 where
     only with tables."""

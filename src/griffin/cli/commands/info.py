@@ -101,7 +101,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
     from griffin.engine.decoders import Decoders
     from griffin.layouts import find_ff_blocks
     from griffin.method import profile
-    from griffin.weights.quantised import prompt_dtype
+    from griffin.weights.quantised import parameter_count, prompt_dtype
 
     blocks = find_ff_blocks(model)
     ff_bytes = sum(block.nbytes for block in blocks)
@@ -113,7 +113,7 @@ def describe(model: PreTrainedModel, name: str, densities: Iterable[float], back
     return {
         "name": name,
         "family": model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "layers": [asdict(layers) for layers in _fold(blocks)],

@@ -49,6 +49,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         403: "another host's name in the Host header",
         404: "unknown model",
         413: "the body is too large, or has too many values",
+        415: "a page in a browser sends something else than JSON",
         422: "a field that is not supported or has a wrong value",
         429: "the queue is full",
         500: "the answer has failed",

@@ -2,7 +2,7 @@
 
 The bytes of a body say little about its work: 4 MB may be one text or two million values, and a schema that refuses
 them one by one takes minutes. So the characters that make values are counted before the body is parsed, and the lengths
-of its lists and objects are checked before they are validated. Both take milliseconds, on the event loop.
+of its lists and objects are checked before they are validated. Each takes milliseconds, on the event loop.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def most_marks(tokens: int | None) -> int:
     return _MARKS_BESIDE_TOKENS + _MARKS_PER_TOKEN * (_TOKENS if tokens is None else min(tokens, _TOKENS))
 
 
-def check_body(body: bytes, most: int) -> None:
-    """Refuse a body with too much in it.
+def check_marks(body: bytes, most: int) -> None:
+    """Refuse a body with too many values.
 
     Args:
-        body: what should be JSON; what it is not is for others to report.
+        body: what should be JSON.
         most: the most commas, brackets, quotes and escapes.
 
     Raises:
-        ApiError: it has more, or a list or object in it is too long.
+        ApiError: it has more.
     """
     marks = sum(map(body.count, _MARKS))
     if marks > most:
@@ -47,10 +47,20 @@ def check_body(body: bytes, most: int) -> None:
             "shorten its lists, or send several requests",
             code="request_too_large",
         )
+
+
+def check_values(body: bytes) -> None:
+    """Refuse a body that has a list, an object or a number in it that is too long.
+
+    Raises:
+        ApiError: it has.
+    """
     try:
         value = json.loads(body)
-    except ValueError:
+    except json.JSONDecodeError:  # FastAPI says where
         return
+    except ValueError as error:  # not UTF-8, or a number with too many digits
+        raise ApiError(400, f"the body cannot be read: {str(error).partition(';')[0]}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     check_sizes(value)

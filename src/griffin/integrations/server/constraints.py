@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from griffin.integrations.server.types import Constraint
+from griffin.integrations.server.types import Constraint, FormError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -98,11 +98,12 @@ class Grammars:
 
     def _compiled(self, lark: str) -> Callable[[], Constraint]:
         tokenizer = self._llguidance()
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(lark), log_level=0)
+        limits = LLParserLimits(verbose_errors=False)  # to write the grammar into an error may take half a second
+        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(lark), log_level=0, limits=limits)
         if matcher.is_error():
-            raise ValueError(matcher.get_error().partition("\n")[0][:500])
+            raise ValueError(_reason(matcher))
         return lambda: _Matched(matcher.deep_copy())
 
     def _llguidance(self) -> LLTokenizer:
@@ -135,7 +136,11 @@ class _Matched:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the form of the answer is too complex: {self._matcher.get_error()[:200]}")
+            raise FormError(f"the answer cannot be held to its form: {_reason(self._matcher)}")
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return matcher.get_error().partition("\n")[0][:500]
 
 
 def _quoted(text: str) -> str:

@@ -30,6 +30,7 @@ from griffin.integrations.server.scheduler import Prompt, Scheduler
 from griffin.integrations.server.types import (
     Activations,
     Event,
+    FormError,
     GenerationRequest,
     LateError,
     Limits,
@@ -318,6 +319,9 @@ class Engine:
             ended = token in self._ends
             text = "" if ended else running.text.add(token)
             info = None if request.logprobs is None else _info(token, logits, request.logprobs, running.text.offset)
+        except FormError as error:  # of the request, not of the server
+            self._fail(request, error)
+            return
         except Exception as error:
             logger.exception("an answer has failed")
             self._fail(request, error)

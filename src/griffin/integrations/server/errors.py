@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from griffin.integrations.server import schema
-from griffin.integrations.server.types import FullError, LateError, StoppedError
+from griffin.integrations.server.types import FormError, FullError, LateError, StoppedError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Alternatives of a type as pydantic names them in an error's location, beside classes and such as list[str].
@@ -71,6 +71,8 @@ def refusal(error: Exception) -> ApiError:
         return ApiError(504, str(error), code="deadline_exceeded")
     if isinstance(error, StoppedError):
         return ApiError(503, str(error))
+    if isinstance(error, FormError):
+        return ApiError(422, str(error), code="unsupported_form")
     if isinstance(error, ValueError):  # a config that this model refuses
         return ApiError(422, str(error), "griffin")
     return ApiError(500, f"the answer has failed: {type(error).__name__}: {error}")

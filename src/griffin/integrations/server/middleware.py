@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from griffin.integrations.server.bounds import check_body
+from griffin.integrations.server.bounds import check_marks, check_values
 from griffin.integrations.server.errors import ApiError, error_response
 
 _GUARDED = ("/v1/", "/api/")
@@ -63,7 +63,8 @@ def _is_loopback(name: str) -> bool:
 
 class Gate:
     """Refuse requests without the key and bodies that are too large, whether or not they declare a length, or that have
-    too many values.
+    too many values. A body is JSON whatever its type says, as clients such as `curl -d` say otherwise, unless a page in
+    a browser sends it.
 
     Args:
         app: the application behind this middleware.
@@ -77,6 +78,7 @@ class Gate:
         self._app, self._key, self._max_bytes, self._body_s = app, api_key, body_bytes, body_s
         self._marks = marks
         self._held = 0  # bytes of all bodies
+        self._checking = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -128,16 +130,43 @@ class Gate:
             await error_response(413, text, code="request_too_large")(scope, receive, send)
             return
         try:
-            check_body(b"".join(message.get("body", b"") for message in body), self._marks)
+            await self._check(b"".join(message.get("body", b"") for message in body))
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
+        if seen and not _is_json(scope):
+            if any(name == b"origin" for name, _ in scope["headers"]):
+                # A page of another host may send such bodies to this one, and JSON only if this server allows it.
+                text = "this server takes JSON; send the header Content-Type: application/json"
+                await error_response(415, text, code="not_json")(scope, receive, send)
+                return
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope["headers"] = [*headers, (b"content-type", b"application/json")]
         buffered = iter(body)
 
         async def replayed() -> Message:
             return next(buffered, None) or await receive()
 
         await self._app(scope, replayed, send)
+
+    async def _check(self, body: bytes) -> None:
+        """Refuse a body with too much in it. One at a time is checked, in steps, between which other requests run.
+
+        Raises:
+            ApiError: it has too much in it.
+        """
+        if body:
+            async with self._checking:
+                check_marks(body, self._marks)
+                await asyncio.sleep(0)
+                check_values(body)
+                await asyncio.sleep(0)
+
+
+def _is_json(scope: Scope) -> bool:
+    given: bytes = dict(scope["headers"]).get(b"content-type", b"")
+    kind = given.partition(b";")[0].strip().lower()
+    return kind == b"application/json" or kind.endswith(b"+json")
 
 
 def _size(body: list[Message]) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from torch import nn
 
 from griffin.engine.step import Sampling
 from griffin.integrations.server import schema_ollama as schema
@@ -22,6 +21,7 @@ from griffin.integrations.server.tools import why_no_calls
 from griffin.integrations.server.types import Piece, Summary
 from griffin.integrations.server.validation import config_of, encoded, tokens_of
 from griffin.version import __version__
+from griffin.weights.quantised import parameter_count
 
 PREFIX = "/api/"
 _DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}  # Ollama's
@@ -121,7 +121,7 @@ class _Ollama:
             "details": self._details(),
             "model_info": {
                 "general.architecture": kind,
-                "general.parameter_count": _parameters(self._engine.model),
+                "general.parameter_count": parameter_count(self._engine.model),
                 f"{kind}.context_length": self._engine.context,
                 f"{kind}.block_count": config.num_hidden_layers,
                 f"{kind}.embedding_length": config.hidden_size,
@@ -141,7 +141,7 @@ class _Ollama:
 
     def _details(self) -> dict[str, Any]:
         kind = self._engine.model.config.get_text_config().model_type
-        count = _parameters(self._engine.model)
+        count = parameter_count(self._engine.model)
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         return {
             **{"parent_model": "", "format": "", "family": kind, "families": [kind]},
@@ -242,16 +242,6 @@ def _sampling(options: schema.Options, tokens: int) -> Sampling:
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         seed=None if given.get("seed", -1) < 0 else given["seed"],
     )
-
-
-def _parameters(model: nn.Module) -> int:
-    """The number of weights; those of quantised layers are counted from their shapes."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if not isinstance(getattr(module, "weight", None), nn.Parameter):
-            count += getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
-            count += getattr(module, "num_embeddings", 0) * getattr(module, "embedding_dim", 0)
-    return count
 
 
 async def _collected(lines: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:

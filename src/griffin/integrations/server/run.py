@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -41,9 +43,12 @@ def serve(
     Raises:
         ValueError: the model cannot be served.
     """
+    sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)  # numbers with more digits take long to read
     with listening:
         engine = Engine(model, tokenizer, config, limits)
         app = make_app(engine, settings)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: to look through it again takes a collection 200 ms
         most = ConnectionLimits(possible(connections))
         server = DrainingServer(
             uvicorn.Config(
@@ -71,6 +76,7 @@ def serve(
             server.run(sockets=[listening])
         finally:
             engine.close()
+            gc.unfreeze()  # the interpreter's end frees it
     if server.forced_by is not None:
         return 128 + server.forced_by
     return 0 if engine.failure is None else 1

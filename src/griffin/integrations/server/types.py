@@ -34,6 +34,10 @@ class StoppedError(Exception):
     """The server is stopping."""
 
 
+class FormError(Exception):
+    """No answer of the form that the request asks for can be written, or it is too complex to be held to."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much work the engine accepts.
