@@ -26,8 +26,6 @@ import openai
 import psutil
 from serving import TEXTS, save
 
-from griffin.analysis.machine import machine, versions
-
 DENSITIES = (1.0, 0.75, 0.5, 0.25)
 SELECTIONS = ("topk", "auto")
 REPEATS = (1, 4, 12)  # of a text: prompts of about 10, 40 and 120 tokens
@@ -123,7 +121,7 @@ def main() -> int:
             f"{found['after_mb']:.0f} MB after"
         )
     settings = {"model": args.model, "places": args.places, "tokens": args.tokens}
-    save(args.output, [{**settings, **found, **machine(), **versions()} for found in rounds])
+    save(args.output, [{**settings, **found} for found in rounds])
     return int(any(found["as_alone"] < found["clients"] for found in rounds))
 
 

@@ -9,7 +9,6 @@ that is run again. A chat's later rounds differ in their first message, so that 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 
 import openai
 
+from griffin.analysis import files
 from griffin.analysis.machine import machine, versions
 
 QUESTION = (
@@ -104,16 +104,10 @@ def main() -> None:
             {
                 **{"model": args.model, "weights": args.weights or "", "turn": turn, "prompt_tokens": tokens},
                 **{"known_tokens": cached, "without_s": without, "with_s": kept, "rounds": args.rounds},
-                **machine(),
-                **versions(),
             }
         )
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        files.write_text(args.output, files.csv_text(rows, machine(), versions()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import re
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 import openai
 
+from griffin.analysis import files
 from griffin.analysis.machine import machine, versions
 
 TEXTS = (
@@ -106,13 +106,9 @@ async def behind(url: str, model: str, tokens: int, rounds: int) -> dict[str, fl
 
 
 def save(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV, if there is a file for them."""
+    """Write rows as CSV, with the machine and the versions, if there is a file for them."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        files.write_text(path, files.csv_text(rows, machine(), versions()))
 
 
 def main() -> None:
@@ -135,7 +131,7 @@ def main() -> None:
             if args.behind is not None:
                 found = asyncio.run(behind(url, args.model, args.behind, args.rounds))
                 settings = {"model": args.model, "weights": args.weights, "selection": args.selection}
-                save(args.output, [{**settings, **found, "rounds": args.rounds, **machine(), **versions()}])
+                save(args.output, [{**settings, **found, "rounds": args.rounds}])
                 return
             known = {
                 density: [asyncio.run(answers(url, args.model, [text], density, args.tokens))[1][0] for text in TEXTS]
@@ -156,7 +152,7 @@ def main() -> None:
                     {
                         **{"model": args.model, "weights": args.weights, "selection": args.selection, "requests": n},
                         **{"full_tokens_per_s": full, "half_tokens_per_s": half, "ratio": ratio, "parted": parted},
-                        **{"tokens": args.tokens, "rounds": args.rounds, **machine(), **versions()},
+                        **{"tokens": args.tokens, "rounds": args.rounds},
                     }
                 )
         finally:

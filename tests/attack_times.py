@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import test_attacks as attacks
+from griffin.analysis import files
 from griffin.analysis.machine import machine, versions
 from test_server import process
 
@@ -71,13 +71,9 @@ def main() -> int:
                 flush=True,
             )
             row = {"model": args.model, "attack": name, "samples": len(taken), "median_s": middle, "most_s": slowest}
-            rows.append({**row, "over_goal": late, **machine(), **versions()})
+            rows.append({**row, "over_goal": late})
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        files.write_text(args.output, files.csv_text(rows, machine(), versions()))
     return int(any(row["over_goal"] for row in rows))
 
 

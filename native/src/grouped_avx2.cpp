@@ -55,7 +55,6 @@ struct B256 {
   template <int bits> static void add_dot(I& acc, I codes, I q) { acc = dot<bits>(acc, codes, q); }
   template <int bits> static void add_x(I& acc, I operand, I x) { acc = dot_x<bits>(acc, operand, x); }
   static I after_first(I sum) { return sum; }
-  static I join(I first, I second) { return add(first, second); }
   static I low8(I a, I b) { return _mm256_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm256_unpackhi_epi8(a, b); }
   static I low16(I a, I b) { return _mm256_unpacklo_epi16(a, b); }

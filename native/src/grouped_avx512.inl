@@ -47,7 +47,7 @@ struct B512 {
   static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
   static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  // Inputs of two bytes, 128 high + low: their products apart.
+  // Inputs of two bytes, 128 high + low: the products of the high ones first, then shifted.
   static constexpr bool kByteInputs = true;
   static constexpr int kOperands = 1;
   static I first_operand(I codes) { return codes; }
@@ -63,7 +63,6 @@ struct B512 {
   }
   template <int bits> static void add_x(I& acc, I operand, I x) { add_dot<bits>(acc, operand, x); }
   static I after_first(I high) { return left32<7>(high); }
-  static I join(I high, I low) { return add(left32<7>(high), low); }
   static I low8(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
   static I high8(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
   static I low16(I a, I b) { return _mm512_unpacklo_epi16(a, b); }

@@ -88,7 +88,7 @@ struct Portable {
     for (int i = 0; i < 4; i++) out.set(i, a.word(i) + b.word(i));
     return out;
   }
-  // Inputs of two bytes, 128 high + low: their products apart.
+  // Inputs of two bytes, 128 high + low: the products of the high ones first, then shifted.
   static constexpr bool kByteInputs = true;
   static constexpr int kOperands = 1;
   static I first_operand(I codes) { return codes; }
@@ -97,7 +97,6 @@ struct Portable {
   template <int bits> static void add_dot(I& acc, I codes, I q) { acc = dot<bits>(acc, codes, q); }
   template <int bits> static void add_x(I& acc, I operand, I x) { acc = dot_x<bits>(acc, operand, x); }
   static I after_first(I high) { return left32<7>(high); }
-  static I join(I high, I low) { return add(left32<7>(high), low); }
   static I low8(I a, I b) {
     return each([&](int i) { return (i % 2 ? b : a).at[i / 2]; });
   }

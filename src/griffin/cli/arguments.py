@@ -238,6 +238,7 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
     # A command-line error is one line; the warnings of transformers address programmers.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     loaded = load(args.model, dtype=args.dtype, device=args.device, weights=args.weights, revision=args.revision)
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():  # by `begin_loading`
+        gc.freeze()
+        gc.enable()
     return loaded
