@@ -42,10 +42,18 @@ typedef struct {
 
 /* The format of a GGUF type, with its weights and bytes a block. */
 GRIFFIN_API int griffin_gguf_format(int type, griffin_grouped* format, int32_t* block_weights, int32_t* block_bytes);
+/* How the rows of a matrix lie (src/grouped.h). */
+typedef struct {
+  int32_t block, planes; /* rows of a block; parts of a row, one for each plane */
+  int64_t codes;         /* where the first plane begins in its part: scales and offsets are before it */
+  int64_t begin[5];      /* bytes of a row before part i, begin[planes] is all */
+  int64_t bytes;         /* of a row */
+} griffin_parts;
+
 /* Bytes that a matrix of this format and shape needs: of a row (of W; of a neuron if neuron-major), and as the result
- * those of the scales of a neuron-major one (else 0, they are in the rows); -1: no such format. Behind the last row
- * GRIFFIN_SLACK more bytes must be readable. */
-GRIFFIN_API int64_t griffin_grouped_bytes(const griffin_matrix* matrix, int64_t* row_bytes);
+ * those of the scales of a neuron-major one (else 0, they are in the rows); -1: no such format. A matrix has whole blocks
+ * of rows, and behind them GRIFFIN_SLACK more bytes must be readable. */
+GRIFFIN_API int64_t griffin_grouped_bytes(const griffin_matrix* matrix, griffin_parts* parts);
 /* Fill matrix->weight, and matrix->scales if neuron-major. blocks: the rows of W as they are in the file. row_order:
  * (out,) row r of the matrix is row row_order[r] of the file's; null: the same. */
 GRIFFIN_API int griffin_pack_gguf(const griffin_matrix* matrix, int type, const void* blocks, const int64_t* row_order,

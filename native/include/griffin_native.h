@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 9, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
+enum { GRIFFIN_ABI = 10, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_GROUPED };
 /* Where a group's scale s comes from: a float16 for 256 weights times a byte of the group's own, or a value of its own
  * (for `span` weights). */
@@ -65,7 +65,7 @@ typedef struct {
   int32_t d_in, d_out, format, neuron_major;
   griffin_grouped grouped; /* GRIFFIN_GROUPED only */
   const void* weight;
-  int64_t stride;     /* bytes from one row to the next */
+  int64_t stride;     /* bytes from one row to the next; not used of GRIFFIN_GROUPED */
   const void* scales; /* GRIFFIN_GROUPED and neuron-major only: scales and offsets of all groups */
   const float* bias;  /* (out,) or NULL */
   const float* table; /* GRIFFIN_GROUPED only, (2^bits,) or NULL: weight = s * table[code]. Codes of 4 or 8 bits, scales

@@ -83,22 +83,28 @@ void Dynamic::gate(const Inputs& x, int thread, int threads) {
   const Rows whole(rows_, x), first(rows_, x, dynamic_.n_levels ? dynamic_.first : 0);
   const uint32_t all = (1u << io_.rows) - 1;
   const int step = whole.grouped() ? 1 : 2, ahead = whole.grouped() ? kGatesAhead : 2;
+  const auto wholly = [&](int64_t i) { return dynamic_.n_levels ? dynamic_.whole[i] & all : all; };
   int64_t bytes = 0;
   for (int64_t i = begin; i < end; i += step) {
     const int m = end - i >= step ? step : 1;
     const int64_t j[2] = {expert[i], expert[i + m - 1]};
     const int64_t after = i + ahead + m <= end ? i + ahead : i;
     const int64_t next[2] = {expert[after], expert[after + m - 1]};
-    const uint32_t wholly = dynamic_.n_levels ? dynamic_.whole[i] & all : all;
-    bytes += m * (wholly ? whole : first).row_bytes();
-    for (const uint32_t mask : {wholly, all & ~wholly}) {
+    const RowAt grouped_next = whole.grouped() ? (wholly(after) ? whole : first).at(next[0]) : RowAt{};
+    bytes += m * (wholly(i) ? whole : first).row_bytes();
+    for (const bool wholes : {true, false}) {
+      const uint32_t mask = wholes ? wholly(i) : all & ~wholly(i);
+      const Rows& of = wholes ? whole : first;
       int rows[GRIFFIN_MAX_ROWS], count = 0;
       for (int r = 0; r < io_.rows; r++)
         if (mask >> r & 1) rows[count++] = r;
       for (int from = 0; from < count; from += kMaxRows) {
         const int n = std::min(count - from, kMaxRows);
         float out[2 * kMaxRows];
-        (mask == wholly ? whole : first).dot(j, m, rows + from, n, out, next);
+        if (of.grouped())
+          of.dot(j[0], rows + from, n, out, grouped_next);
+        else
+          of.dot(j, m, rows + from, n, out, next);
         for (int p = 0; p < m; p++)
           for (int r = 0; r < n; r++)
             gates_[rows[from + r] * stride_ + i + p] = out[p * n + r] + (bias_ ? bias_[j[p]] : 0.f);

@@ -13,9 +13,8 @@ namespace griffin {
 
 constexpr int kExperts = 8;     // whose float down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
-constexpr int kAllPlanes = 4;
-constexpr int kVisit = 32;     // experts of a visit at most: kExperts, or those of a group of neurons
-constexpr int kRowsAhead = 6;  // rows to the grouped one that is prefetched
+constexpr int kVisit = 32;      // experts of a visit at most: kExperts, or those of a group of neurons
+constexpr int kRowsAhead = 6;   // rows to the grouped one that is prefetched
 
 // Off the 4096-byte multiples that share a cache set.
 inline int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
@@ -28,10 +27,10 @@ struct Visit {
   const uint8_t* levels = nullptr;  // (n, rows): planes of up and down that a row reads; null: all
 
   // The planes of the s-th that its row r reads.
-  int level(int s, int r, int rows) const { return levels ? levels[s * rows + r] : kAllPlanes; }
+  int level(int s, int r, int rows) const { return levels ? levels[s * rows + r] : kMaxPlanes; }
   // The most that any row reads.
   int most(int s, int rows) const {
-    if (!levels) return kAllPlanes;
+    if (!levels) return kMaxPlanes;
     int most = 0;
     for (int r = 0; r < rows; r++) most = mask[s] >> r & 1 && level(s, r, rows) > most ? level(s, r, rows) : most;
     return most;
@@ -43,15 +42,16 @@ class Part {
   Part(const griffin_ff_block& block, const Inputs& inputs, int rows, bool levels, float* acc)
       : block_(block), kernels_(kernels()), up_(block.up, inputs), gate_(gated() ? block.gate : block.up, inputs),
         grouped_(in_integers(block.down)), rows_(rows), acc_(acc) {
-    for (int planes = 1; planes < kAllPlanes && levels; planes++) up_first_[planes].emplace(block.up, inputs, planes);
+    for (int planes = 1; planes < kMaxPlanes && levels; planes++) up_first_[planes].emplace(block.up, inputs, planes);
     const int whole = static_cast<int>(row_bytes(block.down));
-    for (int planes = 1; planes <= kAllPlanes; planes++) down_bytes_[planes] = whole;
+    for (int planes = 1; planes <= kMaxPlanes; planes++) down_bytes_[planes] = whole;
     if (block.down.format != GRIFFIN_GROUPED) return;
     if (block.down.table) room_.reset(new float[kExperts * accumulator_stride(block.down.d_out)]);
     const griffin_grouped& f = block.down.grouped;
+    if (levels) zeros_.reset(new uint8_t[block.down.d_out / 4 + 2 * 64]());
     down_plan_ = neuron_plan(f, block.down.d_out, block.down.d_in);
     for (int planes = 1; planes < plane_count(f.bits); planes++)
-      down_bytes_[planes] = static_cast<int>(down_plan_.plane[planes]);
+      down_bytes_[planes] = static_cast<int>(down_plan_.part[planes]);
     group_shift_ = f.group == 32 ? 5 : 4;
     group_bytes_ = has_supers(f) ? down_plan_.sub_stride + down_plan_.super_stride * f.group / kSuper
                                  : down_plan_.super_stride * f.group / f.span;
@@ -143,18 +143,14 @@ class Part {
   // Adds the listed down rows and empties the lists. Meanwhile the down rows of the next visit are prefetched, as gate
   // and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
   void leave(const Visit& next) {
-    const uint8_t* ahead[kVisit];
-    int bytes[kVisit];
-    for (int s = 0; s < next.n; s++) {
-      ahead[s] = down_row(next.neuron[s]);
-      if (levels_) bytes[s] = down_bytes_[next.most(s, rows_)];
-    }
-    if (levels_)
-      add_levels(ahead, bytes, next.n);
-    else if (grouped_)
-      add_group(ahead, next.n);
-    else
+    if (grouped_) {
+      Run runs[kVisit * kMaxPlanes];
+      add_group(runs, down_runs(next, runs));
+    } else {
+      const uint8_t* ahead[kVisit];
+      for (int s = 0; s < next.n; s++) ahead[s] = down_row(next.neuron[s]);
       add_rows(ahead, next.n);
+    }
     memset(listed_, 0, sizeof listed_);
   }
 
@@ -163,6 +159,21 @@ class Part {
 
   const uint8_t* down_row(int64_t j) const {
     return static_cast<const uint8_t*>(block_.down.weight) + j * block_.down.stride;
+  }
+
+  // What will be read of a visit's grouped down rows.
+  int down_runs(const Visit& visit, Run* runs) const {
+    const NeuronPlan& p = down_plan_;
+    int n = 0;
+    for (int s = 0; s < visit.n; s++) {
+      const int most = visit.most(s, rows_), read = most < p.planes ? most : p.planes;
+      const RowAt row = p.at(block_.down.weight, visit.neuron[s]);
+      for (int i = 0; i < read; i++) {
+        const int64_t in_line = reinterpret_cast<uintptr_t>(row.part[i]) % 64;
+        runs[n++] = {row.part[i], static_cast<int>((in_line + p.part[i + 1] - p.part[i] + 63) / 64)};
+      }
+    }
+    return n;
   }
 
   // The neuron that is s-th from the visit's first on.
@@ -184,9 +195,9 @@ class Part {
   void stream(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
     for (int s = 0; s < visit.n; s++) {
       const int ahead = s + kRowsAhead, over = ahead - visit.n;
-      const uint8_t* const prefetched = ahead < visit.n ? of.row(visit.neuron[ahead])
-                                        : over < next.n ? then.row(next.neuron[over])
-                                                        : of.row(visit.neuron[s]);
+      const RowAt prefetched = ahead < visit.n ? of.at(visit.neuron[ahead])
+                               : over < next.n ? then.at(next.neuron[over])
+                                               : RowAt{};
       const int64_t j = visit.neuron[s];
       in_passes(visit.mask[s], [&](const int* rows, int n) {
         float products[kMaxRows];
@@ -197,24 +208,28 @@ class Part {
   }
 
   // Up's rows to their first planes.
-  const Rows& up_to(int planes) const { return planes < kAllPlanes ? *up_first_[planes] : up_; }
+  const Rows& up_to(int planes) const { return planes < kMaxPlanes ? *up_first_[planes] : up_; }
 
   // Products and biases of up's rows, each to the planes that its rows of input read.
   void stream_levels(const Visit& visit, const Visit& next) {
     for (int s = 0; s < visit.n; s++) {
       const int ahead = s + kRowsAhead, over = ahead - visit.n;
       const int64_t j = visit.neuron[s];
-      const uint8_t* const prefetched = up_.row(ahead < visit.n ? visit.neuron[ahead]
-                                                : over < next.n ? next.neuron[over]
-                                                                : j);
-      for (int planes = 1; planes <= kAllPlanes; planes++) {
+      const RowAt prefetched = ahead < visit.n ? up_to(visit.most(ahead, rows_)).at(visit.neuron[ahead])
+                               : over < next.n ? up_to(next.most(over, rows_)).at(next.neuron[over])
+                                               : RowAt{};
+      for (uint32_t left = visit.mask[s]; left;) {
+        int first = 0;
+        while (!(left >> first & 1)) first++;
+        const int planes = visit.level(s, first, rows_);
         uint32_t mask = 0;
-        for (int r = 0; r < rows_; r++) mask |= static_cast<uint32_t>(visit.level(s, r, rows_) == planes) << r;
-        in_passes(visit.mask[s] & mask, [&](const int* rows, int n) {
+        for (int r = first; r < rows_; r++) mask |= static_cast<uint32_t>(visit.level(s, r, rows_) == planes) << r;
+        in_passes(left & mask, [&](const int* rows, int n) {
           float products[kMaxRows];
           up_to(planes).dot(j, rows, n, products, prefetched);
           for (int i = 0; i < n; i++) second_[rows[i]][s] = products[i] + up_.bias(j);
         });
+        left &= ~mask;
       }
     }
   }
@@ -226,12 +241,18 @@ class Part {
       if (z[s] == 0.f) continue;
       if (room_ && !(any_ >> s & 1)) unpack_row(block_.down, visit.neuron[s], unpacked(s));
       any_ |= 1u << s;
-      if (visit.levels) level_[r][n] = static_cast<uint8_t>(visit.level(s, r, rows_));
       z_[r][n] = z[s];
-      down_[r][n++] = room_ ? reinterpret_cast<const uint8_t*>(unpacked(s)) : down_row(visit.neuron[s]);
+      if (grouped_) {
+        const int level = visit.level(s, r, rows_), bits = down_plan_.format.bits;
+        const RowAt row = down_plan_.at(block_.down.weight, visit.neuron[s]);
+        for (int i = 0; i < down_plan_.planes; i++) down_[r][i][n] = i < level ? row.part[i] : zeros_.get();
+        mean_[r][n] = static_cast<float>((1 << (bits - bits_of_planes(bits, level))) - 1) / 2;
+      } else {
+        down_[r][0][n] = room_ ? reinterpret_cast<const uint8_t*>(unpacked(s)) : down_row(visit.neuron[s]);
+      }
+      n++;
     }
     listed_[r] = n;
-    levels_ = visit.levels != nullptr;
     group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
   }
 
@@ -253,7 +274,7 @@ class Part {
       for (int r = 0; r < rows_; r++) {
         if (!listed_[r]) continue;
         const int format = room_ ? GRIFFIN_F32 : block_.down.format;
-        kernels_.axpy[format](acc_ + r * accumulator_stride(d), down_[r], z_[r], listed_[r], d, begin, end, ahead,
+        kernels_.axpy[format](acc_ + r * accumulator_stride(d), down_[r][0], z_[r], listed_[r], d, begin, end, ahead,
                               rest);
         rest = 0;
       }
@@ -262,7 +283,7 @@ class Part {
 
   // The listed neurons are of one group: z is quantised too, its products with the codes are summed in integers and
   // scaled once.
-  void add_group(const uint8_t* const* ahead, int n_ahead) {
+  void add_group(const Run* ahead, int n_ahead) {
     const auto down = kernels_.grouped->down[block_.down.grouped.bits - 2];
     for (int r = 0; r < rows_; r++) {
       const int n = listed_[r];
@@ -270,12 +291,18 @@ class Part {
       int32_t quads[kVisit / 4];
       int total;
       const float factor = quantise_z(z_[r], n, quads, &total);
-      for (int i = n; i % 4; i++) down_[r][i] = down_[r][n - 1];
+      const int8_t* const z = reinterpret_cast<const int8_t*>(quads);
+      float rest = 0;
+      for (int i = 0; i < n; i++) rest += mean_[r][i] * static_cast<float>(z[i]);
+      for (int w = 0; w < down_plan_.planes; w++)
+        for (int i = n; i % 4; i++) down_[r][w][i] = down_[r][w][n - 1];
       const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
                                    group_,
                                    (n + 3) / 4,
                                    total,
-                                   down_[r],
+                                   rest,
+                                   down_[r][0],
+                                   kVisit,
                                    quads,
                                    factor,
                                    ahead,
@@ -285,48 +312,13 @@ class Part {
     }
   }
 
-  // The same where the codes of a neuron are read to its level: sums of every level, scaled together.
-  void add_levels(const uint8_t* const* ahead, const int* ahead_bytes, int n_ahead) {
-    const int bits = block_.down.grouped.bits;
-    for (int r = 0; r < rows_; r++) {
-      const int n = listed_[r];
-      if (!n) continue;
-      int32_t packed[kVisit / 4];
-      GroupOfNeurons of{};
-      of.scales = static_cast<const uint8_t*>(block_.down.scales), of.group = group_;
-      of.factor = quantise_z(z_[r], n, packed, &of.total);
-      of.ahead = ahead, of.n_ahead = n_ahead;
-      const int8_t* const z = reinterpret_cast<const int8_t*>(packed);
-      const uint8_t* rows[kAllPlanes][kVisit + 4];
-      int8_t own[kAllPlanes][kVisit + 4] = {};
-      int32_t quads[kAllPlanes][kVisit / 4];
-      LevelOfNeurons levels[kAllPlanes];
-      int used = 0;
-      for (int planes = 1; planes <= kAllPlanes; planes++) {
-        int count = 0, total = 0;
-        for (int i = 0; i < n; i++)
-          if ((level_[r][i] < plane_count(bits) ? level_[r][i] : kAllPlanes) == planes)
-            rows[used][count] = down_[r][i], own[used][count++] = z[i], total += z[i];
-        if (!count) continue;
-        const int read = bits_of_planes(bits, planes);
-        for (int i = count; i % 4; i++) rows[used][i] = rows[used][count - 1];
-        memcpy(quads[used], own[used], static_cast<size_t>((count + 3) / 4 * 4));
-        levels[used] = {read, bits - read, (count + 3) / 4, total, rows[used], quads[used]};
-        used++;
-      }
-      kernels_.grouped->down_levels(down_plan_, of, levels, used, ahead_bytes, down_plan_.d,
-                                    acc_ + r * accumulator_stride(block_.down.d_out));
-      n_ahead = 0;
-    }
-  }
-
   const griffin_ff_block& block_;
   const Kernels& kernels_;
   const Rows up_, gate_;
-  std::optional<Rows> up_first_[kAllPlanes];  // [planes]
+  std::optional<Rows> up_first_[kMaxPlanes];  // [planes]
   const bool grouped_;
   NeuronPlan down_plan_ = {};
-  int down_bytes_[kAllPlanes + 1] = {};  // of a row's first planes
+  int down_bytes_[kMaxPlanes + 1] = {};  // of a row's first planes
   const int rows_;
   float* const acc_;
   int64_t bytes_ = 0, group_bytes_ = 0;
@@ -336,9 +328,9 @@ class Part {
   int listed_[GRIFFIN_MAX_ROWS] = {};
   float first_[GRIFFIN_MAX_ROWS][kVisit], second_[GRIFFIN_MAX_ROWS][kVisit];  // what is activated, its factor
   float z_[GRIFFIN_MAX_ROWS][kVisit];
-  uint8_t level_[GRIFFIN_MAX_ROWS][kVisit];
-  bool levels_ = false;
-  const uint8_t* down_[GRIFFIN_MAX_ROWS][kVisit];
+  float mean_[GRIFFIN_MAX_ROWS][kVisit];  // of what is not read of a code
+  const uint8_t* down_[GRIFFIN_MAX_ROWS][kMaxPlanes][kVisit];
+  std::unique_ptr<uint8_t[]> zeros_;  // for the planes that are not read
 };
 
 }  // namespace griffin

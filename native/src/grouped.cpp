@@ -18,17 +18,18 @@ RowPlan row_plan(const griffin_grouped& f, int64_t d_in) {
     if (f.offset == GRIFFIN_OFFSET_F16) at += 2 * p.spans;
     if (f.offset == GRIFFIN_OFFSET_CODE) at += p.spans;
   }
-  at = up_to(at, 64);
-  for (int i = 0; i < plane_count(f.bits); i++) {
-    p.plane[i] = at;
+  at = p.codes = up_to(at, 64);
+  p.planes = plane_count(f.bits);
+  for (int i = 0; i < p.planes; i++) {
     if (2 * i + 1 < f.bits) {
       at += p.d / 4;
     } else {
       const int last = p.groups % kChunkGroups;
       at += (p.groups / kChunkGroups * (kChunkGroups / 2) + (last + 1) / 2) * (f.group / 4);
     }
+    p.part[i + 1] = at = up_to(at, 16);
   }
-  p.bytes = up_to(at, 64);
+  p.bytes = p.whole = at;
   return p;
 }
 
@@ -36,7 +37,8 @@ RowPlan first_planes(const RowPlan& plan, int planes) {
   RowPlan p = plan;
   const int bits = bits_of_planes(plan.format.bits, planes);
   if (bits == plan.format.bits) return p;
-  p.left = plan.format.bits - bits, p.format.bits = static_cast<uint8_t>(bits), p.bytes = plan.plane[planes];
+  p.left = plan.format.bits - bits, p.format.bits = static_cast<uint8_t>(bits);
+  p.planes = planes, p.bytes = plan.part[planes];
   return p;
 }
 
@@ -47,9 +49,9 @@ NeuronPlan neuron_plan(const griffin_grouped& f, int64_t d_out, int64_t neurons)
   p.groups = static_cast<int>((neurons + f.group - 1) / f.group);
   p.supers = static_cast<int>((neurons + kSuper - 1) / kSuper);
   p.spans = static_cast<int>((neurons + f.span - 1) / f.span);
-  int64_t at = 0;
-  for (int i = 0; i < plane_count(f.bits); i++) p.plane[i] = at, at += 2 * i + 1 < f.bits ? p.d / 4 : p.d / 8;
-  p.bytes = up_to(at, 64);
+  p.planes = plane_count(f.bits);
+  for (int i = 0; i < p.planes; i++)
+    p.part[i + 1] = p.part[i] + (2 * i + 1 < f.bits ? p.d / 4 : p.d / 8), p.bytes = p.part[i + 1];
   if (has_supers(f)) {
     const int vectors = f.offset == GRIFFIN_OFFSET_SUB ? 2 : 1;
     p.super_stride = 2 * p.d * vectors, p.offset = 2 * p.d;

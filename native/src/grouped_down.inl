@@ -1,56 +1,50 @@
 // Products with neuron-major weights in groups: of one input, groups of neurons one after the other.
 
 // Four rows' vectors, byte by byte: out[i] has in its 16-byte block k the bytes 16 k + 4 i .. 16 k + 4 i + 3 of each.
-template <class B> inline void interleave(const typename B::I* row, typename B::I* out) {
+template <class B> GRIFFIN_INLINE void interleave(const typename B::I* row, typename B::I* out) {
   const typename B::I low01 = B::low8(row[0], row[1]), high01 = B::high8(row[0], row[1]);
   const typename B::I low23 = B::low8(row[2], row[3]), high23 = B::high8(row[2], row[3]);
   out[0] = B::low16(low01, low23), out[1] = B::high16(low01, low23);
   out[2] = B::low16(high01, high23), out[3] = B::high16(high01, high23);
 }
 
-// Rows that will be wanted, a few lines at a time (a burst would wait for the memory), into the second-level cache.
+// Runs that will be wanted, a few lines at a time (a burst would wait for the memory), into the second-level cache.
 // Measured, half of the rows: 2.0x as fast as into the first level, whose misses are few at a time, and which makes the
 // hardware fetch what follows.
 struct Ahead {
-  const uint8_t* const* row;
-  const int* own;             // bytes of each row, or null: all of them have `lines`
-  int rows, lines, at, each;  // lines of a row, the next one, lines a step
-  Ahead(const uint8_t* const* of, int n, int64_t bytes, int steps)
-      : row(of), own(nullptr), rows(n), lines((int)(bytes / 64)), at(0),
-        each((n * lines + steps - 1) / (steps ? steps : 1)) {}
-  Ahead(const uint8_t* const* of, int n, const int* bytes, int steps)
-      : row(of), own(bytes), rows(n), lines(n ? (bytes[0] + 63) / 64 : 0), at(0), each(0) {
-    for (int i = 0; i < n; i++) each += (bytes[i] + 63) / 64;
+  const Run* run;
+  int runs, at, each;  // lines of the run, lines a step
+  Ahead(const Run* of, int n, int steps) : run(of), runs(n), at(0), each(0) {
+    for (int i = 0; i < n; i++) each += of[i].lines;
     each = (each + steps - 1) / (steps ? steps : 1);
   }
   template <class B> void step() {
-    for (int i = 0; i < each && rows; i++) {
-      B::prefetch_far(*row + 64 * at);
-      if (++at < lines) continue;
-      at = 0, row++, rows--;
-      if (own && rows) lines = (*++own + 63) / 64;
+    for (int i = 0; i < each && runs; i++) {
+      B::prefetch_far(run->at + 64 * at);
+      if (++at == run->lines) at = 0, run++, runs--;
     }
   }
 };
 
-// The codes of four neurons (a quad), byte by byte, for part `part` of a chunk's fields: field[f][i].
+// The codes of four neurons (a quad; plane w of neuron j at row[w * stride + j]), byte by byte, for part `part` of a
+// chunk's fields: field[f][i].
 template <class B, int kBits>
-inline void quad_fields(const NeuronPlan& p, const uint8_t* const* row, int begin, int bytes, int part,
-                        typename B::I (*field)[4]) {
+GRIFFIN_INLINE void quad_fields(const uint8_t* const* row, int stride, int begin, int bytes, int part,
+                                typename B::I (*field)[4]) {
   using I = typename B::I;
   constexpr int kPairs = kBits / 2;
   const int64_t at = begin / 4 + part * B::kBytes;
   I plane[4][4], bit[4][4];  // [plane or field][i]
   for (int w = 0; w < kPairs; w++) {
-    const I own[4] = {B::load(row[0] + p.plane[w] + at), B::load(row[1] + p.plane[w] + at),
-                      B::load(row[2] + p.plane[w] + at), B::load(row[3] + p.plane[w] + at)};
+    const uint8_t* const* const of = row + w * stride;
+    const I own[4] = {B::load(of[0] + at), B::load(of[1] + at), B::load(of[2] + at), B::load(of[3] + at)};
     interleave<B>(own, plane[w]);
   }
   if constexpr (kBits % 2) {
     for (int f = 0; f < 4; f++) {
       I own[4];
       for (int j = 0; j < 4; j++)
-        own[j] = B::twice_and_bit(B::none(), row[j] + p.plane[kPairs] + (begin + f * bytes + part * B::kBytes) / 8);
+        own[j] = B::twice_and_bit(B::none(), row[kPairs * stride + j] + (begin + f * bytes + part * B::kBytes) / 8);
       interleave<B>(own, bit[f]);
     }
   }
@@ -64,7 +58,7 @@ inline void quad_fields(const NeuronPlan& p, const uint8_t* const* row, int begi
 
 // Sums in the order of the outputs: acc[f][i] of part `part` of a chunk.
 template <class B, int kBits>
-inline void store_sums(const typename B::I (*acc)[4], int bytes, int part, int32_t* sums) {
+GRIFFIN_INLINE void store_sums(const typename B::I (*acc)[4], int bytes, int part, int32_t* sums) {
   const int blocks = bytes / kFieldBlock;
   const int valid = 4 * blocks - part * B::kLanes < B::kLanes ? 4 * blocks - part * B::kLanes : B::kLanes;
   for (int f = 0; f < 4; f++)
@@ -83,19 +77,18 @@ inline void store_sums(const typename B::I (*acc)[4], int bytes, int part, int32
 
 // sums[c] = sum over the quads' neurons of code * z, for a chunk of n outputs.
 template <class B, int kBits>
-inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const int32_t* z, int quads, int begin, int n,
-                       int32_t* sums, Ahead& ahead) {
+inline void chunk_sums(const GroupOfNeurons& of, int begin, int n, int32_t* sums, Ahead& ahead) {
   using I = typename B::I;
   const int bytes = n / 4;
   for (int part = 0; part * B::kBytes < bytes; part++) {
     I acc[4][4];
     for (int f = 0; f < 4; f++)
       for (int i = 0; i < 4; i++) acc[f][i] = B::none();
-    for (int q = 0; q < quads; q++) {
+    for (int q = 0; q < of.quads; q++) {
       ahead.step<B>();
       I field[4][4];
-      quad_fields<B, kBits>(p, rows + 4 * q, begin, bytes, part, field);
-      const I factor = B::set1_int(z[q]);
+      quad_fields<B, kBits>(of.rows + 4 * q, of.stride, begin, bytes, part, field);
+      const I factor = B::set1_int(of.z[q]);
       for (int f = 0; f < 4; f++)
         for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
     }
@@ -106,8 +99,8 @@ inline void chunk_sums(const NeuronPlan& p, const uint8_t* const* rows, const in
 // Scales and offsets of a group of neurons for the outputs c .. c + kLanes. Without offsets of its own a format has a code
 // that means 0, and m is not set.
 template <class B, int kScale, int kOffset>
-inline void neuron_scales(const NeuronPlan& p, const uint8_t* scales, int group, int c, typename B::F* s,
-                          typename B::F* m) {
+GRIFFIN_INLINE void neuron_scales(const NeuronPlan& p, const uint8_t* scales, int group, int c, typename B::F* s,
+                                  typename B::F* m) {
   const griffin_grouped& f = p.format;
   const int64_t span = group * f.group / (kScale <= GRIFFIN_SCALE_SUB_SIGNED ? kSuper : f.span);
   const uint8_t* const base = scales + span * p.super_stride;
@@ -165,17 +158,20 @@ template <class Use> inline void with_kind(const griffin_grouped& f, const Use& 
   return use(ScaleKind<GRIFFIN_SCALE_F32, GRIFFIN_OFFSET_CODE>());
 }
 
-// y[c] += factor * (s[c] * sums[c] - total * m[c]) for the outputs begin .. begin + n of a group of neurons.
+// y[c] += factor * (s[c] * (sums[c] + rest) - total * m[c]) for the outputs begin .. begin + n of a group of neurons.
 template <class B>
 inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int n, const int32_t* sums, float* y) {
   const Scaled<B> z(p, of.factor, of.total);
+  const typename B::F rest = B::set1_float(of.factor * of.rest);
   with_kind(p.format, [&](auto kind) {
     using Kind = decltype(kind);
     for (int c = begin; c < begin + n; c += B::kLanes) {
       typename B::F s, m = B::zero();
       neuron_scales<B, Kind::kScale, Kind::kOffset>(p, of.scales, of.group, c, &s, &m);
       const typename B::I sum = B::load((const uint8_t*)(sums + (c - begin)));
-      B::store(y + c, z.template add<Kind::kOffset != GRIFFIN_OFFSET_NONE>(B::load_floats(y + c), sum, s, m));
+      typename B::F to = B::load_floats(y + c);
+      if (of.rest != 0.f) to = B::fma(s, rest, to);
+      B::store(y + c, z.template add<Kind::kOffset != GRIFFIN_OFFSET_NONE>(to, sum, s, m));
     }
   });
 }
@@ -183,10 +179,10 @@ inline void add_scaled(const NeuronPlan& p, const GroupOfNeurons& of, int begin,
 template <class B, int kBits>
 void grouped_down(const NeuronPlan& p, const GroupOfNeurons& of, int begin, int end, float* y) {
   alignas(64) int32_t sums[256];
-  Ahead ahead(of.ahead, of.n_ahead, p.bytes, of.quads * ((end - begin + 255) / 256));
+  Ahead ahead(of.ahead, of.n_ahead, of.quads * ((end - begin + 255) / 256));
   for (int at = begin; at < end; at += 256) {
     const int n = end - at < 256 ? end - at : 256;
-    chunk_sums<B, kBits>(p, of.rows, of.z, of.quads, at, n, sums, ahead);
+    chunk_sums<B, kBits>(of, at, n, sums, ahead);
     add_scaled<B>(p, of, at, n, sums, y);
   }
 }

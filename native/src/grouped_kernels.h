@@ -2,6 +2,15 @@
 #pragma once
 #include "grouped.h"
 
+// Parts of a kernel, which compilers stop inlining where a unit has many of them.
+#if defined(__GNUC__)
+#define GRIFFIN_INLINE inline __attribute__((always_inline))
+#define GRIFFIN_APART __attribute__((noinline))
+#else
+#define GRIFFIN_INLINE inline
+#define GRIFFIN_APART
+#endif
+
 namespace griffin {
 
 // The largest integer that inputs are quantised to: 128 high + low, high and low of 8 bits. With 8 bits alone the KL
@@ -20,36 +29,39 @@ struct GroupedInput {
   const float* high_sum;
 };
 
-// out[r] = <row, x[r]>, r < n. `next`: a row that will be wanted soon (prefetched only).
-using GroupedDotFn = void (*)(const RowPlan&, const uint8_t* row, const GroupedInput* const* x, int n, float* out,
-                              const uint8_t* next);
+// out[r] = <row, x[r]>, r < n. `next`: a row that will be wanted soon (prefetched only; its parts may be null).
+using GroupedDotFn = void (*)(const RowPlan&, const RowAt& row, const GroupedInput* const* x, int n, float* out,
+                              const RowAt& next);
+
+// Bytes that will be wanted soon.
+struct Run {
+  const uint8_t* at;
+  int lines;  // of 64 bytes
+};
 // Neurons of one group, four rows and their z in one int32 a quad: z = factor * its int8 (which alone keeps the KL
-// divergence to the exact model at 0.001 and less); total: the int8's sum.
+// divergence to the exact model at 0.001 and less); total: the int8's sum. Planes of a row that are not read are zeros
+// somewhere else, and rest has what they add at their mean, to the sum of the int8 times the codes.
 struct GroupOfNeurons {
   const uint8_t* scales;
   int group, quads, total;
-  const uint8_t* const* rows;
+  float rest;
+  const uint8_t* const* rows;  // plane i of row j at rows[i * stride + j]
+  int stride;
   const int32_t* z;
   float factor;
-  const uint8_t* const* ahead;  // rows that are wanted next: prefetched meanwhile, evenly and in order
+  const Run* ahead;  // wanted next: prefetched meanwhile, evenly and in order
   int n_ahead;
-};
-
-// Those of a group's neurons whose codes are read to the same bits. `total`: the sum of their int8.
-struct LevelOfNeurons {
-  int bits, left, quads, total;  // read of a code, and not read
-  const uint8_t* const* rows;
-  const int32_t* z;
 };
 
 // y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
 using GroupedDownFn = void (*)(const NeuronPlan&, const GroupOfNeurons&, int begin, int end, float* y);
 
-// Groups of neurons one after the other, all their neurons: group g's rows at rows + g * the group's size.
+// Groups of neurons one after the other, all their neurons: group g's rows from g * the group's size on.
 struct GroupsOfNeurons {
   const uint8_t* scales;
   int group, count;  // the first, and how many
   const uint8_t* const* rows;
+  int stride;
 };
 
 constexpr int kGroupQuads = 8;  // int32 of a group's z
@@ -73,19 +85,14 @@ using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupsOfNeurons&, in
 constexpr int kManyInputs = 32;  // that a block of weight rows meets at most
 
 // out[r * stride + i] = <row[i], x[r]> for i < m <= tile, r < n <= kManyInputs: to the bit what GroupedDotFn gives.
-using GroupedRowsFn = void (*)(const RowPlan&, const uint8_t* const* row, int m, const GroupedInput* const* x, int n,
-                               float* out, int64_t stride);
-
-// The same for neurons of several levels; `of` has neither rows nor z, `total` is of all. ahead_bytes: of each row ahead.
-using GroupedLevelsFn = void (*)(const NeuronPlan&, const GroupOfNeurons& of, const LevelOfNeurons* levels, int n,
-                                 const int* ahead_bytes, int end, float* y);
+using GroupedRowsFn = void (*)(const RowPlan&, const RowAt* row, int m, const GroupedInput* const* x, int n, float* out,
+                               int64_t stride);
 
 struct GroupedKernels {
   GroupedDotFn dot[2][7];        // [group == 32][bits - 2]
   GroupedDotFn dot_first[2][5];  // of rows read to their first planes
   GroupedDownFn down[7];         // [bits - 2]
   GroupedDownManyFn down_many[7];
-  GroupedLevelsFn down_levels;
   GroupedRowsFn rows[2][7];  // [group == 32][bits - 2]
   int tile;                  // weight rows that `rows` takes at once
   bool high_apart;           // GroupedInput::high is not in q

@@ -57,14 +57,14 @@ inline void add_tile(const Tile<B, kSteps>& tile, int vectors, int first, const 
 
 // out[r * stride + i] = <row[i], x[r]>, i < m <= kTile, r < n <= kManyInputs.
 template <class B, int kBits, int kGroup>
-void grouped_rows(const RowPlan& p, const uint8_t* const* row, int m, const GroupedInput* const* x, int n, float* out,
+void grouped_rows(const RowPlan& p, const RowAt* row, int m, const GroupedInput* const* x, int n, float* out,
                   int64_t stride) {
   constexpr int kSteps = kGroup / 4, kPlanes = (kBits + 1) / 2, kTile = B::kTile;
-  const uint8_t* own[kTile];
+  const RowAt* own[kTile];
   RowScales scales[kTile];
   Tile<B, kSteps> tile;
   typename B::F acc[kManyInputs * kTile];
-  for (int i = 0; i < kTile; i++) own[i] = row[i < m ? i : m - 1], open_scales<B>(p, own[i], scales[i]);
+  for (int i = 0; i < kTile; i++) own[i] = row + (i < m ? i : m - 1), open_scales<B>(p, own[i]->part[0], scales[i]);
   for (int i = 0; i < n * kTile; i++) acc[i] = B::zero();
   int64_t pairs = 0, bit = 0;  // of a chunk in a plane of 2 bits, and of 1
   for (int first = 0; first < p.groups;) {
@@ -76,13 +76,14 @@ void grouped_rows(const RowPlan& p, const uint8_t* const* row, int m, const Grou
         for (int i = 0; i < kTile; i++) {
           const uint8_t* at[4];
           typename B::I codes[kSteps];
-          for (int k = 0; k < kPlanes; k++) at[k] = own[i] + p.plane[k] + (kBits % 2 && k == kPlanes - 1 ? bit : pairs);
+          for (int k = 0; k < kPlanes; k++)
+            at[k] = own[i]->part[k] + (k ? 0 : p.codes) + (kBits % 2 && k == kPlanes - 1 ? bit : pairs);
           unpack_steps<B, kBits, kSteps>(at, 4 * lanes, (lanes + 1) / 2, part, codes);
           for (int t = 0; t < kSteps; t++) {
             tile.code[vectors][t][i][0] = B::first_operand(codes[t]);
             if (B::kOperands == 2) tile.code[vectors][t][i][B::kOperands - 1] = B::second_operand(codes[t]);
           }
-          scales_at<B, kGroup>(p, own[i], scales[i], lane, lanes - part * B::kLanes, &tile.scale[vectors][i],
+          scales_at<B, kGroup>(p, own[i]->part[0], scales[i], lane, lanes - part * B::kLanes, &tile.scale[vectors][i],
                                &tile.offset[vectors][i]);
         }
       }
@@ -172,7 +173,9 @@ void grouped_down_many(const NeuronPlan& p, const GroupsOfNeurons& of, int begin
                                      of.group + from + g,
                                      quads,
                                      own.total[i],
+                                     0,
                                      rows + 4 * quads * g,
+                                     of.stride,
                                      own.z + r * z.z_stride + g * kGroupQuads,
                                      own.factor[i],
                                      nullptr,
@@ -186,10 +189,10 @@ void grouped_down_many(const NeuronPlan& p, const GroupsOfNeurons& of, int begin
         const bool here = q + kNext < groups * quads;  // else the next chunk's, of these rows
         const uint8_t* const* const next = rows + 4 * (here ? q + kNext : q + kNext - groups * quads);
         for (int j = 0; j < 4 && kNext <= groups * quads; j++)
-          for (int w = 0; w < (kBits + 1) / 2; w++) B::prefetch(next[j] + p.plane[w] + (here ? at : at + 256) / 4);
+          for (int w = 0; w < kBits / 2; w++) B::prefetch(next[w * of.stride + j] + (here ? at : at + 256) / 4);
         for (int part = 0; part < kParts; part++) {
           I field[4][4];
-          quad_fields<B, kBits>(p, rows + 4 * q, at, 64, part, field);
+          quad_fields<B, kBits>(rows + 4 * q, of.stride, at, 64, part, field);
           for (int i = 0; i < 16; i++) chunk.code[q][part][i] = field[i / 4][i % 4];
         }
       }

@@ -200,8 +200,16 @@ void pack_bits(const uint8_t* codes, int n, uint8_t* out) {
   for (int b = 0; b < n; b++) out[b / 8] = static_cast<uint8_t>(out[b / 8] | (codes[b] & 1) << b % 8);
 }
 
-// A row's planes from its codes, which lie in order.
-void pack_planes(const RowPlan& p, const uint8_t* codes, uint8_t* row) {
+// Where a row's parts are to be written.
+struct Parts {
+  uint8_t* part[kMaxPlanes];
+  explicit Parts(const RowAt& at) {
+    for (int i = 0; i < kMaxPlanes; i++) part[i] = const_cast<uint8_t*>(at.part[i]);
+  }
+};
+
+// A row's planes (the first is at `plane[0]`) from its codes, which lie in order.
+void pack_planes(const RowPlan& p, const uint8_t* codes, uint8_t* const* plane) {
   const int group = p.format.group, bits = p.format.bits, steps = group / 4, vectors = steps / 4, pairs = bits / 2;
   uint8_t ordered[8][64];
   for (int g = 0; g < p.groups; g += kChunkGroups) {
@@ -210,22 +218,22 @@ void pack_planes(const RowPlan& p, const uint8_t* codes, uint8_t* row) {
       for (int lane = 0; lane < lanes; lane++)
         memcpy(ordered[t] + 4 * lane, codes + static_cast<int64_t>(g + lane) * group + 4 * t, 4);
     const int64_t at = static_cast<int64_t>(g) * group / 4;
-    for (int plane = 0; plane < pairs; plane++)
+    for (int i = 0; i < pairs; i++)
       for (int v = 0; v < vectors; v++) {
         const uint8_t* const field[4] = {ordered[v], ordered[v + vectors], ordered[v + 2 * vectors],
                                          ordered[v + 3 * vectors]};
-        combine(field, 4 * lanes, bits - 2 * (plane + 1), row + p.plane[plane] + at + v * 4 * lanes);
+        combine(field, 4 * lanes, bits - 2 * (i + 1), plane[i] + at + v * 4 * lanes);
       }
     if (bits % 2)
       for (int t = 0; t < steps; t++)
-        pack_bits(ordered[t], 4 * lanes,
-                  row + p.plane[pairs] + static_cast<int64_t>(g) / kChunkGroups * (kChunkGroups / 2) * steps +
-                      t * ((lanes + 1) / 2));
+        pack_bits(
+            ordered[t], 4 * lanes,
+            plane[pairs] + static_cast<int64_t>(g) / kChunkGroups * (kChunkGroups / 2) * steps + t * ((lanes + 1) / 2));
   }
 }
 
 // A neuron's planes from its codes, one for each (padded) output.
-void pack_neuron(const NeuronPlan& p, const uint8_t* codes, uint8_t* row) {
+void pack_neuron(const NeuronPlan& p, const uint8_t* codes, const Parts& row) {
   const int bits = p.format.bits, pairs = bits / 2;
   uint8_t ordered[4][64];
   for (int begin = 0; begin < p.d; begin += 256) {
@@ -236,9 +244,8 @@ void pack_neuron(const NeuronPlan& p, const uint8_t* codes, uint8_t* row) {
           memcpy(ordered[f] + 16 * k + 4 * i, codes + begin + f * bytes + 4 * blocks * i + 4 * k, 4);
     const uint8_t* const field[4] = {ordered[0], ordered[1], ordered[2], ordered[3]};
     for (int plane = 0; plane < pairs; plane++)
-      combine(field, bytes, bits - 2 * (plane + 1), row + p.plane[plane] + begin / 4);
-    if (bits % 2)
-      for (int f = 0; f < 4; f++) pack_bits(ordered[f], bytes, row + p.plane[pairs] + (begin + f * bytes) / 8);
+      combine(field, bytes, bits - 2 * (plane + 1), row.part[plane] + begin / 4);
+    for (int f = 0; f < 4 && bits % 2; f++) pack_bits(ordered[f], bytes, row.part[pairs] + (begin + f * bytes) / 8);
   }
 }
 
@@ -247,8 +254,9 @@ void pack_rows(const griffin_matrix& matrix, const Source& source, int64_t first
   const RowPlan p = row_plan(f, matrix.d_in);
   Piece piece;
   for (int64_t o = first; o < last; o++) {
-    uint8_t* const row = static_cast<uint8_t*>(const_cast<void*>(matrix.weight)) + o * matrix.stride;
-    memset(row, 0, static_cast<size_t>(p.plane[0]));
+    Parts parts(p.at(matrix.weight, o));
+    uint8_t* const row = parts.part[0];
+    memset(row, 0, static_cast<size_t>(p.codes));
     for (int i = 0; i < p.supers; i++) {
       const int n = std::min(kSuper, p.d - kSuper * i);
       source.read(o, i, n, piece);
@@ -267,7 +275,8 @@ void pack_rows(const griffin_matrix& matrix, const Source& source, int64_t first
         memcpy(row + p.offset + offset * at, piece.offset, static_cast<size_t>(offset * count));
       }
     }
-    pack_planes(p, codes, row);
+    parts.part[0] += p.codes;
+    pack_planes(p, codes, parts.part);
   }
 }
 
@@ -302,9 +311,8 @@ void pack_neurons(const griffin_matrix& matrix, const Source& source, int64_t su
       }
     }
   }
-  uint8_t* const rows = static_cast<uint8_t*>(const_cast<void*>(matrix.weight));
   for (int j = 0; j < n; j++)
-    pack_neuron(p, codes + static_cast<int64_t>(j) * p.d, rows + (super * kSuper + j) * matrix.stride);
+    pack_neuron(p, codes + static_cast<int64_t>(j) * p.d, Parts(p.at(matrix.weight, super * kSuper + j)));
 }
 
 int pack(const griffin_matrix& matrix, const Source& source, int threads) {
@@ -357,16 +365,21 @@ int griffin_gguf_format(int type, griffin_grouped* format, int32_t* block_weight
   return GRIFFIN_OK;
 }
 
-int64_t griffin_grouped_bytes(const griffin_matrix* matrix, int64_t* row_bytes) {
-  if (!matrix || !row_bytes || !valid_grouped(matrix->grouped) || matrix->d_in < 1 || matrix->d_out < 1 ||
+int64_t griffin_grouped_bytes(const griffin_matrix* matrix, griffin_parts* parts) {
+  if (!matrix || !parts || !valid_grouped(matrix->grouped) || matrix->d_in < 1 || matrix->d_out < 1 ||
       matrix->d_in > kMaxSupers * kSuper)
     return -1;
+  const auto tell = [&](int64_t codes, const int64_t* part, int64_t bytes) {
+    *parts = {kBlock, plane_count(matrix->grouped.bits), codes, {}, bytes};
+    memcpy(parts->begin, part, sizeof parts->begin);
+  };
   if (!matrix->neuron_major) {
-    *row_bytes = row_plan(matrix->grouped, matrix->d_in).bytes;
+    const RowPlan p = row_plan(matrix->grouped, matrix->d_in);
+    tell(p.codes, p.part, p.bytes);
     return 0;
   }
   const NeuronPlan p = neuron_plan(matrix->grouped, matrix->d_out, matrix->d_in);
-  *row_bytes = p.bytes;
+  tell(0, p.part, p.bytes);
   return p.scale_bytes;
 }
 

@@ -84,7 +84,7 @@ const uint8_t* Rows::unpacked(int64_t o, int i) const {
 
 void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const {
   if (grouped_) {
-    for (int i = 0; i < m; i++) dot(o[i], rows, n, out + i * n, row(next[i]));
+    for (int i = 0; i < m; i++) dot(o[i], rows, n, out + i * n, at(next[i]));
     return;
   }
   const Input* x[kMaxRows];
@@ -94,10 +94,10 @@ void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, cons
   dot_(w, m, x, n, matrix_.d_in, out, ahead);
 }
 
-void Rows::dot(int64_t o, const int* rows, int n, float* out, const uint8_t* next) const {
+void Rows::dot(int64_t o, const int* rows, int n, float* out, const RowAt& next) const {
   const GroupedInput* x[kMaxRows];
   for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]].grouped[matrix_.grouped.group == 32];
-  grouped_(plan_, row(o), x, n, out, next);
+  grouped_(plan_, at(o), x, n, out, next);
 }
 
 void Rows::dot_many(int64_t o, int m, int first, int n, float* out, int64_t stride) const {
@@ -107,9 +107,9 @@ void Rows::dot_many(int64_t o, int m, int first, int n, float* out, int64_t stri
   const GroupedInput* x[kManyInputs];
   for (int r = 0; r < n; r++) x[r] = &inputs_[first + r].grouped[wide];
   for (int i = 0; i < m; i += set.tile) {
-    const uint8_t* rows[16];
+    RowAt rows[16];
     const int count = m - i < set.tile ? m - i : set.tile;
-    for (int t = 0; t < count; t++) rows[t] = row(o + i + t);
+    for (int t = 0; t < count; t++) rows[t] = at(o + i + t);
     many(plan_, rows, count, x, n, out + i, stride);
   }
 }

@@ -44,17 +44,18 @@ class Rows {
   // will be wanted soon.
   void dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const;
   // A grouped matrix's row o; `next` may be any row, of another matrix too.
-  void dot(int64_t o, const int* rows, int n, float* out, const uint8_t* next) const;
+  void dot(int64_t o, const int* rows, int n, float* out, const RowAt& next) const;
   // A grouped matrix's rows o .. o + m with the inputs first .. first + n: out[r * stride + i], r < n.
   void dot_many(int64_t o, int m, int first, int n, float* out, int64_t stride) const;
   // The same for row o of two matrices: out[at] is a's product, out[n + at] b's.
   static void dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next);
   bool grouped() const { return grouped_ != nullptr; }
-  const uint8_t* row(int64_t o) const { return static_cast<const uint8_t*>(matrix_.weight) + o * matrix_.stride; }
-  int64_t row_bytes() const { return row_bytes_; }  // of weights and scales
+  RowAt at(int64_t o) const { return plan_.at(matrix_.weight, o); }  // of a grouped matrix
+  int64_t row_bytes() const { return row_bytes_; }                   // of weights and scales
   float bias(int64_t o) const { return matrix_.bias ? matrix_.bias[o] : 0.f; }
 
  private:
+  const uint8_t* row(int64_t o) const { return static_cast<const uint8_t*>(matrix_.weight) + o * matrix_.stride; }
   // Row o of a table format as float32, in the room's half i; it stays there until another is asked for.
   const uint8_t* unpacked(int64_t o, int i) const;
 

@@ -18,6 +18,7 @@ constexpr Layout kLayouts[] = {
     LAYOUT(griffin_io, dynamic),        LAYOUT(griffin_norm, reserved),    LAYOUT(griffin_layer, window),
     LAYOUT(griffin_decoder, sines),     LAYOUT(griffin_cache, reserved),   LAYOUT(griffin_experts, dynamic),
     LAYOUT(griffin_grouped, span),      LAYOUT(griffin_codes, sub_offset), LAYOUT(griffin_gguf_tensor, type),
+    LAYOUT(griffin_parts, bytes),
 };
 
 const Layout* find(const char* name) {

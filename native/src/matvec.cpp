@@ -156,10 +156,10 @@ class NeuronProduct {
     const uint8_t* const scales = static_cast<const uint8_t*>(m_.scales);
     for (int from = 0; from < plan_.groups; from += kGroups) {
       const int count = plan_.groups - from < kGroups ? plan_.groups - from : kGroups;
-      const uint8_t* rows[kGroups * 32];
+      const uint8_t* rows[kMaxPlanes][kGroups * 32];
       for (int j = 0; j < count * group; j++) {
-        const int neuron = from * group + j;  // behind the last one z is zero
-        rows[j] = static_cast<const uint8_t*>(m_.weight) + (neuron < m_.d_in ? neuron : 0) * m_.stride;
+        const RowAt row = plan_.at(m_.weight, int64_t{from} * group + j);  // behind the last neuron z is zero
+        for (int i = 0; i < plan_.planes; i++) rows[i][j] = row.part[i];
       }
       if (io_.rows > 1) {
         const ManyZ z{io_.rows,
@@ -170,13 +170,15 @@ class NeuronProduct {
                       plan_.groups,
                       y_,
                       plan_.d};
-        set.down_many[m_.grouped.bits - 2](plan_, GroupsOfNeurons{scales, from, count, rows}, begin, end, z);
+        set.down_many[m_.grouped.bits - 2](plan_, GroupsOfNeurons{scales, from, count, rows[0], kGroups * 32}, begin,
+                                           end, z);
         continue;
       }
       for (int g = 0; g < count; g++) {
         const int at = from + g;
-        const GroupOfNeurons of{scales,      at,      quads, total_[at], rows + g * group, quads_ + at * kGroupQuads,
-                                factor_[at], nullptr, 0};
+        const GroupOfNeurons of{
+            scales,      at,      quads, total_[at], 0, rows[0] + g * group, kGroups * 32, quads_ + at * kGroupQuads,
+            factor_[at], nullptr, 0};
         set.down[m_.grouped.bits - 2](plan_, of, begin, end, y_);
       }
     }

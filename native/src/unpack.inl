@@ -27,33 +27,33 @@ inline void add_bits(const uint8_t* bits, int n, uint8_t* codes) {
 }
 
 // The codes of a row's chunk (groups g .. g + lanes), in their order.
-inline void chunk_codes(const RowPlan& p, const uint8_t* row, int g, int lanes, uint8_t* codes) {
+inline void chunk_codes(const RowPlan& p, const RowAt& row, int g, int lanes, uint8_t* codes) {
   const int group = p.format.group, bits = p.format.bits, steps = group / 4, vectors = steps / 4;
   for (int v = 0; v < vectors; v++) {
     const uint8_t* plane[4];
-    for (int i = 0; i < bits / 2; i++) plane[i] = row + p.plane[i] + (int64_t)g * group / 4 + v * 4 * lanes;
+    for (int i = 0; i < bits / 2; i++)
+      plane[i] = row.part[i] + (i ? 0 : p.codes) + (int64_t)g * group / 4 + v * 4 * lanes;
     uint8_t field[4][64];
     split_planes(plane, bits, 4 * lanes, field);
     for (int f = 0; f < 4; f++) {
       const int t = v + f * vectors;
       if (bits % 2)
-        add_bits(
-            row + p.plane[bits / 2] + (int64_t)(g / kChunkGroups) * (kChunkGroups / 2) * steps + t * ((lanes + 1) / 2),
-            4 * lanes, field[f]);
+        add_bits(row.part[bits / 2] + (int64_t)(g / kChunkGroups) * (kChunkGroups / 2) * steps + t * ((lanes + 1) / 2),
+                 4 * lanes, field[f]);
       for (int lane = 0; lane < lanes; lane++) memcpy(codes + lane * group + 4 * t, field[f] + 4 * lane, 4);
     }
   }
 }
 
 // The codes of a neuron's chunk of n outputs from `begin` on, in their order.
-inline void neuron_codes(const NeuronPlan& p, const uint8_t* row, int begin, int n, uint8_t* codes) {
+inline void neuron_codes(const NeuronPlan& p, const RowAt& row, int begin, int n, uint8_t* codes) {
   const int bits = p.format.bits, bytes = n / 4, blocks = bytes / kFieldBlock;
   const uint8_t* plane[4];
-  for (int i = 0; i < bits / 2; i++) plane[i] = row + p.plane[i] + begin / 4;
+  for (int i = 0; i < bits / 2; i++) plane[i] = row.part[i] + begin / 4;
   uint8_t field[4][64];
   split_planes(plane, bits, bytes, field);
   for (int f = 0; f < 4; f++) {
-    if (bits % 2) add_bits(row + p.plane[bits / 2] + (begin + f * bytes) / 8, bytes, field[f]);
+    if (bits % 2) add_bits(row.part[bits / 2] + (begin + f * bytes) / 8, bytes, field[f]);
     for (int k = 0; k < blocks; k++)
       for (int i = 0; i < 4; i++) memcpy(codes + f * bytes + 4 * blocks * i + 4 * k, field[f] + 16 * k + 4 * i, 4);
   }
@@ -106,14 +106,15 @@ inline float sub_at(const griffin_grouped& f, const uint8_t* sub, int64_t i) {
   return f.scale == GRIFFIN_SCALE_SUB_SIGNED ? (float)(int8_t)sub[i] : (float)sub[i];
 }
 
-template <class T> void unpack_grouped_row(const RowPlan& p, const float* table, const uint8_t* row, int64_t d,
+template <class T> void unpack_grouped_row(const RowPlan& p, const float* table, const RowAt& at_row, int64_t d,
                                            T* out) {
+  const uint8_t* const row = at_row.part[0];
   const griffin_grouped& f = p.format;
   const bool supers = has_supers(f);
   uint8_t codes[kChunkGroups * 32];
   for (int g = 0; g < p.groups; g += kChunkGroups) {
     const int lanes = p.groups - g < kChunkGroups ? p.groups - g : kChunkGroups;
-    chunk_codes(p, row, g, lanes, codes);
+    chunk_codes(p, at_row, g, lanes, codes);
     for (int lane = 0; lane < lanes; lane++) {
       const int64_t at = (int64_t)(g + lane) * f.group / (supers ? kSuper : f.span);
       const float scale = f.scale == GRIFFIN_SCALE_F32 ? float_at(row, at) : half_at(row, at);
@@ -135,7 +136,7 @@ template <class T> void unpack_grouped_row(const RowPlan& p, const float* table,
 
 // Scales and offsets of a group of neurons, a chunk of outputs at a time.
 template <class T>
-void unpack_neuron(const NeuronPlan& p, const float* table, const uint8_t* scales, const uint8_t* row, int64_t neuron,
+void unpack_neuron(const NeuronPlan& p, const float* table, const uint8_t* scales, const void* weight, int64_t neuron,
                    int64_t begin, int64_t end, T* out) {
   const griffin_grouped& f = p.format;
   const bool supers = has_supers(f);
@@ -146,7 +147,7 @@ void unpack_neuron(const NeuronPlan& p, const float* table, const uint8_t* scale
   float s[256], m[256], values[256];
   for (int64_t at = begin; at < end; at += 256) {
     const int n = p.d - at < 256 ? (int)(p.d - at) : 256;
-    neuron_codes(p, row, (int)at, n, codes);
+    neuron_codes(p, p.at(weight, neuron), (int)at, n, codes);
     for (int c = 0; c < n; c++) s[c] = f.scale == GRIFFIN_SCALE_F32 ? float_at(base, at + c) : half_at(base, at + c);
     if (f.scale == GRIFFIN_SCALE_SUB_UNSIGNED)
       for (int c = 0; c < n; c++) s[c] *= (float)sub[at + c];
@@ -192,14 +193,13 @@ template <class T> void unpack(const Unpack& u, int64_t from, int64_t to) {
   if (grouped && !matrix.neuron_major) rows = row_plan(matrix.grouped, matrix.d_in);
   for (int64_t i = from; i < to; i++) {
     const int64_t which = u.rows ? u.rows[i] : u.first + i;
-    const uint8_t* const row = (const uint8_t*)matrix.weight + which * matrix.stride;
     T* const out = (T*)u.out + i * u.out_stride;
     if (!grouped)
-      unpack_floats(matrix.format, row, u.begin, u.end, out);
+      unpack_floats(matrix.format, (const uint8_t*)matrix.weight + which * matrix.stride, u.begin, u.end, out);
     else if (matrix.neuron_major)
-      unpack_neuron(neurons, matrix.table, (const uint8_t*)matrix.scales, row, which, u.begin, u.end, out);
+      unpack_neuron(neurons, matrix.table, (const uint8_t*)matrix.scales, matrix.weight, which, u.begin, u.end, out);
     else
-      unpack_grouped_row(rows, matrix.table, row, matrix.d_in, out);
+      unpack_grouped_row(rows, matrix.table, rows.at(matrix.weight, which), matrix.d_in, out);
   }
 }
 

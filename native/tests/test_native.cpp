@@ -117,10 +117,10 @@ struct Weights {
     const int n = neuron_major ? d_in : d_out, d = neuron_major ? d_out : d_in;
     values.resize(static_cast<size_t>(n) * d);
     if (kind.format == GRIFFIN_GROUPED) {
-      int64_t row_bytes;
-      const int64_t scale_bytes = griffin_grouped_bytes(&matrix, &row_bytes);
-      matrix.stride = row_bytes + 64 * between(0, 1);
-      rows.assign(static_cast<size_t>(matrix.stride * n + GRIFFIN_SLACK), 0xff);
+      griffin_parts parts;
+      const int64_t scale_bytes = griffin_grouped_bytes(&matrix, &parts);
+      const int64_t whole = (n + parts.block - 1) / parts.block * parts.block;
+      rows.assign(static_cast<size_t>(parts.bytes * whole + GRIFFIN_SLACK), 0xff);
       scales.assign(static_cast<size_t>(scale_bytes), 0xff);
       matrix.weight = rows.data(), matrix.scales = neuron_major ? scales.data() : nullptr;
       kind.gguf >= 0 ? from_gguf(kind) : from_codes(kind);
@@ -645,13 +645,13 @@ void check_refusals(const Kind& kind) {
   griffin_matrix& m = w.matrix;
   const bool grouped = kind.format == GRIFFIN_GROUPED;
   const auto refused = [&](const char* what) {
-    int64_t row_bytes;
+    griffin_parts parts;
     bool all =
         griffin_matvec(&m, &call.io, 1) == GRIFFIN_BAD_ARGUMENT &&
         griffin_unpack(&m, nullptr, 0, 1, 0, m.d_in, bytes.data(), GRIFFIN_F32, m.d_in, 1) == GRIFFIN_BAD_ARGUMENT &&
         griffin_pack_codes(&m, &codes, 1) == GRIFFIN_BAD_ARGUMENT;
     if (kind.gguf >= 0) all &= griffin_pack_gguf(&m, kind.gguf, bytes.data(), nullptr, 1) == GRIFFIN_BAD_ARGUMENT;
-    if (grouped && m.weight) all &= griffin_grouped_bytes(&m, &row_bytes) == -1;
+    if (grouped && m.weight) all &= griffin_grouped_bytes(&m, &parts) == -1;
     if (!all) failures++, printf("a wrong %s is taken, %s\n", what, kind.name().c_str());
   };
   const auto refuses = [&](const char* what, auto& place, auto value) {
@@ -698,12 +698,11 @@ void check_refusals(const Kind& kind) {
   const int64_t far[] = {0, 40};
   bad("a row beyond the last", griffin_unpack(&m, far, 0, 2, 0, 256, bytes.data(), GRIFFIN_F32, 256, 1));
   if (!grouped) return;
-  int64_t row_bytes;
+  griffin_parts parts;
   down.matrix.scales = nullptr;
   unpack(down.matrix, 0, 1, 0, 256, 0);
   bad("a matrix without scales", griffin_pack_codes(&down.matrix, &codes, 1));
-  expect(griffin_grouped_bytes(nullptr, &row_bytes) == -1 && griffin_grouped_bytes(&m, nullptr) == -1,
-         "bytes of nothing");
+  expect(griffin_grouped_bytes(nullptr, &parts) == -1 && griffin_grouped_bytes(&m, nullptr) == -1, "bytes of nothing");
   for (const int part : {0, 1, 2, 3, 4}) {
     griffin_codes less = codes;
     const bool sub = kind.grouped.scale <= GRIFFIN_SCALE_SUB_SIGNED,

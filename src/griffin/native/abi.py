@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-ABI = 9
+ABI = 10
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
 FORMATS = ("f32", "bf16", "f16", "grouped")
@@ -143,6 +143,10 @@ class CodesStruct(ctypes.Structure):
     _fields_ = [(name, _pointer) for name in ("codes", "scale", "offset", "sub", "sub_offset")]
 
 
+class PartsStruct(ctypes.Structure):
+    _fields_ = [("block", _i32), ("planes", _i32), ("codes", _i64), ("begin", _i64 * 5), ("bytes", _i64)]
+
+
 class GgufTensorStruct(ctypes.Structure):
     _fields_ = [
         ("matrix", MatrixStruct),
@@ -156,6 +160,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "griffin_grouped": GroupedStruct,
     "griffin_codes": CodesStruct,
     "griffin_gguf_tensor": GgufTensorStruct,
+    "griffin_parts": PartsStruct,
     "griffin_ff_block": BlockStruct,
     "griffin_matrix": MatrixStruct,
     "griffin_dynamic": DynamicStruct,

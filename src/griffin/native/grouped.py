@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from griffin.native import abi, library
-from griffin.native.packing import GGUF_TYPES, SLACK, PackedTensor, huge_pages
+from griffin.native.packing import GGUF_TYPES, SLACK, PackedTensor, huge_pages, parts_of
 
 _COLUMNS = 256  # a column range of neuron-major weights begins at a multiple of this
 GROUP = 32
@@ -100,7 +100,8 @@ class Packed:
     """A matrix W (out, in) in a format, as the library reads it.
 
     Shapes:
-        rows: (out, bytes of a row) uint8, or neuron-major (in, bytes of a row); `SLACK` readable bytes follow
+        rows: (blocks, bytes of a block) uint8: blocks of 32 rows of W, neuron-major of its columns, part after part;
+            `SLACK` readable bytes follow
         scales: neuron-major: (bytes,) uint8, scales and offsets of all groups; else None (they are in the rows)
     """
 
@@ -128,28 +129,23 @@ class Packed:
 
     def row_bytes(self, planes: int | None = None) -> int:
         """Bytes of a row that is read to its first planes; None: all. Neuron-major: without scales."""
-        if planes is None or planes >= len(self.format.planes):
-            return int(self.rows.shape[1])
-        return self._planes_at + planes * self._plane_bytes
+        count = self._layout.planes
+        return int(self._layout.begin[count if planes is None else min(planes, count)])
+
+    @cached_property
+    def _layout(self) -> abi.PartsStruct:
+        return parts_of(library.loaded(), self.struct())[0]
 
     @property
-    def _plane_bytes(self) -> int:
-        """Bytes of a plane of 2 bits in a row."""
-        return (-(-self.d_out // 64) * 64 if self.neuron_major else self.format.padded(self.d_in)) // 4
+    def codes_at(self) -> int:
+        """Bytes of a row's first part before the codes: its scales and offsets."""
+        return int(self._layout.codes)
 
-    @property
-    def _planes_at(self) -> int:
-        """Where a row's planes begin: behind its scales and offsets, at whole cache lines."""
-        if self.neuron_major:
-            return 0
-        f, d = self.format, self.format.padded(self.d_in)
-        if f.supers:
-            vectors = 2 if f.offset == "sub" else 1
-            scales = vectors * (2 * -(-d // 256) + d // f.group)
-        else:
-            each = (4 if f.scale == "f32" else 2) + {"none": 0, "f16": 2, "code": 1}[f.offset]
-            scales = each * -(-d // f.span)
-        return -(-scales // 64) * 64
+    def part(self, plane: int) -> Tensor:
+        """The rows' parts with a plane, of the padding rows of the last block too: (blocks, 32, bytes), a view."""
+        block, begin = self._layout.block, self._layout.begin
+        own = self.rows[:, block * begin[plane] : block * begin[plane + 1]]
+        return own.view(len(own), block, -1)
 
     def reduced(self, planes: int) -> Reduced:
         """The matrix as its first planes say it, in copies of it.
@@ -164,7 +160,7 @@ class Packed:
         low, high = (empty(self.format, self.d_out, self.d_in, neuron_major=self.neuron_major) for _ in range(2))
         for each, bits in ((low, 0), (high, 255)):
             each.rows.copy_(self.rows)
-            each.rows[:, self.row_bytes(planes) :] = bits if planes < len(self.format.planes) else 0
+            each.rows[:, self._layout.block * self.row_bytes(planes) :] = bits
             if each.scales is not None and self.scales is not None:
                 each.scales.copy_(self.scales)
         return Reduced(low, high)
@@ -173,7 +169,7 @@ class Packed:
         """As the library takes it; the caller keeps the tensors alive. bias: (out,) float32, contiguous."""
         return abi.MatrixStruct(
             self.d_in, self.d_out, abi.GROUPED, int(self.neuron_major), self.format.struct, self.rows.data_ptr(),
-            self.rows.stride(0), library.address(self.scales), library.address(bias),
+            0, library.address(self.scales), library.address(bias),
             library.address(self.format.numbers),
         )  # fmt: skip
 
@@ -243,9 +239,7 @@ class Reduced:
 
 def row_bytes(format: Format, d_in: int) -> int:
     """Bytes of a row of W, scales included."""
-    struct, found = abi.MatrixStruct(d_in, 1, abi.GROUPED, 0, format.struct), ctypes.c_int64()
-    library.loaded().griffin_grouped_bytes(ctypes.addressof(struct), ctypes.addressof(found))
-    return found.value
+    return int(parts_of(library.loaded(), abi.MatrixStruct(d_in, 1, abi.GROUPED, 0, format.struct))[0].bytes)
 
 
 def empty(format: Format, d_out: int, d_in: int, *, neuron_major: bool = False) -> Packed:
@@ -255,13 +249,12 @@ def empty(format: Format, d_out: int, d_in: int, *, neuron_major: bool = False) 
         ValueError: a row longer than the library's longest (131,072).
     """
     struct = abi.MatrixStruct(d_in, d_out, abi.GROUPED, int(neuron_major), format.struct)
-    row_bytes = ctypes.c_int64()
-    scale_bytes = library.loaded().griffin_grouped_bytes(ctypes.addressof(struct), ctypes.addressof(row_bytes))
+    parts, scale_bytes = parts_of(library.loaded(), struct)
     if scale_bytes < 0:
         raise ValueError(f"{format.name}: no matrix of shape ({d_out}, {d_in})")
-    count = d_in if neuron_major else d_out
-    flat = torch.from_numpy(huge_pages(count * row_bytes.value + SLACK))
-    rows = flat[: count * row_bytes.value].view(count, row_bytes.value)
+    blocks = -(-(d_in if neuron_major else d_out) // parts.block)
+    size = parts.block * parts.bytes
+    rows = torch.from_numpy(huge_pages(blocks * size + SLACK))[: blocks * size].view(blocks, size)
     # kernels read whole vectors of scales too
     scales = torch.zeros(scale_bytes + SLACK, dtype=torch.uint8)[:scale_bytes] if neuron_major else None
     return Packed(format, d_out, d_in, rows, scales)

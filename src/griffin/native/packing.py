@@ -49,7 +49,8 @@ class PackedTensor:
     """A matrix W (out, in) of a file as the library reads it: what `griffin.native.grouped.Packed` is made of.
 
     Shapes:
-        rows: (out, bytes of a row), or neuron-major (in, bytes of a row); `SLACK` readable bytes follow
+        rows: (blocks, bytes of a block): blocks of 32 rows of W, neuron-major of its columns; `SLACK` readable bytes
+            follow
         scales: neuron-major: (bytes,); else None
     """
 
@@ -132,23 +133,25 @@ class Packing:
         (d_out, d_in), type = tensor.shape, GGUF_TYPES[tensor.type.name]
         major = source.tensor.endswith("ffn_down")
         matrix = abi.MatrixStruct(d_in=d_in, d_out=d_out, format=abi.GROUPED, neuron_major=int(major))
-        weights, size, row_bytes = ctypes.c_int32(), ctypes.c_int32(), ctypes.c_int64()
+        weights, size = ctypes.c_int32(), ctypes.c_int32()
         self._library.griffin_gguf_format(
             type, ctypes.addressof(matrix.grouped), ctypes.addressof(weights), ctypes.addressof(size)
         )
-        scale_bytes = self._library.griffin_grouped_bytes(ctypes.addressof(matrix), ctypes.addressof(row_bytes))
+        parts, scale_bytes = parts_of(self._library, matrix)
         if scale_bytes < 0:
             raise ValueError(f"{self._file.path}: tensor {tensor.name}: no matrix of shape {tensor.shape} is read")
-        count = d_in if major else d_out
-        rows = huge_pages(count * row_bytes.value + SLACK)
+        blocks, block_bytes = -(-(d_in if major else d_out) // parts.block), parts.block * parts.bytes
+        rows = huge_pages(blocks * block_bytes + SLACK)
         scales = huge_pages(scale_bytes + SLACK)[:scale_bytes] if major else None
-        matrix.weight, matrix.stride = rows.ctypes.data, row_bytes.value
+        matrix.weight = rows.ctypes.data
         matrix.scales = None if scales is None else scales.ctypes.data
         order = None if source.heads is None else row_order(d_out, source.heads)
-        rows = rows[: count * row_bytes.value].reshape(count, row_bytes.value)
+        rows = rows[: blocks * block_bytes].reshape(blocks, block_bytes)
         self._packed[tensor.name] = PackedTensor(tensor.type.name, d_out, d_in, rows, scales)
         self._kept.append(order)
-        step = d_out if major or order is not None else max(1, _PIECE // tensor.row_bytes)
+        step = d_out  # or whole blocks
+        if not major and order is None:
+            step = parts.block * max(1, _PIECE // (parts.block * tensor.row_bytes))
         pieces = []
         for first in range(0, d_out, step):
             n = min(step, d_out - first)
@@ -157,9 +160,16 @@ class Packing:
                 n * tensor.row_bytes, tensor.part.file.fileno(), type,
             )  # fmt: skip
             piece.matrix.d_out = n
-            piece.matrix.weight = matrix.weight + first * row_bytes.value
+            piece.matrix.weight = matrix.weight + first * parts.bytes
             pieces.append(piece)
         return pieces
+
+
+def parts_of(loaded: ctypes.CDLL, matrix: abi.MatrixStruct) -> tuple[abi.PartsStruct, int]:
+    """How a matrix's rows lie, and the bytes of its scales if they are apart; -1: there is no such matrix."""
+    parts = abi.PartsStruct()
+    scale_bytes = loaded.griffin_grouped_bytes(ctypes.addressof(matrix), ctypes.addressof(parts))
+    return parts, int(scale_bytes)
 
 
 def huge_pages(nbytes: int) -> Bytes:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from griffin.native.grouped import Format, Packed
+from griffin.native.grouped import Format, Packed, empty
 from griffin.native.packing import SLACK
 
 _SUPER = 256  # weights that share a scale which the groups' bytes multiply
-_BLOCK = 4096  # rows that are converted at a time
+_BLOCK = 4096  # rows that are converted at a time: whole blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +142,11 @@ _BYTES = {"f32": 4, "f16": 2, "code": 1}
 def _row_scales(packed: Packed) -> _Stored:
     """Scales and offsets at the start of the rows (`row_plan` in native/src/grouped.cpp)."""
     format, at = packed.format, 0
+    scales = packed.part(0)[:, :, : packed.codes_at].flatten(0, 1)[: packed.d_out]
 
     def take(count: int, dtype: torch.dtype) -> Tensor:
         nonlocal at
-        part = packed.rows[:, at : at + count * dtype.itemsize].contiguous().view(dtype)
+        part = scales[:, at : at + count * dtype.itemsize].contiguous().view(dtype)
         at += count * dtype.itemsize
         return part
 
@@ -190,31 +191,21 @@ def _sub_dtype(format: Format) -> torch.dtype:
 
 def _codes(packed: Packed, first: int, last: int) -> Tensor:
     """Codes of rows, (rows, columns) uint8: the library unpacks them where every scale is 1 and every offset 0."""
-    plain = replace(packed.format, scale="f16", offset="none", zero=0, span=packed.format.group)
-    rows = packed.rows[first:last]
+    plain, count = replace(packed.format, scale="f16", offset="none", zero=0, span=packed.format.group), last - first
+    blocks = slice(first // packed.part(0).shape[1], -(-last // packed.part(0).shape[1]))
     if packed.neuron_major:
         d = -(-packed.d_out // 64) * 64
-        ones = torch.ones(-(-len(rows) // plain.group), d, dtype=torch.float16)
+        ones = torch.ones(-(-count // plain.group), d, dtype=torch.float16)
         scales = torch.zeros(ones.nbytes + SLACK, dtype=torch.uint8)[: ones.nbytes]
         scales[:] = ones.view(torch.uint8).view(-1)
-        return Packed(plain, packed.d_out, len(rows), _with_slack(rows), scales).unpack().to(torch.uint8)
-    n = plain.padded(packed.d_in)
-    before, now = _scales_end(packed.format, n), _scales_end(plain, n)
-    ones = torch.ones(len(rows), n // plain.group, dtype=torch.float16).view(torch.uint8)
-    planes = rows[:, before:]
-    moved = torch.cat([torch.nn.functional.pad(ones, (0, now - ones.shape[1])), planes], dim=1)
-    return Packed(plain, len(rows), packed.d_in, _with_slack(moved), None).unpack().to(torch.uint8)
-
-
-def _scales_end(format: Format, n: int) -> int:
-    """Bytes of a row before its codes."""
-    if format.supers:
-        supers, groups = -(-n // _SUPER), n // format.group
-        end = 2 * supers + groups + (2 * supers + groups if format.offset == "sub" else 0)
-    else:
-        spans = -(-n // format.span)
-        end = (_BYTES[format.scale] + {"none": 0, "f16": 2, "code": 1}[format.offset]) * spans
-    return -(-end // 64) * 64
+        return Packed(plain, packed.d_out, count, _with_slack(packed.rows[blocks]), scales).unpack().to(torch.uint8)
+    moved, n = empty(plain, count, packed.d_in), plain.padded(packed.d_in)
+    ones = torch.ones(n // plain.group, dtype=torch.float16).view(torch.uint8)
+    moved.part(0)[:, :, : len(ones)] = ones
+    moved.part(0)[:, :, moved.codes_at :][:, :, : n // 4] = packed.part(0)[blocks, :, packed.codes_at :][:, :, : n // 4]
+    for plane in range(1, len(plain.planes)):
+        moved.part(plane)[:] = packed.part(plane)[blocks]
+    return moved.unpack().to(torch.uint8)
 
 
 def _with_slack(rows: Tensor) -> Tensor:
