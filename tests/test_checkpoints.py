@@ -114,10 +114,20 @@ def float8(name: str, block: tuple[int, int], dtype: torch.dtype = torch.float8_
         high, wide = (size if size > 0 else whole for size, whole in zip(block, weight.shape, strict=True))
         blocks = weight.view(d_out // high, high, d_in // wide, wide)
         scale = blocks.abs().amax((1, 3)) / 240
+        exponents = scale.log2().ceil()
+        if shape in ("mx", "e8m0"):
+            scale = exponents.exp2()
         stored = (blocks / scale[:, None, :, None]).to(dtype)
         meant = (stored.float() * scale[:, None, :, None]).view(d_out, d_in)
-        flat = {"": scale, "one": scale.view(-1)[:1], "none": scale.view(-1)[0]}[shape]
-        return {"weight": stored.view(d_out, d_in), name: flat}, meant
+        kept = {
+            "": scale,
+            "one": scale.view(-1)[:1],
+            "none": scale.view(-1)[0],
+            "mx": (exponents + 127).to(torch.uint8),
+            "e8m0": (exponents + 127).to(torch.uint8),
+        }[shape]
+        kept = kept.view(torch.float8_e8m0fnu) if shape == "e8m0" else kept  # which torch has from 2.7 on
+        return {"weight": stored.view(d_out, d_in), name: kept}, meant
 
     return pack
 
@@ -230,6 +240,10 @@ CASES = {
     ),
     "fp8-block": Case(float8("weight_scale_inv", (64, 64)), FP8 | {"weight_block_size": [64, 64]}, "FP8-e4m3"),
     "fp8-all": Case(float8("weight_scale_inv", (-1, -1), shape="none"), FP8, "FP8-e4m3"),
+    "fp8-mx": Case(float8("weight_scale_inv", (1, 32), shape="mx"), FP8 | {"weight_block_size": [1, 32]}, "FP8-e4m3"),
+    "fp8-e8m0": Case(
+        float8("weight_scale_inv", (64, 64), shape="e8m0"), FP8 | {"weight_block_size": [64, 64]}, "FP8-e4m3"
+    ),
     "fp8-e5m2": Case(float8("weight_scale_inv", (-1, -1), E5M2, shape="none"), FP8, "FP8-e5m2"),
     "fbgemm": Case(float8("weight_scale", (1, -1)), {"quant_method": "fbgemm_fp8"}, "FP8-e4m3"),
     "nf4": Case(bitsandbytes(64, False), BNB, "NF4"),

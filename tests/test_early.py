@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import griffin
 from griffin import GriffinError
 from griffin.gguf.config import sources_of
 from griffin.gguf.names import row_order
 from griffin.gguf.reader import GgufFile
-from griffin.models import early
+from griffin.layouts import find_ff_blocks
+from griffin.method.dynamic import output_norms
+from griffin.models import early, gguf_model
 from griffin.models.builtin import BUILTIN, builtin_file
 from griffin.native import grouped
 from griffin.native.packing import GGUF_TYPES, Packing
@@ -78,6 +81,25 @@ def test_what_was_begun_is_taken_once_and_can_be_dropped(path: Path) -> None:
     assert threading.active_count() == before
     early.begin(path.with_name("missing.gguf"))
     assert not early._begun
+
+
+def test_norms_are_there_once_a_file_is_loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = griffin.load(path)
+    blocks = find_ff_blocks(model)
+    expected = [block.output_norms() for block in blocks]
+    monkeypatch.delattr(grouped.Packed, "row_norms")
+    assert all(torch.equal(output_norms(block), norms) for block, norms in zip(blocks, expected, strict=True))
+
+
+def test_a_damaged_vocabulary_stops_the_packing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> None:
+        raise GriffinError("damaged")
+
+    before = threading.active_count()
+    monkeypatch.setattr(gguf_model, "tokenizer_of", damaged)
+    with pytest.raises(GriffinError, match="damaged"):
+        griffin.load(path)
+    assert threading.active_count() == before
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,8 @@ Layouts, O outputs, I inputs, G groups of a row:
 - bitsandbytes 4 bit: weight, two codes a byte, the first in the high nibble; weight.absmax, a scale for a block of
   values; weight.quant_map, the table. Double quantisation: absmax are bytes, nested_quant_map[byte] * nested_absmax of
   256 of them + nested_offset.
-- FP8: weight (O, I) float8, weight_scale_inv for a block, a row or all; FBGEMM's weight_scale (O, 1).
+- FP8: weight (O, I) float8, weight_scale_inv for a block, a row or all, of MXFP8 as bytes, 2^(byte - 127); FBGEMM's
+  weight_scale (O, 1).
 """
 
 from __future__ import annotations
@@ -389,7 +390,10 @@ def _read_fp8(settings: Settings, linear: Stored) -> Grouped | None:
         return None
     name = "weight_scale_inv" if "weight_scale_inv" in linear.tensors else "weight_scale"
     block = tuple(settings.get("weight_block_size") or (1, linear.d_in))
-    return _fp8(linear, _scales(linear, name, block), block[1])
+    scale = _scales(linear, name, block)
+    if scale.dtype == torch.uint8:
+        scale = (scale.float() - 127).exp2()
+    return _fp8(linear, scale, block[1])
 
 
 def _fp8(linear: Stored, scale: Tensor, size: int) -> Grouped:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, redirect_stderr
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from griffin.gguf.dequantise import dequantise
 from griffin.gguf.names import Source, row_order
 from griffin.gguf.reader import AGAIN, GgufFile, GgufTensor
 from griffin.gguf.tokenizer import tokenizer_of
+from griffin.layouts import find_ff_blocks
+from griffin.method.dynamic import output_norms
 from griffin.models import early
 from griffin.models.cache_entry import one_line
 from griffin.native import library
 from griffin.native.grouped import Packed
-from griffin.native.packing import GGUF_TYPES, PackedTensor
+from griffin.native.packing import GGUF_TYPES, PackedTensor, Packing
 from griffin.weights.quantised import QuantisedEmbedding, QuantisedLinear, forget_ties
 
 logger = logging.getLogger("griffin")
@@ -57,18 +60,39 @@ def read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, P
     if dtype is not None:
         early.dropped(path)
     file, packing = early.taken(path) if dtype is None else (GgufFile(path), None)
-    with file, packing or nullcontext():
+    with file:
         if (reason := gguf_config.why_not(file)) is not None:
             return _by_transformers(file, dtype or torch.bfloat16, reason)
-        if dtype is None and packing is None:
-            _tell_dequantised(file)
-        model = empty_model(file, dtype or (torch.bfloat16 if packing is None else torch.float32))
-        tokenizer = tokenizer_of(file, model.config)
         if packing is not None:
-            pack(model, file, packing.wait())
+            model, tokenizer = _as_stored(file, packing)
+        else:
+            if dtype is None:
+                _tell_dequantised(file)
+            model = empty_model(file, dtype or torch.bfloat16)
+            tokenizer = tokenizer_of(file, model.config)
         fill(model, file)
         file.check_unchanged()
         return model, tokenizer
+
+
+def _as_stored(file: GgufFile, packing: Packing) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, weights as the file has them; what is not packed is not filled yet.
+
+    A tokenizer takes Python's lock and half a second. Packing, and then the norms that dynamic neuron selection would
+    ask for at the first prompt, take a thread of their own and hardly the lock.
+    """
+
+    def prepare() -> None:
+        pack(model, file, packing.wait())
+        for block in find_ff_blocks(model):
+            output_norms(block)
+
+    with ThreadPoolExecutor(1) as beside, packing:  # a damaged vocabulary stops the packing first
+        model = empty_model(file, torch.float32)
+        prepared = beside.submit(prepare)
+        tokenizer = tokenizer_of(file, model.config)
+        prepared.result()
+    return model, tokenizer
 
 
 def _tell_dequantised(file: GgufFile) -> None:
