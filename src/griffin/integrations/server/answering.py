@@ -18,6 +18,7 @@ from griffin.integrations.server.constraints import Grammars
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, refusal
 from griffin.integrations.server.metrics import Metrics
+from griffin.integrations.server.schema import GriffinSettings
 from griffin.integrations.server.tools import MARKS, Calls, why_no_calls
 from griffin.integrations.server.types import (
     Activations,
@@ -29,7 +30,7 @@ from griffin.integrations.server.types import (
     StoppedError,
     Summary,
 )
-from griffin.integrations.server.validation import Settings
+from griffin.integrations.server.validation import Settings, config_of, lossless_of
 
 _T = TypeVar("_T")
 
@@ -162,7 +163,7 @@ class Answering:
     def start(
         self,
         prompts: Sequence[Sequence[int]],
-        config: GriffinConfig,
+        given: GriffinSettings | None,
         sampling: Sampling,
         *,
         n: int = 1,
@@ -175,12 +176,17 @@ class Answering:
         Closing the iterator cancels the request.
 
         Args:
+            given: the request's own settings of GRIFFIN.
             calls: whether to take calls of tools out of the text.
 
         Raises:
-            ApiError: the engine refuses the request, now or while the iterator runs.
+            ApiError: the settings are wrong, or the engine refuses the request, now or while the iterator runs.
         """
-        request, events = self._submitted(prompts, config, sampling, n=n, logprobs=logprobs, constraint=constraint)
+        config = config_of(self.engine, given)
+        lossless = lossless_of(self.settings, given, config)
+        request, events = self._submitted(
+            prompts, config, sampling, n=n, lossless=lossless, logprobs=logprobs, constraint=constraint
+        )
         return self._events(request, events, Calls() if calls else None)
 
     async def activations(self, ids: Sequence[int], config: GriffinConfig, layer: int) -> Activations:

@@ -68,10 +68,13 @@ def serve(
         shown = f"[{address}]" if ":" in address else address
         log.say(
             f"{settings.model} at http://{shown}:{bound_port}: API at /v1, page at / "
-            f"(density {config.density:g}, {config.selection}; step: {engine.step_name}; "
+            f"(density {config.density:g}, {config.selection}{', lossless drafts' if settings.lossless else ''}; "
+            f"step: {engine.step_name}; "
             f"{limits.max_sequences} places, {limits.cache_bytes / 1e9:.1f} GB of keys and values, "
             f"{limits.prefix_bytes / 1e9:.1f} GB of kept prompts, {most.most} connections)"
         )
+        if settings.lossless and engine.step_name != "native":
+            log.say("nothing will be drafted, as lossless drafts need the native step; answers are the same")
         try:
             server.run(sockets=[listening])
         finally:

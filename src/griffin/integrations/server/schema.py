@@ -51,7 +51,7 @@ class Fields(BaseModel):
 
 
 class GriffinSettings(Fields):
-    """Fields of `GriffinConfig` that a request may set; they are checked by it."""
+    """Fields of `GriffinConfig` that a request may set, which are checked by it, and whether to draft."""
 
     density: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
         None, description="share of the FF neurons to keep; 1 is the full model"
@@ -63,6 +63,9 @@ class GriffinSettings(Fields):
     seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = Field(None, description="seed of a random selection")
     loss: Annotated[float, Field(gt=0)] | None = Field(
         None, description="instead of a density: the least bytes at which the profile says that KL is at most this"
+    )
+    lossless: StrictBool | None = Field(
+        None, description="the full model, with lossless drafts while no other answer runs beside this one"
     )
 
 
