@@ -12,7 +12,10 @@ import openai
 import pytest
 import torch
 
+from evaluation_data import bytes_tokenizer
 from griffin.engine.step import Draw, Sampling
+from griffin.integrations.server import constraints
+from griffin.integrations.server.constraints import Grammars
 from griffin.integrations.server.tools import Calls
 from griffin.integrations.server.types import Limits, Piece
 from test_server import NAME, Loaded, Server, ask, post, served, small
@@ -269,6 +272,25 @@ def test_a_form_that_no_answer_can_be_held_to(
         )
     assert refused.value.code == "unsupported_form"
     assert not caplog.records
+
+
+def test_what_a_form_needs_is_made_once_and_without_it_the_server_starts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend_tokenizer.enable_padding()  # which is no part of its reading
+    grammars = Grammars(tokenizer, 300, [1])
+    grammars.prepare()
+    monkeypatch.setattr(constraints, "_as_json", lambda _: pytest.fail("the tokenizer is read again"))
+    grammars.json({"type": "object"})
+    assert tokenizer.backend_tokenizer.padding is not None
+    monkeypatch.undo()
+    assert not caplog.records
+    unread = Grammars(object(), 300, [1])  # type: ignore[arg-type]
+    unread.prepare()
+    assert "no answer can be held to a form" in caplog.text
+    with pytest.raises(ValueError, match="not one of the tokenizers library"):
+        unread.json({"type": "object"})
 
 
 @pytest.mark.model

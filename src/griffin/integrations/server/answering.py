@@ -98,7 +98,7 @@ class Answering:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self.about = {"backend": engine.handle.backend.name, "step": engine.step_name}
         ends = sorted(end_tokens(engine.model, engine.tokenizer))
-        self._grammars = Grammars(engine.tokenizer, engine.vocabulary, ends)
+        self.grammars = Grammars(engine.tokenizer, engine.vocabulary, ends)
 
     def check_model(self, model: str, *aliases: str) -> None:
         """Refuse any model but the one that is served.
@@ -141,7 +141,7 @@ class Answering:
         if not functions or (instead is None and tools.choice == "auto" and tools.many and not tools.strict):
             if instead is None:
                 return None
-            made = partial(self._grammars.json, instead)
+            made = partial(self.grammars.json, instead)
         else:
             if tools.choice in functions:
                 functions = {tools.choice: functions[tools.choice]}
@@ -151,7 +151,7 @@ class Answering:
                 "many": auto and tools.many,
                 "instead": instead if auto else None,
             }
-            made = partial(self._grammars.calls, functions, MARKS, **form)
+            made = partial(self.grammars.calls, functions, MARKS, **form)
             param = param if instead is not None else "tools"
         try:
             return await self.engine.pool.run(made)

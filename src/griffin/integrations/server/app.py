@@ -89,7 +89,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     )
     answering = Answering(engine, settings, Metrics(engine))
     server = _Server(answering)
-    app.state.metrics = answering.metrics
+    app.state.metrics, app.state.grammars = answering.metrics, answering.grammars
     marks = most_marks(prompt_limit(engine, settings))
     app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes, marks=marks)
     app.add_middleware(Hosts, allowed=settings.allowed_hosts)

@@ -21,6 +21,7 @@ from griffin.integrations.server.types import Limits
 from griffin.integrations.server.validation import Settings
 
 _BACKLOG = 128  # connections that the system holds until they are accepted
+_SWITCH_S = 0.001  # that the event loop waits for another thread's Python, several times for an answer; usual are 0.005
 _LAST_EVENTS_S = 5  # for clients to read the last event of a stream that has been ended
 
 
@@ -44,9 +45,11 @@ def serve(
         ValueError: the model cannot be served.
     """
     sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)  # numbers with more digits take long to read
+    sys.setswitchinterval(_SWITCH_S)
     with listening:
         engine = Engine(model, tokenizer, config, limits)
         app = make_app(engine, settings)
+        app.state.grammars.prepare()
         gc.collect()
         gc.freeze()  # what is there by now stays: to look through it again takes a collection 200 ms
         most = ConnectionLimits(possible(connections))
