@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("griffin")
 
 MAX_SCHEMA = 65_536  # characters
+_MOST_JOINED = 12  # patterns of one text
+_BESIDE_REFERENCES = frozenset(
+    (
+        "pattern",
+        "format",
+        "allOf",
+        "anyOf",
+        "items",
+        "prefixItems",
+        "properties",
+        "patternProperties",
+        "additionalProperties",
+    )
+)  # keywords that are joined with what a $ref beside them says
 # Whitespace between the parts of JSON: a line break with its indentation, or a space. Small models write it for ever.
 _OPTIONS = {"whitespace_pattern": r"\n?[ ]{0,16}"}
 
@@ -174,7 +188,33 @@ def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
+def _check_joined(schema: Any) -> None:
+    """Refuse a schema that may join many patterns for one text. llguidance takes twice as long for each more, and
+    cannot be interrupted: a thread and its memory would be lost.
+
+    Raises:
+        ValueError: it has more patterns, and more places that join them, than `_MOST_JOINED`.
+    """
+    patterns = joined = 0
+    unseen = [schema]
+    while unseen:
+        part = unseen.pop()
+        if isinstance(part, dict):
+            patterns += len(part.keys() & {"pattern", "format"})
+            together = part.get("allOf")
+            joined += len(together) if isinstance(together, list) else 0
+            joined += "$ref" in part and not part.keys().isdisjoint(_BESIDE_REFERENCES)
+        if isinstance(part, dict | list):
+            unseen += part.values() if isinstance(part, dict) else part
+    if min(patterns, joined) > _MOST_JOINED:
+        raise ValueError(
+            f"the JSON schema joins {joined} parts by allOf or $ref and has {patterns} patterns and formats, and this "
+            f"server takes at most {_MOST_JOINED} of one of them"
+        )
+
+
 def _schema(schema: dict[str, Any]) -> str:
+    _check_joined(schema)
     text = json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"the JSON schema has {len(text)} characters, this server takes at most {MAX_SCHEMA}")

@@ -15,6 +15,7 @@ from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, refusal
 from griffin.integrations.server.types import FullError
 
+_DIGITS = 18  # of a token id; of far more Python makes no number
 _CHARACTERS_PER_TOKEN = 32  # of a whole prompt, on average: English has 4 to 5, the most repetitive text hardly 20
 
 
@@ -182,7 +183,8 @@ def sampling_of(engine: Engine, body: schema.Generation, tokens: int) -> Samplin
 
 def _biases(given: dict[str, float] | None, vocabulary: int) -> dict[int, float] | None:
     for token in given or ():
-        if not (token.isascii() and token.isdigit() and int(token) < vocabulary):
+        digits = token.isascii() and token.isdigit() and len(token) <= _DIGITS
+        if not (digits and int(token) < vocabulary):
             message = f"logit_bias: {token[:40]!r} is no token; this model has the token ids 0 to {vocabulary - 1}"
             raise ApiError(422, message, "logit_bias")
     return {int(token): bias for token, bias in given.items()} if given else None
