@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     made: dict[str, Callable[[str], None]] = {"none": idle}
+    made["the first answer of a form"] = attacks.test_health_beside_the_first_answer_of_a_form
     rounds = dict.fromkeys(attacks.ATTACKS, 5)  # these are over in no time
     made |= {name: partial(attacks.test_health_beside_a_body_that_is_refused, name=name) for name in attacks.ATTACKS}
     made["texts tokenised at once"] = attacks.test_health_beside_texts_that_are_tokenised_at_once

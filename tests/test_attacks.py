@@ -128,6 +128,16 @@ def test_health_beside_a_body_that_is_refused(url: str, name: str) -> None:
         until(lambda: len(seconds) > 8)
 
 
+def test_health_beside_the_first_answer_of_a_form(url: str) -> None:
+    """The first of the server, if this test is alone: llguidance has read the tokenizer before anybody could ask."""
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    chat = body(messages=[{"role": "user", "content": "x"}], max_tokens=20, response_format=form)
+    with health_timed(url) as seconds:
+        until(lambda: len(seconds) > 2)
+        assert post(url, chat, CHAT)[0] == 200
+        until(lambda: len(seconds) > 8)
+
+
 def test_health_beside_texts_that_are_tokenised_at_once(url: str) -> None:
     """As long as a text may be before it is tokenised: a limit of tokens has 32 characters each."""
     with urllib.request.urlopen(f"{url}/v1/models") as answer:

@@ -384,6 +384,15 @@ def test_stdout_closed_early_and_full(tiny: str) -> None:
         assert "No space left on device" in full.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("words", ["--help", "generate --help", "--version"])
+def test_help_that_cannot_be_written(words: str) -> None:
+    full = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m griffin {words} > /dev/full"], capture_output=True, text=True
+    )
+    assert (full.returncode, full.stderr) == (1, "griffin: error: [Errno 28] No space left on device\n")
+
+
 def test_generate_ctrl_c(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, TEMPLATE, 100_000)
     with Griffin(["generate", "-m", folder, "w1", "--max-tokens", "90000"], "stdout", "stderr") as process:

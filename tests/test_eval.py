@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import statistics
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,14 @@ def test_density_1_equals_hf_on_every_task(
     theirs = [sample["filtered_resps"] for sample in expected["samples"][task]][: result.n]
     ours = [sample["response"] for sample in result.samples]
     assert ours == [one[0] if len(one) == 1 else [list(choice) for choice in one] for one in theirs]
+
+
+def test_no_program_is_run_for_a_task(
+    data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness describes the machine after each task, by `pip list` and others."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: pytest.fail(f"{words} is run"))
+    evaluate(model, tokenizer, GriffinConfig(density=1.0), tasks=TASKS[:1], data=data, limit=1)
 
 
 def test_below_density_1_results_differ(

@@ -20,8 +20,9 @@ from conftest import tiny_llama
 from evaluation_data import bytes_tokenizer
 from griffin import GriffinConfig, Sampling, generate, generate_step, stream_generate
 from griffin.engine import lossless as module
+from griffin.engine.batch import Batch, Running
 from griffin.engine.lookup import Candidate, Lookup
-from griffin.engine.lossless import Acceptance, Costs, Lossless
+from griffin.engine.lossless import Acceptance, Costs, Drafts, Lossless
 from griffin.generation.chat import Session
 from griffin.generation.generate import fold
 from griffin.models.convert import convert
@@ -207,6 +208,42 @@ def test_tokens_and_logits_are_those_without_drafts(
     plain, with_drafts = steps(int8, ids, sampling, None), steps(int8, ids, sampling, drafts)
     assert torch.equal(plain[0], with_drafts[0])
     assert torch.equal(plain[1], with_drafts[1])
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sequence_of_a_batch_is_drafted_while_it_is_alone(int8: PreTrainedModel, seed: int) -> None:
+    """Another sequence runs beside it at some steps; its tokens and logits are those without drafts at all."""
+    die = random.Random(seed)
+    ids = [die.randint(2, 6) for _ in range(3 + 7 * seed)]
+    answer = [die.randint(2, 3 + seed) for _ in range(40)]
+    beside = [die.random() < 0.3 for _ in answer]
+    most = len(beside) + 1
+    with griffin.attach(int8, density=0.5, selection="topk") as handle:
+        batch = Batch(int8, handle)
+
+        def begun(config: GriffinConfig) -> Running:
+            prompt = batch.prefill(ids, config, len(ids) + most)
+            prompt.run(len(ids))
+            return prompt.running()
+
+        found = []
+        for drafts in (None, Drafts(ids, most)):
+            sequence, other = begun(GriffinConfig(density=1.0)), begun(GriffinConfig(density=0.5, selection="topk"))
+            sequence.drafts = drafts
+            if drafts is not None:
+                drafts.policy = Often(seed)
+            logits = []
+            for number, (sequence.token, together) in enumerate(zip(answer, beside, strict=True)):
+                (own, *_) = batch.step([sequence, other] if together else [sequence])
+                assert isinstance(own, Tensor)
+                logits.append(own)
+                assert sequence.cache.length == len(ids) + number + 1
+            found.append(torch.stack(logits))
+            assert sequence.cache.buffers(0)[0].shape[2] == len(ids) + most  # drafts need no more room
+    assert torch.equal(*found)
+    assert drafts is not None
+    assert drafts.policy.drafted >= drafts.policy.accepted > 0
 
 
 @needs_native

@@ -35,6 +35,7 @@ from griffin.integrations.server.connections import ConnectionLimits, bounded_pr
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.types import Limits
 from griffin.integrations.server.validation import Settings
+from griffin.native import library
 
 NAME = "smollm2-135m"
 SIZES = {"vocab_size": 49152, "max_position_embeddings": 8192}  # the real model's
@@ -381,6 +382,66 @@ def test_a_long_prompt_does_not_hold_up_a_running_answer(quick: Server) -> None:
     assert answer["usage"]["prompt_tokens"] >= 1500
     assert len(during) > 40
     assert during[10] < done  # tokens came while the prompt ran
+
+
+# -- lossless drafts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+@pytest.mark.parametrize("asked_by", ["the request", "the server"])
+def test_drafts_change_no_answer(asked_by: str) -> None:
+    loaded = tiny_llama(torch.float32, vocab_size=300, max_position_embeddings=512), bytes_tokenizer()
+    with served(loaded, lossless=asked_by == "the server") as server:
+
+        def answer(number: int, **own: Any) -> dict[str, Any]:
+            status, body = post(
+                server.url,
+                ask(
+                    prompt=f"{number}: abcd abcd abcd",
+                    max_tokens=120,
+                    temperature=number % 3 / 4,
+                    seed=number,
+                    logprobs=2,
+                    n=1 + number % 2,
+                    logit_bias={"97": 100, "98": 98},  # answers that repeat themselves
+                    griffin={"density": 1.0, **own},
+                ),
+            )
+            assert status == 200, body
+            return body
+
+        def choices(number: int) -> Any:
+            return answer(number, lossless=False)["choices"]
+
+        plain = [choices(number) for number in range(6)]
+        asked = {"lossless": True} if asked_by == "the request" else {}
+        alone = [answer(number, **asked) for number in range(6)]
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda number: answer(number, **asked), range(6)))
+        for own, by_itself, among in zip(plain, alone, together, strict=True):
+            assert own == by_itself["choices"] == among["choices"]
+        about = [body["griffin"] for body in (*alone, *together)]
+        assert all(0 <= each["accepted_tokens"] <= each["drafted_tokens"] for each in about)
+        assert sum(each["accepted_tokens"] for each in about) > 0
+        assert answer(0, density=0.5)["griffin"]["drafted_tokens"] == 0
+        with urllib.request.urlopen(f"{server.url}/metrics") as metrics:
+            text = metrics.read().decode()
+        for name in ("drafted", "accepted"):
+            total = sum(each[f"{name}_tokens"] for each in about)
+            assert f"griffin_{name}_tokens_total {float(total)}" in text
+
+
+def test_drafts_are_of_the_full_model_only() -> None:
+    loaded = tiny_llama(vocab_size=300), bytes_tokenizer()  # float64: no native step, so nothing is drafted
+    with served(loaded) as server:
+        for settings, says in (({"density": 0.5}, "density is 0.5"), ({"loss": 0.1}, "loss is 0.1")):
+            status, body = post(server.url, ask(griffin={"lossless": True, **settings}))
+            assert (status, body["error"]["param"]) == (422, "griffin.lossless"), body
+            assert f"lossless gives the tokens of the full model, and {says}" in body["error"]["message"]
+        status, body = post(server.url, ask(griffin={"lossless": True}))  # the server's density is 0.5
+        assert status == 200
+        assert (body["griffin"]["density"], body["griffin"]["drafted_tokens"]) == (1.0, 0)
+        assert post(server.url, ask(griffin={"density": 1.0}))[1]["choices"] == body["choices"]
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -12,7 +13,10 @@ import openai
 import pytest
 import torch
 
+from evaluation_data import bytes_tokenizer
 from griffin.engine.step import Draw, Sampling
+from griffin.integrations.server import constraints
+from griffin.integrations.server.constraints import Grammars
 from griffin.integrations.server.tools import Calls
 from griffin.integrations.server.types import Limits, Piece
 from test_server import NAME, Loaded, Server, ask, post, served, small
@@ -127,6 +131,7 @@ def test_an_answer_can_be_sent_back(quick: Server) -> None:
         ("completions", {"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ("completions", {"logit_bias": {"x": 1}}, "logit_bias", "'x' is no token"),
         ("completions", {"logit_bias": {"49152": 1}}, "logit_bias", "token ids 0 to 49151"),
+        ("completions", {"logit_bias": {"9" * 5000: 1}}, "logit_bias", "token ids 0 to 49151"),
         ("completions", {"logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0", "the message has no content"),
         ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string or a valid"),
@@ -269,6 +274,43 @@ def test_a_form_that_no_answer_can_be_held_to(
         )
     assert refused.value.code == "unsupported_form"
     assert not caplog.records
+
+
+def test_what_a_form_needs_is_made_once_and_without_it_the_server_starts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend_tokenizer.enable_padding()  # which is no part of its reading
+    grammars = Grammars(tokenizer, 300, [1])
+    grammars.prepare()
+    monkeypatch.setattr(constraints, "_as_json", lambda _: pytest.fail("the tokenizer is read again"))
+    grammars.json({"type": "object"})
+    assert tokenizer.backend_tokenizer.padding is not None
+    monkeypatch.undo()
+    assert not caplog.records
+    unread = Grammars(object(), 300, [1])  # type: ignore[arg-type]
+    unread.prepare()
+    assert "no answer can be held to a form" in caplog.text
+    with pytest.raises(ValueError, match="not one of the tokenizers library"):
+        unread.json({"type": "object"})
+
+
+def test_patterns_that_are_joined_are_few() -> None:
+    """llguidance takes twice as long for each further one: hours for 32 of them."""
+    grammars = Grammars(bytes_tokenizer(), 300, [1])
+    texts = [{"type": "string", "pattern": f"a.{{{n}}}b.*c{{{n}}}"} for n in range(1, 60)]
+    chain = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}", **text} for n, text in enumerate(texts)}
+    objects = [{"properties": {"a": text}} for text in texts]
+    for schema in ({"allOf": texts}, {"$ref": "#/$defs/d0", "$defs": chain}, {"type": "object", "allOf": objects}):
+        with pytest.raises(ValueError, match="at most 12"):
+            grammars.json(schema)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="Unable to determine"):
+        grammars.json({"allOf": texts[:12]})
+    assert time.monotonic() - start < 5
+    each = {f"p{n}": {"allOf": [{"$ref": "#/$defs/text"}]} for n in range(40)}
+    grammars.json({"type": "object", "properties": each, "$defs": {"text": texts[0]}})
+    grammars.json({"type": "object", "properties": {f"p{n}": text for n, text in enumerate(texts)}})
 
 
 @pytest.mark.model

@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
         """Report wrong usage."""
         self.exit(2, f"griffin: error: {message}; see `{self.prog} --help`\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print; that help or a version cannot be written is an error, which argparse would swallow."""
+        if file is None or file is not sys.stdout:
+            super()._print_message(message, file)
+        elif message:
+            file.write(message)
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Writes `-m, --model MODEL` as Python 3.13 does, on every Python, and keeps the line breaks of descriptions."""

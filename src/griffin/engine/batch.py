@@ -19,6 +19,7 @@ from griffin.config import GriffinConfig
 from griffin.engine.cache import BufferedCache
 from griffin.engine.decoders import Decoder, Decoders
 from griffin.engine.forward import Forward
+from griffin.engine.lossless import Drafts
 from griffin.engine.prefix import Prefix, PrefixCache
 from griffin.native import kernel
 
@@ -34,6 +35,8 @@ class Running:
     def __init__(self, cache: BufferedCache, selection: Selection) -> None:
         self.cache, self.selection = cache, selection
         self.token = 0  # to be run by the next step
+        self.drafts: Drafts | None = None
+        """Lossless drafts, for steps that it runs alone; only of the full model."""
 
     def copies(self, n: int) -> list[Running]:
         """So many sequences that go on from here, this one first."""
@@ -174,7 +177,13 @@ class Batch:
         if group.decoder is None:
             caches = [sequence.cache for sequence in group.sequences]
             group.decoder = self._decoders.decoder(caches, [sequence.selection for sequence in group.sequences])
-        return group.decoder(tokens)
+            if len(caches) == 1 and (drafts := group.sequences[0].drafts) is not None:
+                group.decoder = drafts.over(group.decoder, caches[0])
+        logits = group.decoder(tokens)
+        for sequence in group.sequences:
+            if sequence.drafts is not None:
+                sequence.drafts.ran(sequence.token)
+        return logits
 
     def _kind(self, selection: Selection) -> Hashable:
         """What sequences must have in common to be computed together."""

@@ -218,6 +218,27 @@ class Lossless:
         self._saved, self._since = 0.0, (self.drafted, self.accepted)
 
 
+class Drafts:
+    """Lossless drafts of a sequence that is alone at some steps, and at others runs beside sequences.
+
+    Args:
+        ids: its tokens, all that are in the cache.
+        most_tokens: how many more may be generated.
+    """
+
+    def __init__(self, ids: Sequence[int], most_tokens: int) -> None:
+        self.policy = Lossless()
+        self._ids, self._room = list(ids), len(ids) + most_tokens
+
+    def over(self, decoder: Decoder, cache: Cache) -> Decoder:
+        """A decoder of the sequence alone that gives what this one gives; see `Lossless.over`."""
+        return self.policy.over(decoder, cache, self._ids, self._room - len(self._ids) - 1)
+
+    def ran(self, token: int) -> None:
+        """A step, of whichever decoder, has appended this token's keys and values."""
+        self._ids.append(token)
+
+
 class _Ahead:
     """A native step that also runs drafts, and hands out their logits when the drawn tokens turn out to be these.
 

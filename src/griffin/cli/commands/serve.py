@@ -8,7 +8,13 @@ import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from griffin.cli.arguments import add_config_arguments, add_model_arguments, config_from, load_model
+from griffin.cli.arguments import (
+    add_config_arguments,
+    add_lossless_argument,
+    add_model_arguments,
+    config_from,
+    load_model,
+)
 from griffin.config import AUTO
 
 if TYPE_CHECKING:
@@ -19,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_model_arguments(parser)
     add_config_arguments(parser, without=("batch",), selection=AUTO)
+    add_lossless_argument(parser)
     group = parser.add_argument_group("server")
     group.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at (default: 127.0.0.1)"
@@ -144,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         body_bytes=int(args.max_body * 1e6),
         api_key=key,
         allowed_hosts=_allowed_hosts(args.allowed_hosts, listening.getsockname()[0]),
+        lossless=args.lossless,
     )
     log.say("loaded; trying a short prompt")
     return serve(model, tokenizer, config, limits, settings, listening, args.drain, args.connections, log)

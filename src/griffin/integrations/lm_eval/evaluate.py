@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from griffin.config import GriffinConfig
 from griffin.integrations.lm_eval.generating import Shared
@@ -116,17 +116,14 @@ def evaluate(
 
 def _evaluate_task(lm: GriffinLM, task: str, task_manager: Any, limit: int | None, seed: int) -> TaskResult:
     before = lm.truncated
-    evaluation: Any = lm_eval.simple_evaluate(
-        lm,
-        tasks=[task],
-        task_manager=task_manager,
-        limit=limit,
-        bootstrap_iters=0,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    # As `lm_eval.simple_evaluate`, which lists all installed packages for each task: pip takes two seconds or more.
+    set_seed(seed)
+    loaded = task_manager.load([task])
+    for each in loaded["tasks"].values():
+        if each.get_config("num_fewshot") is None:
+            each.set_config(key="num_fewshot", value=0)
+        each.set_fewshot_seed(seed=seed)
+    evaluation: Any = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0)
     samples: list[dict[str, Any]] = evaluation["samples"][task]
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     higher = evaluation["higher_is_better"][task]

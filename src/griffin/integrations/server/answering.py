@@ -18,6 +18,7 @@ from griffin.integrations.server.constraints import Grammars
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, refusal
 from griffin.integrations.server.metrics import Metrics
+from griffin.integrations.server.schema import GriffinSettings
 from griffin.integrations.server.tools import MARKS, Calls, why_no_calls
 from griffin.integrations.server.types import (
     Activations,
@@ -29,7 +30,7 @@ from griffin.integrations.server.types import (
     StoppedError,
     Summary,
 )
-from griffin.integrations.server.validation import Settings
+from griffin.integrations.server.validation import Settings, config_of, lossless_of
 
 _T = TypeVar("_T")
 
@@ -97,7 +98,7 @@ class Answering:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self.about = {"backend": engine.handle.backend.name, "step": engine.step_name}
         ends = sorted(end_tokens(engine.model, engine.tokenizer))
-        self._grammars = Grammars(engine.tokenizer, engine.vocabulary, ends)
+        self.grammars = Grammars(engine.tokenizer, engine.vocabulary, ends)
 
     def check_model(self, model: str, *aliases: str) -> None:
         """Refuse any model but the one that is served.
@@ -140,7 +141,7 @@ class Answering:
         if not functions or (instead is None and tools.choice == "auto" and tools.many and not tools.strict):
             if instead is None:
                 return None
-            made = partial(self._grammars.json, instead)
+            made = partial(self.grammars.json, instead)
         else:
             if tools.choice in functions:
                 functions = {tools.choice: functions[tools.choice]}
@@ -150,7 +151,7 @@ class Answering:
                 "many": auto and tools.many,
                 "instead": instead if auto else None,
             }
-            made = partial(self._grammars.calls, functions, MARKS, **form)
+            made = partial(self.grammars.calls, functions, MARKS, **form)
             param = param if instead is not None else "tools"
         try:
             return await self.engine.pool.run(made)
@@ -162,7 +163,7 @@ class Answering:
     def start(
         self,
         prompts: Sequence[Sequence[int]],
-        config: GriffinConfig,
+        given: GriffinSettings | None,
         sampling: Sampling,
         *,
         n: int = 1,
@@ -175,12 +176,17 @@ class Answering:
         Closing the iterator cancels the request.
 
         Args:
+            given: the request's own settings of GRIFFIN.
             calls: whether to take calls of tools out of the text.
 
         Raises:
-            ApiError: the engine refuses the request, now or while the iterator runs.
+            ApiError: the settings are wrong, or the engine refuses the request, now or while the iterator runs.
         """
-        request, events = self._submitted(prompts, config, sampling, n=n, logprobs=logprobs, constraint=constraint)
+        config = config_of(self.engine, given)
+        lossless = lossless_of(self.settings, given, config)
+        request, events = self._submitted(
+            prompts, config, sampling, n=n, lossless=lossless, logprobs=logprobs, constraint=constraint
+        )
         return self._events(request, events, Calls() if calls else None)
 
     async def activations(self, ids: Sequence[int], config: GriffinConfig, layer: int) -> Activations:

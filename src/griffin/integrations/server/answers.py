@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from griffin.engine.batch import Running
+from griffin.engine.lossless import Drafts
 from griffin.engine.step import Draw
 from griffin.generation.text import Answer
 from griffin.integrations.server.scheduler import Prompt
@@ -43,6 +44,8 @@ def answers_to(prompt: Prompt, sequence: Running, tokenizer: PreTrainedTokenizer
     ids = torch.tensor([list(request.prompts[prompt.number])], device=sequence.cache.buffers(0)[0].device)
     answers = []
     for number, copied in enumerate(sequence.copies(request.n)):
+        if request.lossless:
+            copied.drafts = Drafts(request.prompts[prompt.number], request.sampling.max_tokens)
         seed = None if request.sampling.seed is None else request.sampling.seed + number
         draw = Draw(replace(request.sampling, seed=seed), ids)
         text = Answer(tokenizer, request.sampling.stop)

@@ -89,7 +89,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     )
     answering = Answering(engine, settings, Metrics(engine))
     server = _Server(answering)
-    app.state.metrics = answering.metrics
+    app.state.metrics, app.state.grammars = answering.metrics, answering.grammars
     marks = most_marks(prompt_limit(engine, settings))
     app.add_middleware(Gate, api_key=settings.api_key, body_bytes=settings.body_bytes, marks=marks)
     app.add_middleware(Hosts, allowed=settings.allowed_hosts)
@@ -213,6 +213,7 @@ class _Server:
             "griffin": {
                 "density": config.density,
                 "selection": config.selection,
+                "lossless": self._settings.lossless,
                 "layers": len(engine.handle.blocks),
                 "context_length": engine.context,
                 "chat": engine.tokenizer.chat_template is not None,
@@ -243,7 +244,7 @@ class _Server:
             raise ApiError(422, "stream_options needs stream: true", "stream_options")
         n = body.n or 1
         sampling = sampling_of(engine, body, tokens_of(engine, self._settings, prompts, tokens))
-        events = start(prompts, config_of(engine, body.griffin), sampling, n=n, logprobs=logprobs)
+        events = start(prompts, body.griffin, sampling, n=n, logprobs=logprobs)
         chunks = Chunks(
             chat=chat,
             model=self._settings.model,

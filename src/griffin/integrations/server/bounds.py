@@ -77,12 +77,15 @@ def check_sizes(value: Any) -> None:
         path, container = unchecked.pop()
         if isinstance(container, dict):
             _check_length(path or "the body", container, MAX_FIELDS, "fields")
-            named = [(f"{path}.{name[:40]}" if path else name[:40], item) for name, item in container.items()]
+            unchecked += [
+                (f"{path}.{name[:40]}" if path else name[:40], item)
+                for name, item in container.items()
+                if isinstance(item, list | dict)
+            ]
         else:
             if not all(isinstance(item, int) for item in container):
                 _check_length(path or "the body", container, MAX_ITEMS, "items")
-            named = [(path, item) for item in container if isinstance(item, list | dict)]
-        unchecked += [(name, item) for name, item in named if isinstance(item, list | dict)]
+            unchecked += [(path, item) for item in container if isinstance(item, list | dict)]
 
 
 def _check_length(name: str, container: Any, most: int, what: str) -> None:

@@ -5,7 +5,9 @@ Only this module imports llguidance.
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -20,7 +22,23 @@ from griffin.integrations.server.types import Constraint, FormError
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+logger = logging.getLogger("griffin")
+
 MAX_SCHEMA = 65_536  # characters
+_MOST_JOINED = 12  # patterns of one text
+_BESIDE_REFERENCES = frozenset(
+    (
+        "pattern",
+        "format",
+        "allOf",
+        "anyOf",
+        "items",
+        "prefixItems",
+        "properties",
+        "patternProperties",
+        "additionalProperties",
+    )
+)  # keywords that are joined with what a $ref beside them says
 # Whitespace between the parts of JSON: a line break with its indentation, or a space. Small models write it for ever.
 _OPTIONS = {"whitespace_pattern": r"\n?[ ]{0,16}"}
 
@@ -38,6 +56,14 @@ class Grammars:
         self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, ends
         self._lock = threading.Lock()
         self._known: LLTokenizer | None = None
+
+    def prepare(self) -> None:
+        """Do now what the first form would wait for: it holds the interpreter's lock, and nobody else is answered."""
+        if find_spec("llguidance") is not None:
+            try:
+                self._llguidance()
+            except Exception as error:  # requests for free text need none of it
+                logger.warning("no answer can be held to a form: llguidance cannot read the tokenizer: %s", error)
 
     def json(self, schema: dict[str, Any]) -> Callable[[], Constraint]:
         """Constraints for JSON that a schema describes.
@@ -107,15 +133,15 @@ class Grammars:
         return lambda: _Matched(matcher.deep_copy())
 
     def _llguidance(self) -> LLTokenizer:
-        """llguidance's form of the tokenizer. The first call takes seconds."""
+        """llguidance's form of the tokenizer. The first call takes up to seconds."""
         if find_spec("llguidance") is None:
             raise ValueError("this server lacks the package llguidance; install it: pip install 'griffin-llm[serve]'")
         with self._lock:
             if self._known is None:
-                from llguidance.hf import from_tokenizer
+                from llguidance import LLTokenizer
 
                 ends = [token for token in self._ends if token < self._vocabulary]
-                self._known = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=ends)  # type: ignore[arg-type]
+                self._known = LLTokenizer(_as_json(self._tokenizer), n_vocab=self._vocabulary, eos_token=ends)
         return self._known
 
 
@@ -139,6 +165,20 @@ class _Matched:
             raise FormError(f"the answer cannot be held to its form: {_reason(self._matcher)}")
 
 
+def _as_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer without padding and truncation. llguidance's own function copies it first, which takes seconds."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            "the model's tokenizer is not one of the tokenizers library, so no answer can be held to a form"
+        )
+    if backend.padding is not None or backend.truncation is not None:
+        backend = copy.copy(backend)
+        backend.no_padding()
+        backend.no_truncation()
+    return str(backend.to_str())
+
+
 def _reason(matcher: LLMatcher) -> str:
     return matcher.get_error().partition("\n")[0][:500]
 
@@ -148,7 +188,33 @@ def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
+def _check_joined(schema: Any) -> None:
+    """Refuse a schema that may join many patterns for one text. llguidance takes twice as long for each more, and
+    cannot be interrupted: a thread and its memory would be lost.
+
+    Raises:
+        ValueError: it has more patterns, and more places that join them, than `_MOST_JOINED`.
+    """
+    patterns = joined = 0
+    unseen = [schema]
+    while unseen:
+        part = unseen.pop()
+        if isinstance(part, dict):
+            patterns += len(part.keys() & {"pattern", "format"})
+            together = part.get("allOf")
+            joined += len(together) if isinstance(together, list) else 0
+            joined += "$ref" in part and not part.keys().isdisjoint(_BESIDE_REFERENCES)
+        if isinstance(part, dict | list):
+            unseen += part.values() if isinstance(part, dict) else part
+    if min(patterns, joined) > _MOST_JOINED:
+        raise ValueError(
+            f"the JSON schema joins {joined} parts by allOf or $ref and has {patterns} patterns and formats, and this "
+            f"server takes at most {_MOST_JOINED} of one of them"
+        )
+
+
 def _schema(schema: dict[str, Any]) -> str:
+    _check_joined(schema)
     text = json.dumps({**schema, "x-guidance": _OPTIONS}, ensure_ascii=False)
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"the JSON schema has {len(text)} characters, this server takes at most {MAX_SCHEMA}")

@@ -337,6 +337,9 @@ class Engine:
             text += running.text.finish()
             self._running = [other for other in self._running if other is not running]
             request.open_answers -= 1
+            if (drafts := running.sequence.drafts) is not None:
+                request.drafted_tokens += drafts.policy.drafted
+                request.accepted_tokens += drafts.policy.accepted
         self._emit(request, Piece(running.index, text, None if ended else info, reason))
         if reason is not None and request.open_answers == 0:
             self._emit(request, self._summary(request))
@@ -350,6 +353,8 @@ class Engine:
             prompt_tokens=sum(map(len, request.prompts)),
             cached_tokens=request.cached_tokens,
             completion_tokens=request.completion_tokens,
+            drafted_tokens=request.drafted_tokens,
+            accepted_tokens=request.accepted_tokens,
             density=config.density,
             selection="full" if config.density == 1.0 else config.selection,
             ff_bytes_per_token=request.ff_bytes,

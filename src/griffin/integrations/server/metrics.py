@@ -40,6 +40,8 @@ class Metrics:
             "griffin_prefix_tokens", "those of them that were known from earlier prompts", registry=registry
         )
         self._generated = Counter("griffin_generated_tokens", "tokens generated", registry=registry)
+        self._drafted = Counter("griffin_drafted_tokens", "tokens that lossless drafts named", registry=registry)
+        self._accepted = Counter("griffin_accepted_tokens", "those of them that were right", registry=registry)
         self._ff_bytes = Counter(
             "griffin_ff_bytes", "bytes of FF weights read for the tokens generated", registry=registry
         )
@@ -65,6 +67,8 @@ class Metrics:
         self._prompt.inc(summary.prompt_tokens)
         self._cached.inc(summary.cached_tokens)
         self._generated.inc(summary.completion_tokens)
+        self._drafted.inc(summary.drafted_tokens)
+        self._accepted.inc(summary.accepted_tokens)
         self._ff_bytes.inc(summary.completion_tokens * summary.ff_bytes_per_token)
         self._waited.observe(summary.waited_s)
         self._first_token.observe(summary.waited_s + summary.prompt_s)

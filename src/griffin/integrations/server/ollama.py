@@ -19,7 +19,7 @@ from griffin.integrations.server.errors import ApiError, error_response
 from griffin.integrations.server.schema import arguments_of
 from griffin.integrations.server.tools import why_no_calls
 from griffin.integrations.server.types import Piece, Summary
-from griffin.integrations.server.validation import config_of, encoded, tokens_of
+from griffin.integrations.server.validation import encoded, tokens_of
 from griffin.version import __version__
 from griffin.weights.quantised import parameter_count
 
@@ -185,8 +185,7 @@ class _Ollama:
         options = body.options or schema.Options.model_validate({})
         asked = options.num_predict if (options.num_predict or 0) > 0 else None
         sampling = _sampling(options, tokens_of(self._engine, settings, prompts, asked))
-        config = config_of(self._engine, body.griffin)
-        pieces = self._answering.start(prompts, config, sampling, constraint=constraint, calls=bool(tools.shown))
+        pieces = self._answering.start(prompts, body.griffin, sampling, constraint=constraint, calls=bool(tools.shown))
         lines = self._lines(pieces, part)
         if body.stream is False:
             collected = await unless_gone(http, _collected(lines))

@@ -20,7 +20,7 @@ from griffin.integrations.server.openai_chunks import token_bytes
 from griffin.integrations.server.response_events import ResponseEvents
 from griffin.integrations.server.schema import JsonObjectFormat, arguments_of
 from griffin.integrations.server.types import Piece, Summary
-from griffin.integrations.server.validation import config_of, encoded, sampling_of, tokens_of
+from griffin.integrations.server.validation import encoded, sampling_of, tokens_of
 
 Messages = list[dict[str, Any]]
 
@@ -102,7 +102,7 @@ class Responses:
         wanted = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
         events = answering.start(
             prompts,
-            config_of(engine, body.griffin),
+            body.griffin,
             sampling_of(engine, body, tokens),
             logprobs=(body.top_logprobs or 0) if wanted else None,
             constraint=constraint,

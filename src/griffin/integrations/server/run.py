@@ -21,6 +21,7 @@ from griffin.integrations.server.types import Limits
 from griffin.integrations.server.validation import Settings
 
 _BACKLOG = 128  # connections that the system holds until they are accepted
+_SWITCH_S = 0.001  # that the event loop waits for another thread's Python, several times for an answer; usual are 0.005
 _LAST_EVENTS_S = 5  # for clients to read the last event of a stream that has been ended
 
 
@@ -44,9 +45,11 @@ def serve(
         ValueError: the model cannot be served.
     """
     sys.set_int_max_str_digits(sys.int_info.str_digits_check_threshold)  # numbers with more digits take long to read
+    sys.setswitchinterval(_SWITCH_S)
     with listening:
         engine = Engine(model, tokenizer, config, limits)
         app = make_app(engine, settings)
+        app.state.grammars.prepare()
         gc.collect()
         gc.freeze()  # what is there by now stays: to look through it again takes a collection 200 ms
         most = ConnectionLimits(possible(connections))
@@ -68,10 +71,13 @@ def serve(
         shown = f"[{address}]" if ":" in address else address
         log.say(
             f"{settings.model} at http://{shown}:{bound_port}: API at /v1, page at / "
-            f"(density {config.density:g}, {config.selection}; step: {engine.step_name}; "
+            f"(density {config.density:g}, {config.selection}{', lossless drafts' if settings.lossless else ''}; "
+            f"step: {engine.step_name}; "
             f"{limits.max_sequences} places, {limits.cache_bytes / 1e9:.1f} GB of keys and values, "
             f"{limits.prefix_bytes / 1e9:.1f} GB of kept prompts, {most.most} connections)"
         )
+        if settings.lossless and engine.step_name != "native":
+            log.say("nothing will be drafted, as lossless drafts need the native step; answers are the same")
         try:
             server.run(sockets=[listening])
         finally:

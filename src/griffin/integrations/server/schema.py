@@ -7,6 +7,7 @@ supported are accepted with the values that turn them off, and hints that have n
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -29,6 +30,15 @@ _TokenLists = Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_CHOICE
 _Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
 
 
+_EMPTY: tuple[object, ...] = ("", [], {})
+
+
+@cache
+def _names(fields: type[Fields]) -> frozenset[str]:
+    """The names that the fields of an object of a request have in JSON."""
+    return frozenset(field.alias or name for name, field in fields.model_fields.items())
+
+
 class Fields(BaseModel):
     """An object of a request."""
 
@@ -39,19 +49,18 @@ class Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_what_asks_for_nothing(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
+        known = _names(cls)
+        if not isinstance(given, dict) or (given.keys() <= known and None not in given.values()):
             return given
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        empty: tuple[object, ...] = ("", [], {})
         return {
             name: value
             for name, value in given.items()
-            if value is not None and (name in known or not any(value == nothing for nothing in empty))
+            if value is not None and (name in known or not any(value == nothing for nothing in _EMPTY))
         }
 
 
 class GriffinSettings(Fields):
-    """Fields of `GriffinConfig` that a request may set; they are checked by it."""
+    """Fields of `GriffinConfig` that a request may set, which are checked by it, and whether to draft."""
 
     density: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
         None, description="share of the FF neurons to keep; 1 is the full model"
@@ -63,6 +72,9 @@ class GriffinSettings(Fields):
     seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = Field(None, description="seed of a random selection")
     loss: Annotated[float, Field(gt=0)] | None = Field(
         None, description="instead of a density: the least bytes at which the profile says that KL is at most this"
+    )
+    lossless: StrictBool | None = Field(
+        None, description="the full model, with lossless drafts while no other answer runs beside this one"
     )
 
 

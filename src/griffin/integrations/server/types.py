@@ -119,6 +119,8 @@ class Summary:
         prompt_tokens: tokens of all prompts.
         cached_tokens: those of them that were known from earlier prompts.
         completion_tokens: tokens of all answers.
+        drafted_tokens: tokens that lossless drafts named.
+        accepted_tokens: those of them that were right.
         density: share of the FF neurons (with a token tier: of the FF bytes) that computed the answers.
         selection: how experts were selected; `full` at density 1.0.
         ff_bytes_per_token: bytes of FF weights read for each token.
@@ -131,6 +133,8 @@ class Summary:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     density: float
     selection: str
     ff_bytes_per_token: int
@@ -175,6 +179,7 @@ class GenerationRequest:
         config: which FF neurons to keep.
         sampling: how tokens are drawn; answer i of a prompt uses seed + i.
         n: the number of answers to each prompt.
+        lossless: whether an answer is drafted while no other runs beside it; only of the full model.
         constraint: makes for each answer what decides which tokens may come next; `None` allows all.
         logprobs: how many of the likeliest tokens to report beside the drawn token; `None` reports none at all.
         emit: called in the engine's thread with every event; the last is a `Summary`, `Activations` or an exception.
@@ -186,6 +191,7 @@ class GenerationRequest:
     sampling: Sampling
     emit: Callable[[Event], None]
     n: int = 1
+    lossless: bool = False
     constraint: Callable[[], Constraint] | None = None
     logprobs: int | None = None
     activations_of: int | None = None
@@ -196,6 +202,8 @@ class GenerationRequest:
     open_answers: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     ff_bytes: int = 0
     used: GriffinConfig | None = None
 

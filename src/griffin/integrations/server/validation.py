@@ -8,12 +8,14 @@ from typing import Any
 
 from griffin.config import GriffinConfig
 from griffin.engine.step import Sampling
+from griffin.generation.generate import refuse_sparse
 from griffin.generation.text import encode
 from griffin.integrations.server import schema
 from griffin.integrations.server.engine import Engine
 from griffin.integrations.server.errors import ApiError, refusal
 from griffin.integrations.server.types import FullError
 
+_DIGITS = 18  # of a token id; of far more Python makes no number
 _CHARACTERS_PER_TOKEN = 32  # of a whole prompt, on average: English has 4 to 5, the most repetitive text hardly 20
 
 
@@ -28,6 +30,7 @@ class Settings:
         body_bytes: the most bytes of a request body.
         api_key: the key that requests must carry; `None` requires none.
         allowed_hosts: names beside the loopback ones that requests may be for; `None` allows all.
+        lossless: whether requests for the full model are drafted if they do not say.
     """
 
     model: str
@@ -36,6 +39,7 @@ class Settings:
     body_bytes: int = 4_000_000
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] | None = None
+    lossless: bool = False
 
 
 def prompt_limit(engine: Engine, settings: Settings) -> int | None:
@@ -95,14 +99,17 @@ def _check_text(prompt: str | list[dict[str, Any]], limit: int | None, param: st
 
 
 def config_of(engine: Engine, given: schema.GriffinSettings | None) -> GriffinConfig:
-    """The server's config, updated with the request's settings.
+    """The server's config, updated with the request's settings. `lossless` without a density means the full model.
 
     Raises:
         ApiError: `GriffinConfig` refuses a value, or the selection cannot be served.
     """
     base = engine.config
     overrides = {} if given is None else given.model_dump(exclude_none=True)
+    lossless = overrides.pop("lossless", False)
     try:
+        if lossless and not overrides.keys() & {"density", "loss"}:
+            overrides["density"] = 1.0
         if "loss" in overrides:
             base = replace(base, density=GriffinConfig.density, selection=GriffinConfig.selection)
         elif "density" in overrides or "selection" in overrides:
@@ -117,6 +124,22 @@ def config_of(engine: Engine, given: schema.GriffinSettings | None) -> GriffinCo
     except ValueError as error:
         field = next((name for name in overrides if str(error).startswith(name)), None)
         raise ApiError(422, str(error), "griffin" if field is None else f"griffin.{field}") from error
+
+
+def lossless_of(settings: Settings, given: schema.GriffinSettings | None, config: GriffinConfig) -> bool:
+    """Whether answers with this config are drafted: as the request says, or else as the server does.
+
+    Raises:
+        ApiError: the request says so, but is not for the full model.
+    """
+    asked = None if given is None else given.lossless
+    try:
+        refuse_sparse(config)
+    except ValueError as error:
+        if asked:
+            raise ApiError(422, str(error), "griffin.lossless") from error
+        return False
+    return settings.lossless if asked is None else asked
 
 
 def tokens_of(engine: Engine, settings: Settings, prompts: Sequence[Sequence[int]], tokens: int | None) -> int:
@@ -160,7 +183,8 @@ def sampling_of(engine: Engine, body: schema.Generation, tokens: int) -> Samplin
 
 def _biases(given: dict[str, float] | None, vocabulary: int) -> dict[int, float] | None:
     for token in given or ():
-        if not (token.isascii() and token.isdigit() and int(token) < vocabulary):
+        digits = token.isascii() and token.isdigit() and len(token) <= _DIGITS
+        if not (digits and int(token) < vocabulary):
             message = f"logit_bias: {token[:40]!r} is no token; this model has the token ids 0 to {vocabulary - 1}"
             raise ApiError(422, message, "logit_bias")
     return {int(token): bias for token, bias in given.items()} if given else None
