@@ -145,7 +145,11 @@ class Part {
   void leave(const Visit& next) {
     if (grouped_) {
       Run runs[kVisit * kMaxPlanes];
-      add_group(runs, down_runs(next, runs));
+      const int n = down_runs(next, runs);
+      if (shared_)
+        add_shared(runs, n);
+      else
+        add_group(runs, n);
     } else {
       const uint8_t* ahead[kVisit];
       for (int s = 0; s < next.n; s++) ahead[s] = down_row(next.neuron[s]);
@@ -182,6 +186,14 @@ class Part {
     return s - visit.n < next.n ? next.neuron[s - visit.n] : visit.neuron[0];
   }
 
+  // Whether every row of input wants every neuron of a visit.
+  bool for_all(const Visit& visit) const {
+    const uint32_t all = (1u << rows_) - 1;
+    for (int s = 0; s < visit.n; s++)
+      if (visit.mask[s] != all) return false;
+    return true;
+  }
+
   // use(rows, n): the rows of input in `mask`, as many at a time as a product takes.
   template <class Use> void in_passes(uint32_t mask, const Use& use) const {
     int wanted[GRIFFIN_MAX_ROWS], count = 0;
@@ -193,6 +205,15 @@ class Part {
 
   // Products and biases of a grouped matrix's rows, one row after the other; `then` and its visit come next.
   void stream(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
+    if (rows_ >= kMany && for_all(visit)) {
+      RowAt rows[2 * kVisit];
+      for (int s = 0; s < visit.n; s++) rows[s] = of.at(visit.neuron[s]);
+      for (int s = 0; s < next.n; s++) rows[visit.n + s] = then.at(next.neuron[s]);
+      of.dot_many(rows, visit.n, next.n, 0, rows_, out[0], kVisit);
+      for (int r = 0; r < rows_; r++)
+        for (int s = 0; s < visit.n; s++) out[r][s] += of.bias(visit.neuron[s]);
+      return;
+    }
     for (int s = 0; s < visit.n; s++) {
       const int ahead = s + kRowsAhead, over = ahead - visit.n;
       const RowAt prefetched = ahead < visit.n ? of.at(visit.neuron[ahead])
@@ -234,9 +255,23 @@ class Part {
     }
   }
 
-  // The visit's down rows join row r's list, unless z is 0 (ReLU): nothing to add, nothing to read.
+  // The visit's down rows join row r's list, unless z is 0 (ReLU): nothing to add, nothing to read. Several rows of input
+  // that read the same planes share one list.
   void list(int r, const Visit& visit, const float* z) {
     int n = 0;
+    group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
+    shared_ = rows_ > 1 && grouped_ && !visit.levels;
+    if (shared_) {
+      memcpy(z_[r], z, sizeof(float) * visit.n);
+      for (int s = 0; s < visit.n; s++) any_ |= static_cast<uint32_t>(z[s] != 0.f) << s;
+      listed_[r] = visit.n;
+      if (r) return;
+      for (int s = 0; s < visit.n; s++) {
+        const RowAt row = down_plan_.at(block_.down.weight, visit.neuron[s]);
+        for (int i = 0; i < down_plan_.planes; i++) down_[0][i][s] = row.part[i];
+      }
+      return;
+    }
     for (int s = 0; s < visit.n; s++) {
       if (z[s] == 0.f) continue;
       if (room_ && !(any_ >> s & 1)) unpack_row(block_.down, visit.neuron[s], unpacked(s));
@@ -253,7 +288,6 @@ class Part {
       n++;
     }
     listed_[r] = n;
-    group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
   }
 
   // Where the visit's s-th down row of a table format is, as float32.
@@ -312,6 +346,21 @@ class Part {
     }
   }
 
+  // The same for a list that several rows of input share: the codes are unpacked once. To the bit as one row's.
+  void add_shared(const Run* ahead, int n_ahead) {
+    const int n = listed_[0], quads = (n + 3) / 4;
+    int32_t z[GRIFFIN_MAX_ROWS][kGroupQuads], total[GRIFFIN_MAX_ROWS];
+    float factor[GRIFFIN_MAX_ROWS];
+    if (!n) return;
+    for (int r = 0; r < rows_; r++) factor[r] = quantise_z(z_[r], n, z[r], total + r);
+    for (int w = 0; w < down_plan_.planes; w++)
+      for (int i = n; i % 4; i++) down_[0][w][i] = down_[0][w][n - 1];
+    const ManyZ many{rows_, z[0], kGroupQuads, total, factor, 1, acc_, accumulator_stride(block_.down.d_out)};
+    const GroupsOfNeurons groups{
+        static_cast<const uint8_t*>(block_.down.scales), group_, 1, quads, down_[0][0], kVisit, ahead, n_ahead};
+    kernels_.grouped->down_many[block_.down.grouped.bits - 2](down_plan_, groups, 0, down_plan_.d, many);
+  }
+
   const griffin_ff_block& block_;
   const Kernels& kernels_;
   const Rows up_, gate_;
@@ -324,6 +373,7 @@ class Part {
   int64_t bytes_ = 0, group_bytes_ = 0;
   std::unique_ptr<float[]> room_;    // of a table format: the visit's down rows
   int group_shift_ = 0, group_ = 0;  // the listed neurons' group
+  bool shared_ = false;              // one list for all rows of input
   uint32_t any_ = 0;                 // which of the visit some row has listed
   int listed_[GRIFFIN_MAX_ROWS] = {};
   float first_[GRIFFIN_MAX_ROWS][kVisit], second_[GRIFFIN_MAX_ROWS][kVisit];  // what is activated, its factor

@@ -56,7 +56,7 @@ struct B512 {
   // acc += the products, in its register: compilers copy the sums of an expression back and forth in a loop.
   template <int bits> static void add_dot(I& acc, I codes, I q) {
 #if defined(GRIFFIN_VNNI) && defined(__GNUC__)
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "vm"(q));
 #else
     acc = dot<bits>(acc, codes, q);
 #endif

@@ -90,7 +90,7 @@ inline void chunk_sums(const GroupOfNeurons& of, int begin, int n, int32_t* sums
       quad_fields<B, kBits>(of.rows + 4 * q, of.stride, begin, bytes, part, field);
       const I factor = B::set1_int(of.z[q]);
       for (int f = 0; f < 4; f++)
-        for (int i = 0; i < 4; i++) acc[f][i] = B::template dot<kBits>(acc[f][i], field[f][i], factor);
+        for (int i = 0; i < 4; i++) B::template add_dot<kBits>(acc[f][i], field[f][i], factor);
     }
     store_sums<B, kBits>(acc, bytes, part, sums);
   }

@@ -56,12 +56,14 @@ struct GroupOfNeurons {
 // y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
 using GroupedDownFn = void (*)(const NeuronPlan&, const GroupOfNeurons&, int begin, int end, float* y);
 
-// Groups of neurons one after the other, all their neurons: group g's rows from g * the group's size on.
+// Groups of neurons one after the other, so many quads of each: group g's rows from 4 * quads * g on.
 struct GroupsOfNeurons {
   const uint8_t* scales;
-  int group, count;  // the first, and how many
+  int group, count, quads;  // the first, and how many
   const uint8_t* const* rows;
   int stride;
+  const Run* ahead;  // as a group's
+  int n_ahead;
 };
 
 constexpr int kGroupQuads = 8;  // int32 of a group's z
@@ -85,8 +87,9 @@ using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupsOfNeurons&, in
 constexpr int kManyInputs = 32;  // that a block of weight rows meets at most
 
 // out[r * stride + i] = <row[i], x[r]> for i < m <= tile, r < n <= kManyInputs: to the bit what GroupedDotFn gives.
+// `next`: so many rows, at most a tile, that will be wanted soon.
 using GroupedRowsFn = void (*)(const RowPlan&, const RowAt* row, int m, const GroupedInput* const* x, int n, float* out,
-                               int64_t stride);
+                               int64_t stride, const RowAt* next, int n_next);
 
 struct GroupedKernels {
   GroupedDotFn dot[2][7];        // [group == 32][bits - 2]

@@ -71,7 +71,7 @@ template <class B> inline void open_scales(const RowPlan& p, const uint8_t* row,
 }
 
 // A value of each span for each of the groups from g on.
-template <class B> inline typename B::F spread(typename B::F values, int each, int g) {
+template <class B> GRIFFIN_APART typename B::F spread(typename B::F values, int each, int g) {
   float from[B::kLanes], to[B::kLanes];
   B::store(from, values);
   for (int i = 0; i < B::kLanes; i++) to[i] = from[(g % each + i) / each];
@@ -157,8 +157,7 @@ void grouped_dot_of(const RowPlan& p, const RowAt& at_row, const GroupedInput* c
         if constexpr (kHigh) {
           I sum[2] = {B::none(), B::none()};
 #pragma GCC unroll 8
-          for (int t = 0; t < kSteps; t++)
-            sum[t % 2] = B::template dot<kBits>(sum[t % 2], code[t], B::load(q + kOf * 64 * t));
+          for (int t = 0; t < kSteps; t++) B::template add_dot<kBits>(sum[t % 2], code[t], B::load(q + kOf * 64 * t));
           const I total = B::add(B::template whole<kBits>(sum[0]), B::template whole<kBits>(sum[1]));
           const F x_scale = B::mul(B::load_floats(x[n]->scale + lane), B::set1_float(128.f));
           acc[n] = B::minus_product(acc[n], offset, B::load_floats(x[n]->high_sum + lane));
@@ -169,9 +168,8 @@ void grouped_dot_of(const RowPlan& p, const RowAt& at_row, const GroupedInput* c
         I first[2] = {B::none(), B::none()}, second[2] = {B::none(), B::none()};
 #pragma GCC unroll 8
         for (int t = 0; t < kSteps; t++) {
-          first[t % 2] = B::template dot_x<kBits>(first[t % 2], B::first_operand(code[t]), B::load(q + 128 * t));
-          second[t % 2] =
-              B::template dot_x<kBits>(second[t % 2], B::second_operand(code[t]), B::load(q + 128 * t + 64));
+          B::template add_x<kBits>(first[t % 2], B::first_operand(code[t]), B::load(q + 128 * t));
+          B::template add_x<kBits>(second[t % 2], B::second_operand(code[t]), B::load(q + 128 * t + 64));
         }
         const I sum = B::add(B::after_first(B::add(first[0], first[1])), B::add(second[0], second[1]));
         acc[n] = B::minus_product(acc[n], offset, B::load_floats(x[n]->sum + lane));

@@ -58,7 +58,7 @@ inline void add_tile(const Tile<B, kSteps>& tile, int vectors, int first, const 
 // out[r * stride + i] = <row[i], x[r]>, i < m <= kTile, r < n <= kManyInputs.
 template <class B, int kBits, int kGroup>
 void grouped_rows(const RowPlan& p, const RowAt* row, int m, const GroupedInput* const* x, int n, float* out,
-                  int64_t stride) {
+                  int64_t stride, const RowAt* next, int n_next) {
   constexpr int kSteps = kGroup / 4, kPlanes = (kBits + 1) / 2, kTile = B::kTile;
   const RowAt* own[kTile];
   RowScales scales[kTile];
@@ -66,11 +66,14 @@ void grouped_rows(const RowPlan& p, const RowAt* row, int m, const GroupedInput*
   typename B::F acc[kManyInputs * kTile];
   for (int i = 0; i < kTile; i++) own[i] = row + (i < m ? i : m - 1), open_scales<B>(p, own[i]->part[0], scales[i]);
   for (int i = 0; i < n * kTile; i++) acc[i] = B::zero();
+  RowAt ahead[kTile];
+  for (int i = 0; i < n_next; i++) ahead[i] = next[i];
   int64_t pairs = 0, bit = 0;  // of a chunk in a plane of 2 bits, and of 1
   for (int first = 0; first < p.groups;) {
     int vectors = 0, g = first;
     for (; g < p.groups && g < first + kSpanSteps / kSteps * kChunkGroups; g += kChunkGroups) {
       const int lanes = p.groups - g < kChunkGroups ? p.groups - g : kChunkGroups;
+      for (int i = 0; i < n_next; i++) prefetch_step<B, kGroup>(ahead[i]);
       for (int part = 0; part * B::kLanes < lanes; part++, vectors++) {
         const int lane = g + part * B::kLanes;
         for (int i = 0; i < kTile; i++) {
@@ -158,7 +161,8 @@ template <class B, int kBits>
 void grouped_down_many(const NeuronPlan& p, const GroupsOfNeurons& of, int begin, int end, const ManyZ& z) {
   using I = typename B::I;
   constexpr int kParts = 64 / B::kBytes, kNext = 6;  // quads from one to that whose rows are prefetched
-  const int quads = p.format.group / 4, most = kQuadsAhead / quads;
+  const int quads = of.quads, most = kQuadsAhead / quads;
+  Ahead ahead(of.ahead, of.n_ahead, of.count * quads * ((end - begin + 255) / 256));
   for (int from = 0; from < of.count; from += most) {
     const int groups = of.count - from < most ? of.count - from : most;
     ManyZ own = z;
@@ -186,6 +190,7 @@ void grouped_down_many(const NeuronPlan& p, const GroupsOfNeurons& of, int begin
       }
       Chunk<B> chunk;
       for (int q = 0; q < groups * quads; q++) {
+        ahead.step<B>();
         const bool here = q + kNext < groups * quads;  // else the next chunk's, of these rows
         const uint8_t* const* const next = rows + 4 * (here ? q + kNext : q + kNext - groups * quads);
         for (int j = 0; j < 4 && kNext <= groups * quads; j++)

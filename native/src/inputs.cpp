@@ -100,17 +100,18 @@ void Rows::dot(int64_t o, const int* rows, int n, float* out, const RowAt& next)
   grouped_(plan_, at(o), x, n, out, next);
 }
 
-void Rows::dot_many(int64_t o, int m, int first, int n, float* out, int64_t stride) const {
+void Rows::dot_many(const RowAt* at, int m, int next, int first, int n, float* out, int64_t stride) const {
   const GroupedKernels& set = *kernels().grouped;
   const bool wide = matrix_.grouped.group == 32;
   const auto many = set.rows[wide][matrix_.grouped.bits - 2];
   const GroupedInput* x[kManyInputs];
   for (int r = 0; r < n; r++) x[r] = &inputs_[first + r].grouped[wide];
   for (int i = 0; i < m; i += set.tile) {
-    RowAt rows[16];
-    const int count = m - i < set.tile ? m - i : set.tile;
-    for (int t = 0; t < count; t++) rows[t] = at(o + i + t);
-    many(plan_, rows, count, x, n, out + i, stride);
+    const int after = m + next - i - set.tile;
+    many(plan_, at + i, m - i < set.tile ? m - i : set.tile, x, n, out + i, stride, at + i + set.tile,
+         after < 0          ? 0
+         : after < set.tile ? after
+                            : set.tile);
   }
 }
 

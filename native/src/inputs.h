@@ -35,6 +35,9 @@ class Inputs {
   Input input_[kMaxInputs];
 };
 
+constexpr int kMany = 5;       // inputs from which on unpacked rows are kept for all of them
+constexpr int kManyRows = 48;  // rows of a matrix that many inputs meet before the next
+
 // The rows of a matrix, for products with prepared inputs.
 class Rows {
  public:
@@ -45,8 +48,9 @@ class Rows {
   void dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const;
   // A grouped matrix's row o; `next` may be any row, of another matrix too.
   void dot(int64_t o, const int* rows, int n, float* out, const RowAt& next) const;
-  // A grouped matrix's rows o .. o + m with the inputs first .. first + n: out[r * stride + i], r < n.
-  void dot_many(int64_t o, int m, int first, int n, float* out, int64_t stride) const;
+  // A grouped matrix's rows at[0] .. at[m] with the inputs first .. first + n: out[r * stride + i], r < n. Behind them
+  // in `at` are so many rows, of another matrix too, that come next.
+  void dot_many(const RowAt* at, int m, int next, int first, int n, float* out, int64_t stride) const;
   // The same for row o of two matrices: out[at] is a's product, out[n + at] b's.
   static void dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next);
   bool grouped() const { return grouped_ != nullptr; }

@@ -11,9 +11,7 @@
 namespace griffin {
 namespace {
 
-constexpr int kRowsAhead = 2;   // rows of W to the one that is prefetched
-constexpr int kBlockRows = 48;  // rows of W that many inputs meet before the next
-constexpr int kMany = 2;        // inputs from which on unpacked rows are kept for all of them
+constexpr int kRowsAhead = 2;  // rows of W to the one that is prefetched
 
 void store(void* y, bool bf16, int64_t at, float value) {
   if (!bf16) {
@@ -53,16 +51,20 @@ void multiply_few(const Product& product, const Rows& w, int rows, int64_t begin
 
 // The same for many inputs of a grouped matrix: a block of its rows stays in the second-level cache for all of them.
 void multiply_many(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
-  float out[kManyInputs * kBlockRows];
+  constexpr int kNext = 8;  // a tile's
+  float out[kManyInputs * kManyRows];
+  RowAt at[kManyRows + kNext];
   const float* const bias = product.matrix->bias;
-  for (int64_t from = begin; from < end; from += kBlockRows) {
-    const int m = static_cast<int>(end - from < kBlockRows ? end - from : kBlockRows);
+  for (int64_t from = begin; from < end; from += kManyRows) {
+    const int m = static_cast<int>(end - from < kManyRows ? end - from : kManyRows);
+    const int next = static_cast<int>(end - from - m < kNext ? end - from - m : kNext);
+    for (int i = 0; i < m + next; i++) at[i] = w.at(from + i);
     for (int first = 0; first < rows; first += kManyInputs) {
       const int n = rows - first < kManyInputs ? rows - first : kManyInputs;
-      w.dot_many(from, m, first, n, out, kBlockRows);
+      w.dot_many(at, m, first ? 0 : next, first, n, out, kManyRows);
       for (int r = 0; r < n; r++) {
         char* const y = static_cast<char*>(product.y) + (first + r) * product.y_stride;
-        kernels().reduce(out + r * kBlockRows, 0, 1, bias ? bias + from : nullptr, y + from * (product.bf16 ? 2 : 4),
+        kernels().reduce(out + r * kManyRows, 0, 1, bias ? bias + from : nullptr, y + from * (product.bf16 ? 2 : 4),
                          product.bf16, m);
       }
     }
@@ -170,8 +172,8 @@ class NeuronProduct {
                       plan_.groups,
                       y_,
                       plan_.d};
-        set.down_many[m_.grouped.bits - 2](plan_, GroupsOfNeurons{scales, from, count, rows[0], kGroups * 32}, begin,
-                                           end, z);
+        set.down_many[m_.grouped.bits - 2](
+            plan_, GroupsOfNeurons{scales, from, count, quads, rows[0], kGroups * 32, nullptr, 0}, begin, end, z);
         continue;
       }
       for (int g = 0; g < count; g++) {
