@@ -181,6 +181,8 @@ def plot(args: argparse.Namespace) -> None:
         name = "files alone" if row["method"] == "dense" else f"{row['method']} on {row['type']}"
         mark = row["type"] if row["method"] == "dense" else ""
         lines.setdefault(name, []).append((float(across) / (1 if args.speed else 1e6), kl, mark))
+        if args.speed and row["llama_tokens_per_s"]:
+            lines.setdefault("files alone, llama.cpp", []).append((float(row["llama_tokens_per_s"]), kl, mark))
     label = "tokens/s" if args.speed else "MB of weights read a token"
     plots.frontier(lines, label, "KL to the source, nats a token", args.plot)
 
