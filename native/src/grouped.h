@@ -38,7 +38,7 @@ inline bool valid_grouped(const griffin_grouped& f) {
 // A row has a part for each of its planes; scales and offsets are before the first plane, in its part. Rows lie in blocks
 // of kBlock, part after part: the first parts of all of them, then all of their second parts, and so on. So reading the
 // first planes of one row after the other is reading one run of bytes. (Were a row's parts neighbours, the hardware's
-// prefetchers would fetch what is left out: 2.3 times the time, measured.) A matrix has whole blocks.
+// prefetchers would fetch what is left out.) A matrix has whole blocks.
 
 // Where a row's parts are. Behind those of its planes: null.
 struct RowAt {
