@@ -12,7 +12,7 @@
 namespace griffin {
 namespace {
 
-constexpr int kGatesAhead = 6;                          // grouped rows to the one that is prefetched
+constexpr int kGatesAhead = 8;                          // grouped rows to the one that is prefetched
 constexpr int kShift = 20, kBins = 1 << (31 - kShift);  // a float's exponent and 3 bits of its fraction
 
 // Of n scores those above `least` are chosen, and of those equal to it the first `equals`: k together, or all of them
@@ -77,40 +77,66 @@ Dynamic::Dynamic(const griffin_ff_block& block, const griffin_io& io, float* mem
   own_ = scores_ + io.rows * stride_;
 }
 
+int64_t Dynamic::float_gates(const Rows& of, int64_t begin, int64_t end) {
+  const Experts expert{io_};
+  int all[GRIFFIN_MAX_ROWS];
+  for (int r = 0; r < io_.rows; r++) all[r] = r;
+  for (int64_t i = begin; i < end; i += 2) {
+    const int m = end - i >= 2 ? 2 : 1;
+    const int64_t j[2] = {expert[i], expert[i + m - 1]};
+    const int64_t after = i + 2 + m <= end ? i + 2 : i;
+    const int64_t next[2] = {expert[after], expert[after + m - 1]};
+    for (int from = 0; from < io_.rows; from += kMaxRows) {
+      const int n = std::min(io_.rows - from, kMaxRows);
+      float out[2 * kMaxRows];
+      of.dot(j, m, all + from, n, out, next);
+      for (int p = 0; p < m; p++)
+        for (int r = 0; r < n; r++) gates_[(from + r) * stride_ + i + p] = out[p * n + r] + (bias_ ? bias_[j[p]] : 0.f);
+    }
+  }
+  return (end - begin) * of.row_bytes();
+}
+
+// A run of neurons at a time; where inputs read only the first planes of some, input by input, those and the others.
+int64_t Dynamic::grouped_gates(const Rows& whole, const Rows& first, int64_t begin, int64_t end) {
+  constexpr int kRun = 48;
+  const Experts expert{io_};
+  const bool levels = dynamic_.n_levels > 0;
+  const uint32_t all = (1u << io_.rows) - 1;
+  const auto wholly = [&](int64_t i) { return levels ? dynamic_.whole[i] & all : all; };
+  RowFinder find_whole = whole.finder(), find_first = first.finder();
+  const auto at = [&](int64_t i) { return (wholly(i) ? find_whole : find_first)(expert[i]); };
+  int64_t bytes = 0;
+  RowAt rows[kRun + kGatesAhead];
+  int64_t place[kRun];
+  float out[GRIFFIN_MAX_ROWS * kRun];
+  for (int64_t i = begin; i < end; i += kRun) {
+    const int64_t stop = std::min(i + kRun, end);
+    for (int64_t j = i; j < stop; j++) bytes += (wholly(j) ? whole : first).row_bytes();
+    for (int r = 0; r < io_.rows; r += levels ? 1 : io_.rows) {
+      for (const bool wholes : {true, false}) {
+        int m = 0, next = 0;
+        for (int64_t j = i; j < stop; j++)
+          if ((wholly(j) >> r & 1) == wholes) rows[m] = at(j), place[m++] = j;
+        if (!m) continue;
+        for (; next < kGatesAhead && stop + next < end; next++) rows[m + next] = at(stop + next);
+        int wanted[GRIFFIN_MAX_ROWS], n = 0;
+        for (int k = r; k < (levels ? r + 1 : io_.rows); k++) wanted[n++] = k;
+        (wholes ? whole : first).dot(rows, m, next, wanted, n, out, kRun);
+        for (int k = 0; k < n; k++)
+          for (int p = 0; p < m; p++)
+            gates_[wanted[k] * stride_ + place[p]] = out[k * kRun + p] + (bias_ ? bias_[expert[place[p]]] : 0.f);
+      }
+    }
+  }
+  return bytes;
+}
+
 void Dynamic::gate(const Inputs& x, int thread, int threads) {
   const int64_t begin = n_ * thread / threads, end = n_ * (thread + 1) / threads;
   const Experts expert{io_};
   const Rows whole(rows_, x), first(rows_, x, dynamic_.n_levels ? dynamic_.first : 0);
-  const uint32_t all = (1u << io_.rows) - 1;
-  const int step = whole.grouped() ? 1 : 2, ahead = whole.grouped() ? kGatesAhead : 2;
-  const auto wholly = [&](int64_t i) { return dynamic_.n_levels ? dynamic_.whole[i] & all : all; };
-  int64_t bytes = 0;
-  for (int64_t i = begin; i < end; i += step) {
-    const int m = end - i >= step ? step : 1;
-    const int64_t j[2] = {expert[i], expert[i + m - 1]};
-    const int64_t after = i + ahead + m <= end ? i + ahead : i;
-    const int64_t next[2] = {expert[after], expert[after + m - 1]};
-    const RowAt grouped_next = whole.grouped() ? (wholly(after) ? whole : first).at(next[0]) : RowAt{};
-    bytes += m * (wholly(i) ? whole : first).row_bytes();
-    for (const bool wholes : {true, false}) {
-      const uint32_t mask = wholes ? wholly(i) : all & ~wholly(i);
-      const Rows& of = wholes ? whole : first;
-      int rows[GRIFFIN_MAX_ROWS], count = 0;
-      for (int r = 0; r < io_.rows; r++)
-        if (mask >> r & 1) rows[count++] = r;
-      for (int from = 0; from < count; from += kMaxRows) {
-        const int n = std::min(count - from, kMaxRows);
-        float out[2 * kMaxRows];
-        if (of.grouped())
-          of.dot(j[0], rows + from, n, out, grouped_next);
-        else
-          of.dot(j, m, rows + from, n, out, next);
-        for (int p = 0; p < m; p++)
-          for (int r = 0; r < n; r++)
-            gates_[rows[from + r] * stride_ + i + p] = out[p * n + r] + (bias_ ? bias_[j[p]] : 0.f);
-      }
-    }
-  }
+  const int64_t bytes = whole.grouped() ? grouped_gates(whole, first, begin, end) : float_gates(whole, begin, end);
   for (int r = 0; r < io_.rows; r++) {
     float *const gates = gates_ + r * stride_, *const scores = scores_ + r * stride_;
     kernels().activate(block_.activation, gates + begin, nullptr, gates + begin, static_cast<int>(end - begin));

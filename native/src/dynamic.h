@@ -1,6 +1,6 @@
 // Dynamic neuron selection: for each token, the gates of all experts, then the choice of the k experts whose up and
-// down are read, and of how many planes of them. Its relatives TEAL and CATS threshold activations; here the k largest gate scores of a token are
-// chosen.
+// down are read, and of how many planes of them. Its relatives TEAL and CATS threshold activations; here the k largest
+// gate scores of a token are chosen.
 #pragma once
 #include "inputs.h"
 
@@ -27,6 +27,10 @@ class Dynamic {
   Chosen choose(int thread) const;
 
  private:
+  // Gates of this thread's share, before the activation; returns the bytes that are read.
+  int64_t float_gates(const Rows& of, int64_t begin, int64_t end);
+  int64_t grouped_gates(const Rows& whole, const Rows& first, int64_t begin, int64_t end);
+
   static int64_t experts(const griffin_ff_block& block, const griffin_io& io) {
     return io.experts ? io.n_experts : block.up.d_out;
   }

@@ -75,14 +75,12 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const In
   const uint8_t* const levels = chosen ? chosen->levels : nullptr;
   Part part(block, x, io.rows, levels, mine);
   Visit visits[2];
-  part.visit(begin, end, chunk, at, mask, visits[0]);
-  if (levels) visits[0].levels = levels + begin * io.rows;
+  part.visit(begin, end, chunk, at, mask, levels, visits[0]);
   int64_t i = begin;
   for (int v = 0; i < end; v ^= 1) {
     const Visit& visit = visits[v];
     Visit& next = visits[v ^ 1];
-    part.visit(i + visit.n, end, chunk, at, mask, next);
-    if (levels) next.levels = levels + (i + visit.n) * io.rows;
+    part.visit(i + visit.n, end, chunk, at, mask, levels, next);
     if (chosen)
       part.enter(visit, next, chosen->gates, chosen->stride, places + i);
     else

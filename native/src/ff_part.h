@@ -14,7 +14,7 @@ namespace griffin {
 constexpr int kExperts = 8;     // whose float down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
 constexpr int kVisit = 32;      // experts of a visit at most: kExperts, or those of a group of neurons
-constexpr int kRowsAhead = 6;   // rows to the grouped one that is prefetched
+constexpr int kRowsAhead = 8;   // rows to the grouped one that is prefetched
 
 // Off the 4096-byte multiples that share a cache set.
 inline int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
@@ -25,6 +25,8 @@ struct Visit {
   int64_t neuron[kVisit];
   uint32_t mask[kVisit];
   const uint8_t* levels = nullptr;  // (n, rows): planes of up and down that a row reads; null: all
+  // Where a grouped down's planes are, up to those that some row of input reads, padded to whole quads.
+  const uint8_t* down[kMaxPlanes][kVisit];
 
   // The planes of the s-th that its row r reads.
   int level(int s, int r, int rows) const { return levels ? levels[s * rows + r] : kMaxPlanes; }
@@ -50,6 +52,7 @@ class Part {
     const griffin_grouped& f = block.down.grouped;
     if (levels) zeros_.reset(new uint8_t[block.down.d_out / 4 + 2 * 64]());
     down_plan_ = neuron_plan(f, block.down.d_out, block.down.d_in);
+    find_down_.emplace(down_plan_.finder(block.down.weight));
     for (int planes = 1; planes < plane_count(f.bits); planes++)
       down_bytes_[planes] = static_cast<int>(down_plan_.part[planes]);
     group_shift_ = f.group == 32 ? 5 : 4;
@@ -59,8 +62,8 @@ class Part {
 
   // The experts i, i + 1, ... (their neurons: at(i), ...; their rows: mask(i), ...) that are visited together.
   template <class At, class Mask>
-  void visit(int64_t i, int64_t end, int chunk, const At& at, const Mask& mask, Visit& out) const {
-    out.n = 0;
+  void visit(int64_t i, int64_t end, int chunk, const At& at, const Mask& mask, const uint8_t* levels, Visit& out) {
+    out.n = 0, out.levels = levels ? levels + i * rows_ : nullptr;
     if (!grouped_) {
       for (; i < end && out.n < chunk; i++) out.neuron[out.n] = at(i), out.mask[out.n++] = mask(i);
       return;
@@ -68,35 +71,27 @@ class Part {
     const int64_t own = i < end ? at(i) >> group_shift_ : 0;
     for (; i < end && out.n < kVisit; i++) {
       const int64_t j = at(i);
-      if (j >> group_shift_ != own) return;
+      if (j >> group_shift_ != own) break;
+      const RowAt row = (*find_down_)(j);
+      const int most = out.levels ? out.most(out.n, rows_) : kMaxPlanes;
+      for (int p = 0; p < kMaxPlanes; p++) out.down[p][out.n] = row.part[p < most ? p : 0];
       out.neuron[out.n] = j, out.mask[out.n++] = mask(i);
     }
+    for (int s = out.n; s % 4; s++)
+      for (int p = 0; p < kMaxPlanes; p++) out.down[p][s] = out.down[p][s - 1];
   }
 
   // z of the visit's neurons, and the lists of their down rows. `next` is visited after it.
   void enter(const Visit& visit, const Visit& next) {
     memset(first_, 0, sizeof first_[0] * rows_), memset(second_, 0, sizeof second_[0] * rows_);
-    const bool streams = up_.grouped() && gate_.grouped();
-    if (streams) {
-      stream(up_, gated() ? second_ : first_, visit, gated() ? gate_ : up_, gated() ? visit : next);
-      if (gated()) stream(gate_, first_, visit, up_, next);
+    auto& up = gated() ? second_ : first_;
+    if (!up_.grouped() && !gate_.grouped()) {
+      both_floats(visit, next);
+    } else {
+      products(up_, up, visit, gated() ? gate_ : up_, gated() ? visit : next);
+      if (gated()) products(gate_, first_, visit, up_, next);
     }
-    for (int s = 0; s < visit.n; s++) {
-      bytes_ += up_.row_bytes() + (gated() ? gate_.row_bytes() : 0);
-      if (streams) continue;
-      const int64_t j = visit.neuron[s], ahead = after(visit, next, s + (rows_ == 1 ? 1 : 2));
-      in_passes(visit.mask[s], [&](const int* rows, int n) {
-        float out[2 * kMaxRows];
-        if (gated())
-          Rows::dot_both(up_, gate_, j, rows, n, out, ahead);
-        else
-          up_.dot(&j, 1, rows, n, out, &ahead);
-        for (int i = 0; i < n; i++) {
-          (gated() ? second_ : first_)[rows[i]][s] = out[i] + up_.bias(j);
-          if (gated()) first_[rows[i]][s] = out[n + i] + gate_.bias(j);
-        }
-      });
-    }
+    for (int s = 0; s < visit.n; s++) bytes_ += up_.row_bytes() + (gated() ? gate_.row_bytes() : 0);
     for (int r = 0; r < rows_; r++) {
       float z[kVisit];
       kernels_.activate(block_.activation, first_[r], gated() ? second_[r] : nullptr, z, visit.n);
@@ -109,22 +104,8 @@ class Part {
   // Without a gate, that is act(up), and z itself.
   void enter(const Visit& visit, const Visit& next, const float* gates, int64_t stride, const int32_t* place) {
     memset(second_, 0, sizeof second_[0] * rows_);
-    if (gated() && up_.grouped() && !visit.levels) stream(up_, second_, visit, up_, next);
     if (gated() && visit.levels) stream_levels(visit, next);
-    if (gated() && !up_.grouped()) {
-      for (int s = 0; s < visit.n;
-           s += 2) {  // two neurons at a time share the loads of x, if they are for the same rows
-        const int m = s + 1 < visit.n && visit.mask[s] == visit.mask[s + 1] ? 2 : 1;
-        const int64_t ahead[2] = {after(visit, next, s + 2), after(visit, next, s + 3)};
-        in_passes(visit.mask[s], [&](const int* rows, int n) {
-          float out[2 * kMaxRows];
-          up_.dot(visit.neuron + s, m, rows, n, out, ahead);
-          for (int i = 0; i < m; i++)
-            for (int at = 0; at < n; at++) second_[rows[at]][s + i] = out[i * n + at] + up_.bias(visit.neuron[s + i]);
-        });
-        s -= 2 - m;
-      }
-    }
+    if (gated() && !visit.levels) products(up_, second_, visit, up_, next);
     for (int s = 0; gated() && s < visit.n; s++) bytes_ += up_to(visit.most(s, rows_)).row_bytes();
     for (int r = 0; r < rows_; r++) {
       float z[kVisit];
@@ -144,12 +125,12 @@ class Part {
   // and up rows are in `enter`: in either phase the memory is kept at work on the other neurons.
   void leave(const Visit& next) {
     if (grouped_) {
-      Run runs[kVisit * kMaxPlanes];
-      const int n = down_runs(next, runs);
+      const int next_group = next.n ? static_cast<int>(next.neuron[0] >> group_shift_) : 0;
+      const Upcoming upcoming{next.down[0], kVisit, next.n, next_group};
       if (shared_)
-        add_shared(runs, n);
+        add_shared(upcoming);
       else
-        add_group(runs, n);
+        add_group(upcoming);
     } else {
       const uint8_t* ahead[kVisit];
       for (int s = 0; s < next.n; s++) ahead[s] = down_row(next.neuron[s]);
@@ -163,21 +144,6 @@ class Part {
 
   const uint8_t* down_row(int64_t j) const {
     return static_cast<const uint8_t*>(block_.down.weight) + j * block_.down.stride;
-  }
-
-  // What will be read of a visit's grouped down rows.
-  int down_runs(const Visit& visit, Run* runs) const {
-    const NeuronPlan& p = down_plan_;
-    int n = 0;
-    for (int s = 0; s < visit.n; s++) {
-      const int most = visit.most(s, rows_), read = most < p.planes ? most : p.planes;
-      const RowAt row = p.at(block_.down.weight, visit.neuron[s]);
-      for (int i = 0; i < read; i++) {
-        const int64_t in_line = reinterpret_cast<uintptr_t>(row.part[i]) % 64;
-        runs[n++] = {row.part[i], static_cast<int>((in_line + p.part[i + 1] - p.part[i] + 63) / 64)};
-      }
-    }
-    return n;
   }
 
   // The neuron that is s-th from the visit's first on.
@@ -203,99 +169,138 @@ class Part {
       use(wanted + first, count - first < kMaxRows ? count - first : kMaxRows);
   }
 
-  // Products and biases of a grouped matrix's rows, one row after the other; `then` and its visit come next.
-  void stream(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
-    if (rows_ >= kMany && for_all(visit)) {
-      RowAt rows[2 * kVisit];
-      for (int s = 0; s < visit.n; s++) rows[s] = of.at(visit.neuron[s]);
-      for (int s = 0; s < next.n; s++) rows[visit.n + s] = then.at(next.neuron[s]);
-      of.dot_many(rows, visit.n, next.n, 0, rows_, out[0], kVisit);
-      for (int r = 0; r < rows_; r++)
-        for (int s = 0; s < visit.n; s++) out[r][s] += of.bias(visit.neuron[s]);
-      return;
-    }
-    for (int s = 0; s < visit.n; s++) {
-      const int ahead = s + kRowsAhead, over = ahead - visit.n;
-      const RowAt prefetched = ahead < visit.n ? of.at(visit.neuron[ahead])
-                               : over < next.n ? then.at(next.neuron[over])
-                                               : RowAt{};
-      const int64_t j = visit.neuron[s];
+  // Products and biases of a matrix's rows; `then` and its visit come next.
+  void products(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
+    if (of.grouped())
+      stream(of, out, visit, then, next);
+    else
+      floats(of, out, visit, next);
+  }
+
+  // Two neurons at a time share the loads of x, if they are for the same rows of input.
+  void floats(const Rows& of, float (*out)[kVisit], const Visit& visit, const Visit& next) const {
+    for (int s = 0, m; s < visit.n; s += m) {
+      m = s + 1 < visit.n && visit.mask[s] == visit.mask[s + 1] ? 2 : 1;
+      const int64_t ahead[2] = {after(visit, next, s + 2), after(visit, next, s + 3)};
       in_passes(visit.mask[s], [&](const int* rows, int n) {
-        float products[kMaxRows];
-        of.dot(j, rows, n, products, prefetched);
-        for (int i = 0; i < n; i++) out[rows[i]][s] = products[i] + of.bias(j);
+        float own[2 * kMaxRows];
+        of.dot(visit.neuron + s, m, rows, n, own, ahead);
+        for (int i = 0; i < m; i++)
+          for (int at = 0; at < n; at++) out[rows[at]][s + i] = own[i * n + at] + of.bias(visit.neuron[s + i]);
       });
     }
+  }
+
+  // Up and gate of one neuron after the other, in one pass over the inputs.
+  void both_floats(const Visit& visit, const Visit& next) {
+    for (int s = 0; s < visit.n; s++) {
+      const int64_t j = visit.neuron[s], ahead = after(visit, next, s + (rows_ == 1 ? 1 : 2));
+      in_passes(visit.mask[s], [&](const int* rows, int n) {
+        float out[2 * kMaxRows];
+        if (gated())
+          Rows::dot_both(up_, gate_, j, rows, n, out, ahead);
+        else
+          up_.dot(&j, 1, rows, n, out, &ahead);
+        for (int i = 0; i < n; i++) {
+          (gated() ? second_ : first_)[rows[i]][s] = out[i] + up_.bias(j);
+          if (gated()) first_[rows[i]][s] = out[n + i] + gate_.bias(j);
+        }
+      });
+    }
+  }
+
+  // Products and biases of a grouped matrix's rows; `then` and its visit come next.
+  void stream(const Rows& of, float (*out)[kVisit], const Visit& visit, const Rows& then, const Visit& next) const {
+    RowAt rows[kVisit + kRowsAhead];
+    const int ahead = !then.grouped() ? 0 : next.n < kRowsAhead ? next.n : kRowsAhead;
+    RowFinder find = of.finder(), find_next = then.finder();
+    for (int s = 0; s < visit.n; s++) rows[s] = find(visit.neuron[s]);
+    for (int s = 0; s < ahead; s++) rows[visit.n + s] = find_next(next.neuron[s]);
+    if (for_all(visit)) {
+      int all[GRIFFIN_MAX_ROWS];
+      for (int r = 0; r < rows_; r++) all[r] = r;
+      of.dot(rows, visit.n, ahead, all, rows_, out[0], kVisit);
+    } else {
+      for (int s = 0; s < visit.n; s++)
+        in_passes(visit.mask[s], [&](const int* wanted, int n) {
+          float products[kMaxRows];
+          of.dot(rows + s, 1, visit.n - s - 1 + ahead, wanted, n, products, 1);
+          for (int i = 0; i < n; i++) out[wanted[i]][s] = products[i];
+        });
+    }
+    for (int r = 0; r < rows_; r++)
+      for (int s = 0; s < visit.n; s++)
+        if (visit.mask[s] >> r & 1) out[r][s] += of.bias(visit.neuron[s]);
   }
 
   // Up's rows to their first planes.
   const Rows& up_to(int planes) const { return planes < kMaxPlanes ? *up_first_[planes] : up_; }
 
-  // Products and biases of up's rows, each to the planes that its rows of input read.
+  // Products and biases of up's rows, each to the planes that its rows of input read: level after level.
   void stream_levels(const Visit& visit, const Visit& next) {
-    for (int s = 0; s < visit.n; s++) {
-      const int ahead = s + kRowsAhead, over = ahead - visit.n;
-      const int64_t j = visit.neuron[s];
-      const RowAt prefetched = ahead < visit.n ? up_to(visit.most(ahead, rows_)).at(visit.neuron[ahead])
-                               : over < next.n ? up_to(next.most(over, rows_)).at(next.neuron[over])
-                                               : RowAt{};
-      for (uint32_t left = visit.mask[s]; left;) {
-        int first = 0;
-        while (!(left >> first & 1)) first++;
-        const int planes = visit.level(s, first, rows_);
-        uint32_t mask = 0;
-        for (int r = first; r < rows_; r++) mask |= static_cast<uint32_t>(visit.level(s, r, rows_) == planes) << r;
-        in_passes(left & mask, [&](const int* rows, int n) {
-          float products[kMaxRows];
-          up_to(planes).dot(j, rows, n, products, prefetched);
-          for (int i = 0; i < n; i++) second_[rows[i]][s] = products[i] + up_.bias(j);
-        });
-        left &= ~mask;
+    for (int r = 0; r < rows_; r++) {
+      RowAt rows[kVisit + kRowsAhead];
+      int place[kVisit], end[kMaxPlanes + 1] = {}, count = 0;
+      for (int planes = 1; planes <= kMaxPlanes; planes++) {
+        RowFinder find = up_to(planes).finder();
+        for (int s = 0; s < visit.n; s++)
+          if (visit.mask[s] >> r & 1 && visit.level(s, r, rows_) == planes)
+            rows[count] = find(visit.neuron[s]), place[count++] = s;
+        end[planes] = count;
       }
+      int ahead = 0;
+      for (; ahead < kRowsAhead && ahead < next.n && r == rows_ - 1; ahead++)
+        rows[count + ahead] = up_to(next.most(ahead, rows_)).finder()(next.neuron[ahead]);
+      float products[kVisit];
+      for (int planes = 1; planes <= kMaxPlanes; planes++) {
+        const int from = end[planes - 1];
+        if (end[planes] > from)
+          up_to(planes).dot(rows + from, end[planes] - from, count + ahead - end[planes], &r, 1, products + from, 1);
+      }
+      for (int i = 0; i < count; i++) second_[r][place[i]] = products[i] + up_.bias(visit.neuron[place[i]]);
     }
   }
 
-  // The visit's down rows join row r's list, unless z is 0 (ReLU): nothing to add, nothing to read. Several rows of input
-  // that read the same planes share one list.
+  // The visit's down rows are row r's list, without those whose z is 0 (ReLU): nothing to add, nothing to read. Several
+  // rows of input that read the same planes share one list.
   void list(int r, const Visit& visit, const float* z) {
-    int n = 0;
     group_ = static_cast<int>(visit.neuron[0] >> group_shift_);
     shared_ = rows_ > 1 && grouped_ && !visit.levels;
-    if (shared_) {
+    uint32_t some = 0;
+    for (int s = 0; s < visit.n; s++) some |= static_cast<uint32_t>(z[s] != 0.f) << s;
+    for (int s = 0; s < visit.n && room_; s++)
+      if (some & ~any_ & 1u << s) unpack_row(block_.down, visit.neuron[s], unpacked(s));
+    any_ |= some;
+    if (shared_ || (grouped_ && !visit.levels && some == (visit.n < 32 ? (1u << visit.n) - 1 : ~0u))) {
       memcpy(z_[r], z, sizeof(float) * visit.n);
-      for (int s = 0; s < visit.n; s++) any_ |= static_cast<uint32_t>(z[s] != 0.f) << s;
-      listed_[r] = visit.n;
-      if (r) return;
-      for (int s = 0; s < visit.n; s++) {
-        const RowAt row = down_plan_.at(block_.down.weight, visit.neuron[s]);
-        for (int i = 0; i < down_plan_.planes; i++) down_[0][i][s] = row.part[i];
-      }
+      listed_[r] = visit.n, rows_of_[r] = visit.down[0];
       return;
     }
+    int n = 0;
     for (int s = 0; s < visit.n; s++) {
-      if (z[s] == 0.f) continue;
-      if (room_ && !(any_ >> s & 1)) unpack_row(block_.down, visit.neuron[s], unpacked(s));
-      any_ |= 1u << s;
+      if (!(some >> s & 1)) continue;
       z_[r][n] = z[s];
       if (grouped_) {
         const int level = visit.level(s, r, rows_), bits = down_plan_.format.bits;
-        const RowAt row = down_plan_.at(block_.down.weight, visit.neuron[s]);
-        for (int i = 0; i < down_plan_.planes; i++) down_[r][i][n] = i < level ? row.part[i] : zeros_.get();
+        for (int i = 0; i < down_plan_.planes; i++) down_[r][i][n] = i < level ? visit.down[i][s] : zeros_.get();
         mean_[r][n] = static_cast<float>((1 << (bits - bits_of_planes(bits, level))) - 1) / 2;
       } else {
         down_[r][0][n] = room_ ? reinterpret_cast<const uint8_t*>(unpacked(s)) : down_row(visit.neuron[s]);
       }
       n++;
     }
-    listed_[r] = n;
+    for (int i = n; i % 4 && grouped_; i++)
+      for (int p = 0; p < down_plan_.planes; p++) down_[r][p][i] = down_[r][p][n - 1];
+    listed_[r] = n, rows_of_[r] = down_[r][0];
   }
 
   // Where the visit's s-th down row of a table format is, as float32.
   float* unpacked(int s) const { return room_.get() + s * accumulator_stride(block_.down.d_out); }
 
   void count_down(const Visit& visit) {
-    for (int s = 0; s < visit.n; s++)
+    for (int s = 0; s < visit.n && visit.levels; s++)
       if (any_ >> s & 1) bytes_ += down_bytes_[visit.most(s, rows_)];
+    if (!visit.levels) bytes_ += int64_t{down_bytes_[kMaxPlanes]} * __builtin_popcount(any_);
     bytes_ += any_ ? group_bytes_ : 0;
     any_ = 0;
   }
@@ -317,7 +322,7 @@ class Part {
 
   // The listed neurons are of one group: z is quantised too, its products with the codes are summed in integers and
   // scaled once.
-  void add_group(const Run* ahead, int n_ahead) {
+  void add_group(Upcoming next) {
     const auto down = kernels_.grouped->down[block_.down.grouped.bits - 2];
     for (int r = 0; r < rows_; r++) {
       const int n = listed_[r];
@@ -327,37 +332,32 @@ class Part {
       const float factor = quantise_z(z_[r], n, quads, &total);
       const int8_t* const z = reinterpret_cast<const int8_t*>(quads);
       float rest = 0;
-      for (int i = 0; i < n; i++) rest += mean_[r][i] * static_cast<float>(z[i]);
-      for (int w = 0; w < down_plan_.planes; w++)
-        for (int i = n; i % 4; i++) down_[r][w][i] = down_[r][w][n - 1];
+      for (int i = 0; i < n && zeros_; i++) rest += mean_[r][i] * static_cast<float>(z[i]);
       const GroupOfNeurons neurons{static_cast<const uint8_t*>(block_.down.scales),
                                    group_,
                                    (n + 3) / 4,
                                    total,
                                    rest,
-                                   down_[r][0],
+                                   rows_of_[r],
                                    kVisit,
                                    quads,
                                    factor,
-                                   ahead,
-                                   n_ahead};
+                                   next};
       down(down_plan_, neurons, 0, down_plan_.d, acc_ + r * accumulator_stride(block_.down.d_out));
-      n_ahead = 0;  // the first row of input prefetches for all
+      next.count = 0;  // the first row of input prefetches for all
     }
   }
 
   // The same for a list that several rows of input share: the codes are unpacked once. To the bit as one row's.
-  void add_shared(const Run* ahead, int n_ahead) {
+  void add_shared(const Upcoming& next) {
     const int n = listed_[0], quads = (n + 3) / 4;
     int32_t z[GRIFFIN_MAX_ROWS][kGroupQuads], total[GRIFFIN_MAX_ROWS];
     float factor[GRIFFIN_MAX_ROWS];
     if (!n) return;
     for (int r = 0; r < rows_; r++) factor[r] = quantise_z(z_[r], n, z[r], total + r);
-    for (int w = 0; w < down_plan_.planes; w++)
-      for (int i = n; i % 4; i++) down_[0][w][i] = down_[0][w][n - 1];
     const ManyZ many{rows_, z[0], kGroupQuads, total, factor, 1, acc_, accumulator_stride(block_.down.d_out)};
     const GroupsOfNeurons groups{
-        static_cast<const uint8_t*>(block_.down.scales), group_, 1, quads, down_[0][0], kVisit, ahead, n_ahead};
+        static_cast<const uint8_t*>(block_.down.scales), group_, 1, quads, rows_of_[0], kVisit, next};
     kernels_.grouped->down_many[block_.down.grouped.bits - 2](down_plan_, groups, 0, down_plan_.d, many);
   }
 
@@ -378,8 +378,10 @@ class Part {
   int listed_[GRIFFIN_MAX_ROWS] = {};
   float first_[GRIFFIN_MAX_ROWS][kVisit], second_[GRIFFIN_MAX_ROWS][kVisit];  // what is activated, its factor
   float z_[GRIFFIN_MAX_ROWS][kVisit];
-  float mean_[GRIFFIN_MAX_ROWS][kVisit];  // of what is not read of a code
-  const uint8_t* down_[GRIFFIN_MAX_ROWS][kMaxPlanes][kVisit];
+  float mean_[GRIFFIN_MAX_ROWS][kVisit];                       // of what is not read of a code
+  const uint8_t* down_[GRIFFIN_MAX_ROWS][kMaxPlanes][kVisit];  // a list of its own
+  const uint8_t* const* rows_of_[GRIFFIN_MAX_ROWS];            // that, or the visit's
+  std::optional<RowFinder> find_down_;
   std::unique_ptr<uint8_t[]> zeros_;  // for the planes that are not read
 };
 

@@ -40,19 +40,44 @@ inline bool valid_grouped(const griffin_grouped& f) {
 // first planes of one row after the other is reading one run of bytes. (Were a row's parts neighbours, the hardware's
 // prefetchers would fetch what is left out.) A matrix has whole blocks.
 
-// Where a row's parts are. Behind those of its planes: null.
+// Where a row's parts are. Behind those of its planes: the first again.
 struct RowAt {
   const uint8_t* part[kMaxPlanes];
 };
 
 // Of rows of `whole` bytes, whose part i has the bytes part[i] .. part[i + 1].
 inline RowAt row_at(const void* weight, int64_t row, int64_t whole, const int64_t* part, int planes) {
-  const int64_t in = row % kBlock;
+  const int64_t in = (int64_t)((uint64_t)row % kBlock);
   const uint8_t* const block = (const uint8_t*)weight + (row - in) * whole;
   RowAt found = {};
-  for (int i = 0; i < planes; i++) found.part[i] = block + kBlock * part[i] + in * (part[i + 1] - part[i]);
+  for (int i = 0; i < kMaxPlanes; i++)
+    found.part[i] = i < planes ? block + kBlock * part[i] + in * (part[i + 1] - part[i]) : found.part[0];
   return found;
 }
+
+// Rows of a matrix one after the other: those of a block are found from where its first one is.
+class RowFinder {
+ public:
+  RowFinder(const void* weight, int64_t whole, const int64_t* part, int planes)
+      : weight_(weight), whole_(whole), part_(part), planes_(planes) {
+    for (int i = 0; i < kMaxPlanes; i++) size_[i] = i < planes ? part[i + 1] - part[i] : size_[0];
+  }
+  RowAt operator()(int64_t row) {
+    const int64_t block = row / kBlock, in = row % kBlock;
+    if (block != block_) first_ = row_at(weight_, block * kBlock, whole_, part_, planes_), block_ = block;
+    RowAt found;
+    for (int i = 0; i < kMaxPlanes; i++) found.part[i] = first_.part[i] + in * size_[i];
+    return found;
+  }
+
+ private:
+  const void* const weight_;
+  const int64_t whole_;
+  const int64_t* const part_;
+  const int planes_;
+  int64_t block_ = -1, size_[kMaxPlanes] = {};
+  RowAt first_ = {};
+};
 
 // The parts of rows of `d` weights (padded to whole groups). Scales and offsets: bytes from the start of the first part.
 //
@@ -71,6 +96,7 @@ struct RowPlan {
   int64_t bytes, whole;          // of what is read of a row, of all of it
 
   RowAt at(const void* weight, int64_t row) const { return row_at(weight, row, whole, part, planes); }
+  RowFinder finder(const void* weight) const { return {weight, whole, part, planes}; }
 };
 
 // Neuron-major: a row has one code for each of the D outputs, padded to 64. Chunks of 256 outputs (the last one may
@@ -87,6 +113,7 @@ struct NeuronPlan {
   int64_t super_stride, sub_stride;              // from one super-group's (or span's) vector, or group's, to the next
 
   RowAt at(const void* weight, int64_t neuron) const { return row_at(weight, neuron, bytes, part, planes); }
+  RowFinder finder(const void* weight) const { return {weight, bytes, part, planes}; }
 };
 
 RowPlan row_plan(const griffin_grouped& format, int64_t d_in);

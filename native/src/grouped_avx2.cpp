@@ -12,6 +12,7 @@ struct B256 {
   using F = __m256;
   static constexpr int kBytes = 32, kLanes = 8, kTile = 4;
   static I load(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static I once(I v) { return v; }
   static I none() { return _mm256_setzero_si256(); }
   static I set1(uint8_t v) { return _mm256_set1_epi8((char)v); }
   static I set1_int(int32_t v) { return _mm256_set1_epi32(v); }
@@ -81,14 +82,18 @@ struct B256 {
     return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
   }
   static F signed_bytes(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
-  // super-scales of the groups g .. g + 7, each for kEach groups; g is a multiple of 8
-  template <int kEach> static F spread_supers(const float* supers, int g) { return set1_float(supers[g / kEach]); }
+  // float16 super-scales of the groups g .. g + 7, each for kEach groups; g is a multiple of 8
+  template <int kEach> static F supers(const uint8_t* halves, int g, int) {
+    uint16_t own;
+    memcpy(&own, halves + 2 * (g / kEach), 2);
+    return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(own)));
+  }
   static F first(F v, int n) {
     const I places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(set1_int(n), places)));
   }
-  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-  static void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+  static void prefetch(const uint8_t* p) { GRIFFIN_PREFETCH("prefetcht0", p, _MM_HINT_T0); }
+  static void prefetch_far(const uint8_t* p) { GRIFFIN_PREFETCH("prefetcht1", p, _MM_HINT_T1); }
 };
 
 #include "grouped_kernels.inl"

@@ -13,6 +13,12 @@ struct B512 {
   using F = __m512;
   static constexpr int kBytes = 64, kLanes = 16, kTile = 6;
   static I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I once(I v) {  // in a register: compilers would load it for each use
+#if defined(__GNUC__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+  }
   static I none() { return _mm512_setzero_si512(); }
   static I set1(uint8_t v) { return _mm512_set1_epi8((char)v); }
   static I set1_int(int32_t v) { return _mm512_set1_epi32(v); }
@@ -99,14 +105,17 @@ struct B512 {
     return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
   }
   static F signed_bytes(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
-  // super-scales of the groups g .. g + 15, each for kEach groups; g is a multiple of 16
-  template <int kEach> static F spread_supers(const float* supers, int g) {
-    if constexpr (kEach == 16) return _mm512_set1_ps(supers[g / 16]);
-    return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(supers[g / 8]), _mm512_set1_ps(supers[g / 8 + 1]));
+  // float16 super-scales of the groups g .. g + 15, each for kEach groups, zero behind the last of `lanes`; g is a multiple
+  // of 16
+  template <int kEach> static F supers(const uint8_t* halves, int g, int lanes) {
+    const __m128i own = _mm_maskz_loadu_epi16(kEach == 16 || lanes <= 8 ? 1 : 3, halves + 2 * (g / kEach));
+    const __m512 both = _mm512_castps128_ps512(_mm_cvtph_ps(own));
+    if constexpr (kEach == 16) return _mm512_broadcastss_ps(_mm512_castps512_ps128(both));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), both);
   }
   static F first(F v, int n) { return _mm512_maskz_mov_ps((__mmask16)((1u << n) - 1), v); }
-  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-  static void prefetch_far(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+  static void prefetch(const uint8_t* p) { GRIFFIN_PREFETCH("prefetcht0", p, _MM_HINT_T0); }
+  static void prefetch_far(const uint8_t* p) { GRIFFIN_PREFETCH("prefetcht1", p, _MM_HINT_T1); }
 };
 
 #include "grouped_kernels.inl"

@@ -11,6 +11,13 @@
 #define GRIFFIN_APART
 #endif
 
+// A prefetch that is kept: GCC takes a function that does nothing else for one without effects, and drops its calls.
+#if defined(__GNUC__)
+#define GRIFFIN_PREFETCH(instruction, p, hint) __asm__ volatile(instruction " %0" : : "m"(*(const char*)(p)))
+#else
+#define GRIFFIN_PREFETCH(instruction, p, hint) _mm_prefetch((const char*)(p), hint)
+#endif
+
 namespace griffin {
 
 // The largest integer that inputs are quantised to: 128 high + low, high and low of 8 bits. With 8 bits alone the KL
@@ -29,15 +36,17 @@ struct GroupedInput {
   const float* high_sum;
 };
 
-// out[r] = <row, x[r]>, r < n. `next`: a row that will be wanted soon (prefetched only; its parts may be null).
-using GroupedDotFn = void (*)(const RowPlan&, const RowAt& row, const GroupedInput* const* x, int n, float* out,
-                              const RowAt& next);
+// out[r * stride + i] = <row[i], x[r]>, i < m, r < n. Behind the m rows are so many that will be wanted `next` (prefetched
+// only).
+using GroupedDotFn = void (*)(const RowPlan&, const RowAt* row, int m, int next, const GroupedInput* const* x, int n,
+                              float* out, int64_t stride);
 
-// Bytes that will be wanted soon.
-struct Run {
-  const uint8_t* at;
-  int lines;  // of 64 bytes
+// Neurons that will be wanted next, of one group: plane i of row j at rows[i * stride + j].
+struct Upcoming {
+  const uint8_t* const* rows;
+  int stride, count, group;
 };
+
 // Neurons of one group, four rows and their z in one int32 a quad: z = factor * its int8 (which alone keeps the KL
 // divergence to the exact model at 0.001 and less); total: the int8's sum. Planes of a row that are not read are zeros
 // somewhere else, and rest has what they add at their mean, to the sum of the int8 times the codes.
@@ -49,8 +58,7 @@ struct GroupOfNeurons {
   int stride;
   const int32_t* z;
   float factor;
-  const Run* ahead;  // wanted next: prefetched meanwhile, evenly and in order
-  int n_ahead;
+  Upcoming next;  // prefetched meanwhile, evenly
 };
 
 // y += sum over the neurons of z * their rows, for outputs begin .. end (multiples of 256, or the padded D).
@@ -62,8 +70,7 @@ struct GroupsOfNeurons {
   int group, count, quads;  // the first, and how many
   const uint8_t* const* rows;
   int stride;
-  const Run* ahead;  // as a group's
-  int n_ahead;
+  Upcoming next;  // as a group's
 };
 
 constexpr int kGroupQuads = 8;  // int32 of a group's z

@@ -61,19 +61,15 @@ void grouped_rows(const RowPlan& p, const RowAt* row, int m, const GroupedInput*
                   int64_t stride, const RowAt* next, int n_next) {
   constexpr int kSteps = kGroup / 4, kPlanes = (kBits + 1) / 2, kTile = B::kTile;
   const RowAt* own[kTile];
-  RowScales scales[kTile];
   Tile<B, kSteps> tile;
   typename B::F acc[kManyInputs * kTile];
-  for (int i = 0; i < kTile; i++) own[i] = row + (i < m ? i : m - 1), open_scales<B>(p, own[i]->part[0], scales[i]);
+  for (int i = 0; i < kTile; i++) own[i] = row + (i < m ? i : m - 1);
   for (int i = 0; i < n * kTile; i++) acc[i] = B::zero();
-  RowAt ahead[kTile];
-  for (int i = 0; i < n_next; i++) ahead[i] = next[i];
   int64_t pairs = 0, bit = 0;  // of a chunk in a plane of 2 bits, and of 1
   for (int first = 0; first < p.groups;) {
     int vectors = 0, g = first;
     for (; g < p.groups && g < first + kSpanSteps / kSteps * kChunkGroups; g += kChunkGroups) {
       const int lanes = p.groups - g < kChunkGroups ? p.groups - g : kChunkGroups;
-      for (int i = 0; i < n_next; i++) prefetch_step<B, kGroup>(ahead[i]);
       for (int part = 0; part * B::kLanes < lanes; part++, vectors++) {
         const int lane = g + part * B::kLanes;
         for (int i = 0; i < kTile; i++) {
@@ -83,10 +79,11 @@ void grouped_rows(const RowPlan& p, const RowAt* row, int m, const GroupedInput*
             at[k] = own[i]->part[k] + (k ? 0 : p.codes) + (kBits % 2 && k == kPlanes - 1 ? bit : pairs);
           unpack_steps<B, kBits, kSteps>(at, 4 * lanes, (lanes + 1) / 2, part, codes);
           for (int t = 0; t < kSteps; t++) {
+            if (part == 0 && i < n_next) prefetch_at<B, kBits, kGroup>(p, next[i], int64_t{g} * kGroup / 4, t);
             tile.code[vectors][t][i][0] = B::first_operand(codes[t]);
             if (B::kOperands == 2) tile.code[vectors][t][i][B::kOperands - 1] = B::second_operand(codes[t]);
           }
-          scales_at<B, kGroup>(p, own[i]->part[0], scales[i], lane, lanes - part * B::kLanes, &tile.scale[vectors][i],
+          scales_at<B, kGroup>(p, own[i]->part[0], lane, lanes - part * B::kLanes, &tile.scale[vectors][i],
                                &tile.offset[vectors][i]);
         }
       }
@@ -162,7 +159,6 @@ void grouped_down_many(const NeuronPlan& p, const GroupsOfNeurons& of, int begin
   using I = typename B::I;
   constexpr int kParts = 64 / B::kBytes, kNext = 6;  // quads from one to that whose rows are prefetched
   const int quads = of.quads, most = kQuadsAhead / quads;
-  Ahead ahead(of.ahead, of.n_ahead, of.count * quads * ((end - begin + 255) / 256));
   for (int from = 0; from < of.count; from += most) {
     const int groups = of.count - from < most ? of.count - from : most;
     ManyZ own = z;
@@ -182,23 +178,25 @@ void grouped_down_many(const NeuronPlan& p, const GroupsOfNeurons& of, int begin
                                      of.stride,
                                      own.z + r * z.z_stride + g * kGroupQuads,
                                      own.factor[i],
-                                     nullptr,
-                                     0};
+                                     {}};
             grouped_down<B, kBits>(p, one, at, end, z.y + r * z.y_stride);
           }
         break;
       }
       Chunk<B> chunk;
       for (int q = 0; q < groups * quads; q++) {
-        ahead.step<B>();
         const bool here = q + kNext < groups * quads;  // else the next chunk's, of these rows
         const uint8_t* const* const next = rows + 4 * (here ? q + kNext : q + kNext - groups * quads);
         for (int j = 0; j < 4 && kNext <= groups * quads; j++)
           for (int w = 0; w < kBits / 2; w++) B::prefetch(next[w * of.stride + j] + (here ? at : at + 256) / 4);
         for (int part = 0; part < kParts; part++) {
-          I field[4][4];
-          quad_fields<B, kBits>(rows + 4 * q, of.stride, at, 64, part, field);
-          for (int i = 0; i < 16; i++) chunk.code[q][part][i] = field[i / 4][i % 4];
+          const Quad<B, kBits> quad(rows + 4 * q, of.stride, at, 64, part);
+          for (int i = 0; i < 4; i++) {
+            I field[4];
+            quad.codes(i, field);
+            if (part == 0) prefetch_next<B, kBits>(of.next, 4 * q + i, 4 * groups * quads, at);
+            for (int f = 0; f < 4; f++) chunk.code[q][part][4 * f + i] = field[f];
+          }
         }
       }
       with_kind(p.format, [&](auto kind) {

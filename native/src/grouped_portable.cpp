@@ -36,6 +36,7 @@ struct Portable {
     memcpy(out.at, p, 16);
     return out;
   }
+  static I once(const I& v) { return v; }
   static I none() { return I{}; }
   static I set1(uint8_t v) {
     return each([=](int) { return v; });
@@ -143,7 +144,11 @@ struct Portable {
   static F signed_bytes(const int8_t* p) {
     return floats([=](int i) { return (float)p[i]; });
   }
-  template <int kEach> static F spread_supers(const float* supers, int g) { return set1_float(supers[g / kEach]); }
+  template <int kEach> static F supers(const uint8_t* halves, int g, int) {
+    uint16_t own;
+    memcpy(&own, halves + 2 * (g / kEach), 2);
+    return set1_float(half_to_float(own));
+  }
   static F first(F v, int n) {
     return floats([&](int i) { return i < n ? v.at[i] : 0.f; });
   }

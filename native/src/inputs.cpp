@@ -83,10 +83,6 @@ const uint8_t* Rows::unpacked(int64_t o, int i) const {
 }
 
 void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const {
-  if (grouped_) {
-    for (int i = 0; i < m; i++) dot(o[i], rows, n, out + i * n, at(next[i]));
-    return;
-  }
   const Input* x[kMaxRows];
   for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]];
   const uint8_t *w[2], *ahead[2];
@@ -94,18 +90,16 @@ void Rows::dot(const int64_t* o, int m, const int* rows, int n, float* out, cons
   dot_(w, m, x, n, matrix_.d_in, out, ahead);
 }
 
-void Rows::dot(int64_t o, const int* rows, int n, float* out, const RowAt& next) const {
-  const GroupedInput* x[kMaxRows];
-  for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]].grouped[matrix_.grouped.group == 32];
-  grouped_(plan_, at(o), x, n, out, next);
-}
-
-void Rows::dot_many(const RowAt* at, int m, int next, int first, int n, float* out, int64_t stride) const {
-  const GroupedKernels& set = *kernels().grouped;
+void Rows::dot(const RowAt* at, int m, int next, const int* rows, int n, float* out, int64_t stride) const {
   const bool wide = matrix_.grouped.group == 32;
-  const auto many = set.rows[wide][matrix_.grouped.bits - 2];
   const GroupedInput* x[kManyInputs];
-  for (int r = 0; r < n; r++) x[r] = &inputs_[first + r].grouped[wide];
+  for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]].grouped[wide];
+  if (n < kMany || m == 1) {
+    grouped_(plan_, at, m, next, x, n, out, stride);
+    return;
+  }
+  const GroupedKernels& set = *kernels().grouped;
+  const auto many = set.rows[wide][matrix_.grouped.bits - 2];
   for (int i = 0; i < m; i += set.tile) {
     const int after = m + next - i - set.tile;
     many(plan_, at + i, m - i < set.tile ? m - i : set.tile, x, n, out + i, stride, at + i + set.tile,
@@ -116,7 +110,7 @@ void Rows::dot_many(const RowAt* at, int m, int next, int first, int n, float* o
 }
 
 void Rows::dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next) {
-  if (a.grouped_ || a.room_ || b.room_ || a.dot_ != b.dot_) {
+  if (a.room_ || b.room_ || a.dot_ != b.dot_) {
     a.dot(&o, 1, rows, n, out, &next), b.dot(&o, 1, rows, n, out + n, &next);
     return;
   }

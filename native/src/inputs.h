@@ -43,18 +43,16 @@ class Rows {
  public:
   // planes: of a grouped matrix, the first that are read of every row; 0: all.
   Rows(const griffin_matrix& matrix, const Inputs& inputs, int planes = 0);
-  // out[i * n + at] = <row o[i], input rows[at]> for i < m (1 or 2), n (1..kMaxRows); without the bias. `next`: rows that
-  // will be wanted soon.
+  // Of a matrix that is not grouped: out[i * n + at] = <row o[i], input rows[at]> for i < m (1 or 2), n (1..kMaxRows);
+  // without the bias. `next`: rows that will be wanted soon.
   void dot(const int64_t* o, int m, const int* rows, int n, float* out, const int64_t* next) const;
-  // A grouped matrix's row o; `next` may be any row, of another matrix too.
-  void dot(int64_t o, const int* rows, int n, float* out, const RowAt& next) const;
-  // A grouped matrix's rows at[0] .. at[m] with the inputs first .. first + n: out[r * stride + i], r < n. Behind them
-  // in `at` are so many rows, of another matrix too, that come next.
-  void dot_many(const RowAt* at, int m, int next, int first, int n, float* out, int64_t stride) const;
+  // A grouped matrix's rows at[0] .. at[m] with n input rows: out[r * stride + i], r < n. Behind them in `at` are so many
+  // rows, of another matrix too, that come next.
+  void dot(const RowAt* at, int m, int next, const int* rows, int n, float* out, int64_t stride) const;
   // The same for row o of two matrices: out[at] is a's product, out[n + at] b's.
   static void dot_both(const Rows& a, const Rows& b, int64_t o, const int* rows, int n, float* out, int64_t next);
   bool grouped() const { return grouped_ != nullptr; }
-  RowAt at(int64_t o) const { return plan_.at(matrix_.weight, o); }  // of a grouped matrix
+  RowFinder finder() const { return plan_.finder(matrix_.weight); }  // of a grouped matrix's rows
   int64_t row_bytes() const { return row_bytes_; }                   // of weights and scales
   float bias(int64_t o) const { return matrix_.bias ? matrix_.bias[o] : 0.f; }
 

@@ -1,4 +1,4 @@
-// y = W x + b: each thread takes a contiguous share of W's rows, two at a time, so that both share the loads of x.
+// y = W x + b: each thread takes a contiguous share of W's rows.
 #include <string.h>
 
 #include <memory>
@@ -29,13 +29,12 @@ struct Call {
 };
 
 // Rows begin..end of one matrix, two at a time.
-void multiply_few(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
-  const int rows_ahead = w.grouped() ? 6 * kRowsAhead : kRowsAhead;
+void multiply_floats(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
   int all[kMaxInputs];
   for (int r = 0; r < rows; r++) all[r] = r;
   for (int64_t o = begin; o < end; o += 2) {
     const int m = end - o >= 2 ? 2 : 1;
-    const int64_t ahead = o + rows_ahead + 2 <= end ? o + rows_ahead : o;
+    const int64_t ahead = o + kRowsAhead + 2 <= end ? o + kRowsAhead : o;
     const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
     for (int first = 0; first < rows; first += kMaxRows) {  // inputs beyond the first ones find the rows in the cache
       const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
@@ -49,31 +48,37 @@ void multiply_few(const Product& product, const Rows& w, int rows, int64_t begin
   }
 }
 
-// The same for many inputs of a grouped matrix: a block of its rows stays in the second-level cache for all of them.
-void multiply_many(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
-  constexpr int kNext = 8;  // a tile's
+// The same for a grouped matrix: a block of its rows stays in the second-level cache for all inputs.
+void multiply_grouped(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
+  constexpr int kNext = 8;
   float out[kManyInputs * kManyRows];
   RowAt at[kManyRows + kNext];
+  int all[kMaxInputs];
+  for (int r = 0; r < rows; r++) all[r] = r;
   const float* const bias = product.matrix->bias;
+  RowFinder find = w.finder();
+  int held = 0;  // of `at`
   for (int64_t from = begin; from < end; from += kManyRows) {
     const int m = static_cast<int>(end - from < kManyRows ? end - from : kManyRows);
     const int next = static_cast<int>(end - from - m < kNext ? end - from - m : kNext);
-    for (int i = 0; i < m + next; i++) at[i] = w.at(from + i);
+    for (int i = held; i < m + next; i++) at[i] = find(from + i);
     for (int first = 0; first < rows; first += kManyInputs) {
       const int n = rows - first < kManyInputs ? rows - first : kManyInputs;
-      w.dot_many(at, m, first ? 0 : next, first, n, out, kManyRows);
+      w.dot(at, m, first ? 0 : next, all + first, n, out, kManyRows);
       for (int r = 0; r < n; r++) {
         char* const y = static_cast<char*>(product.y) + (first + r) * product.y_stride;
         kernels().reduce(out + r * kManyRows, 0, 1, bias ? bias + from : nullptr, y + from * (product.bf16 ? 2 : 4),
                          product.bf16, m);
       }
     }
+    memmove(at, at + m, sizeof(RowAt) * static_cast<size_t>(next));
+    held = next;
   }
 }
 
 void multiply(const Product& product, const Inputs& x, int rows, int64_t begin, int64_t end) {
   const Rows w(*product.matrix, x);
-  (w.grouped() && rows >= kMany ? multiply_many : multiply_few)(product, w, rows, begin, end);
+  (w.grouped() ? multiply_grouped : multiply_floats)(product, w, rows, begin, end);
 }
 
 }  // namespace
@@ -156,11 +161,12 @@ class NeuronProduct {
     const int group = m_.grouped.group, quads = group / 4;
     const GroupedKernels& set = *kernels().grouped;
     const uint8_t* const scales = static_cast<const uint8_t*>(m_.scales);
+    RowFinder find = plan_.finder(m_.weight);
     for (int from = 0; from < plan_.groups; from += kGroups) {
       const int count = plan_.groups - from < kGroups ? plan_.groups - from : kGroups;
       const uint8_t* rows[kMaxPlanes][kGroups * 32];
       for (int j = 0; j < count * group; j++) {
-        const RowAt row = plan_.at(m_.weight, int64_t{from} * group + j);  // behind the last neuron z is zero
+        const RowAt row = find(int64_t{from} * group + j);  // behind the last neuron z is zero
         for (int i = 0; i < plan_.planes; i++) rows[i][j] = row.part[i];
       }
       if (io_.rows > 1) {
@@ -173,14 +179,14 @@ class NeuronProduct {
                       y_,
                       plan_.d};
         set.down_many[m_.grouped.bits - 2](
-            plan_, GroupsOfNeurons{scales, from, count, quads, rows[0], kGroups * 32, nullptr, 0}, begin, end, z);
+            plan_, GroupsOfNeurons{scales, from, count, quads, rows[0], kGroups * 32, {}}, begin, end, z);
         continue;
       }
       for (int g = 0; g < count; g++) {
         const int at = from + g;
         const GroupOfNeurons of{
-            scales,      at,      quads, total_[at], 0, rows[0] + g * group, kGroups * 32, quads_ + at * kGroupQuads,
-            factor_[at], nullptr, 0};
+            scales,      at, quads, total_[at], 0, rows[0] + g * group, kGroups * 32, quads_ + at * kGroupQuads,
+            factor_[at], {}};
         set.down[m_.grouped.bits - 2](plan_, of, begin, end, y_);
       }
     }
