@@ -132,7 +132,7 @@ def test_help_waits_for_nothing_heavy() -> None:
 
 
 def test_flags_are_the_fields_of_the_dataclasses() -> None:
-    assert list(arguments._CONFIG) == [field.name for field in fields(GriffinConfig)]
+    assert [*arguments._CONFIG, *arguments._SWITCHES] == [field.name for field in fields(GriffinConfig)]
     assert [*arguments._SAMPLING, "seed"] == [field.name for field in fields(Sampling)]
     for field in fields(Sampling):
         if field.name not in ("logit_bias", "stop", "seed"):
@@ -312,6 +312,7 @@ def test_generate_json(source: str, tiny: str, capsys: Any, stdin: Any, tmp_path
         "seed": 3,
         "profile": None,
         "loss": None,
+        "compact": True,
     }
     assert result["selection"] == "dynamic+topk"
     assert result["sampling"]["seed"] == 3

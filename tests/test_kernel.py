@@ -134,6 +134,30 @@ def test_ff_equals_float64(fmt, d, d_ff, rows, threads, kind, dtype, out_dtype, 
     assert out[:, d + 2 :].isnan().all()
 
 
+@pytest.mark.parametrize("fmt", grouped.MADE)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("d", "d_ff", "k"), [(33, 70, 37), (256, 512, 200), (320, 64, 64)])
+def test_copied_experts_give_the_same_bits(fmt: str, dtype: torch.dtype, d: int, d_ff: int, k: int) -> None:
+    torch.manual_seed(0)
+    block = make(fmt, d_ff, d, biased=True)
+    experts = torch.randperm(d_ff)[:k].sort()[0].to(dtype)
+    compact = operands.compact(block, experts)
+    again = operands.compact(block, experts, compact.copies)
+    assert all(new is old for new, old in zip(again.copies, compact.copies, strict=True))  # written over
+    larger = operands.compact(block, torch.arange(d_ff), compact.copies)
+    assert not any(new is old for new, old in zip(larger.copies, compact.copies, strict=True)) or k > d_ff - 32
+    for rows in (1, 3, 9):
+        x = torch.randn(rows, d)
+        assert torch.equal(kernel.ff(block, x, experts, compact=compact), kernel.ff(block, x, experts))
+
+
+def test_rows_that_cannot_be_copied_are_refused() -> None:
+    with pytest.raises(ValueError, match="in groups"):
+        operands.compact(make("bf16", 64, 32), torch.arange(4))
+    with pytest.raises(ValueError, match="expert"):
+        operands.compact(make("int8", 64, 32), torch.tensor([3, 64]))
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("d_in", [1, 33, 576, 1000])
 @pytest.mark.parametrize("rows", [1, 3, 16])

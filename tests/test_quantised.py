@@ -312,3 +312,43 @@ def test_real_files_mean_what_their_numbers_mean(name: str) -> None:
         margin = float(expected.max() - expected[found.argmax()])
         assert margin < 0.1, (at, margin)  # another token only where the two best are next to equal
     assert sum(divergences) / len(divergences) < 0.002
+
+
+@pytest.mark.parametrize("step", ["native", "eager"])
+def test_experts_are_copied_when_a_step_first_reads_them(step: str) -> None:
+    model = tiny("llama")
+    convert(model, "int8")
+    prompts = torch.randint(1, 99, (2, 40), generator=torch.Generator().manual_seed(0))
+
+    def logits(prompt: Tensor, compact: bool) -> list[Tensor]:
+        with griffin.attach(model, selection="topk", compact=compact) as handle:
+            steps = griffin.generate_step(model, prompt[None], handle=handle, step=step)
+            made = [next(steps).logits]
+            copied = [ff._copied for ff in handle.native_ff.values()]
+            assert copied == [None, None]  # the first token waits for no copies
+            made += [next(steps).logits for _ in range(4)]
+            first = [ff._copied for ff in handle.native_ff.values()]
+            assert all(pair is not None for pair in first) == compact
+            del steps
+            rooms = [pair[1].copies for pair in first if pair is not None]
+            del first
+            again = griffin.generate_step(model, prompts[1:], handle=handle, step=step)
+            made += [next(again).logits for _ in range(3)]
+            pairs = [ff._copied for ff in handle.native_ff.values() if ff._copied is not None]
+            for room, pair in zip(rooms, pairs, strict=True):  # a new prompt's copies lie where the last one's did
+                assert [copy.ctypes.data for copy in pair[1].copies] == [copy.ctypes.data for copy in room]
+        return made
+
+    for own, others in zip(logits(prompts[0], True), logits(prompts[0], False), strict=True):
+        assert torch.equal(own, others)
+
+
+def test_sequences_with_experts_of_their_own_are_computed_in_place() -> None:
+    model = tiny("llama")
+    convert(model, "int8")
+    prompts = torch.randint(1, 99, (3, 20), generator=torch.Generator().manual_seed(0))
+    with griffin.attach(model, selection="topk", batch="per_sequence") as handle:
+        steps = griffin.generate_step(model, prompts, handle=handle)
+        for _ in range(3):
+            next(steps)
+        assert all(ff._copied is None for ff in handle.native_ff.values())

@@ -57,6 +57,7 @@ typedef struct {
   const uint16_t* row_mask;
   int32_t index_bytes, reserved;
   const griffin_dynamic* dynamic;
+  const griffin_ff_block* compact;
 } griffin_experts;
 
 /* Run `rows` tokens, a row for each: one of each sequence, or several of one, which follow each other in its rows with

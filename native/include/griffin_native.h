@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-enum { GRIFFIN_ABI = 10, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
+enum { GRIFFIN_ABI = 11, GRIFFIN_MAX_ROWS = 16, GRIFFIN_SLACK = 64 };
 enum griffin_format { GRIFFIN_F32, GRIFFIN_BF16, GRIFFIN_F16, GRIFFIN_GROUPED };
 /* Where a group's scale s comes from: a float16 for 256 weights times a byte of the group's own, or a value of its own
  * (for `span` weights). */
@@ -109,6 +109,9 @@ typedef struct {
   int64_t n_experts;
   const uint16_t* row_mask;       /* (n_experts,) or NULL: bit r of entry i says that row r wants expert i */
   const griffin_dynamic* dynamic; /* or NULL: every expert is computed. Ignored by matvec. */
+  const griffin_ff_block* compact; /* or NULL. The block with copies of the experts' rows (griffin_copy_rows) in place of
+                                      its weights: the rows of experts[i] are the i-th ones, so that they are read like
+                                      a dense block's. Grouped weights without a table, no dynamic selection. */
 } griffin_io;
 
 /* -- set-up ------------------------------------------------------------------------------------------------------- */
@@ -139,6 +142,10 @@ GRIFFIN_API int griffin_matvec(const griffin_matrix* matrix, const griffin_io* i
  * mask_out (as long); returns the union's length, or minus a griffin_status. */
 GRIFFIN_API int64_t griffin_union(const void* experts, int index_bytes, int rows, int64_t k, int64_t d_ff,
                                   int32_t* union_out, uint16_t* mask_out);
+/* Copy rows of a grouped matrix (of a neuron-major one, neurons), rows[i] to the i-th place of a matrix of the same format
+ * at `to`, which has room for n rounded up to 32. Neuron-major scales stay where they are. */
+GRIFFIN_API int griffin_copy_rows(const griffin_matrix* matrix, const void* rows, int index_bytes, int64_t n, void* to,
+                                  int threads);
 /* Ask for huge pages under [address, address + bytes); 0 if the system took the advice. */
 GRIFFIN_API int griffin_advise_huge(void* address, int64_t bytes);
 /* Bytes per second of a plain float sum over the buffer with `threads` threads: the yardstick for everything above. */

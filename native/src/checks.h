@@ -54,4 +54,13 @@ inline bool valid_dynamic(const griffin_ff_block& block, const griffin_dynamic& 
   return !gate.weight || (valid_rows(gate) && gate.d_in == block.up.d_in && gate.d_out == block.up.d_out);
 }
 
+// T: griffin_io or griffin_experts, with a compact block.
+template <class T>
+bool valid_compact(const griffin_ff_block& block, const T& of) {
+  const griffin_ff_block& own = *of.compact;
+  if (!of.experts || of.dynamic || !valid_block(own) || !own.gate.weight != !block.gate.weight) return false;
+  if (!has_planes(own.up) || !has_planes(own.down) || (own.gate.weight && !has_planes(own.gate))) return false;
+  return own.up.d_in == block.up.d_in && own.up.d_out == block.up.d_out;
+}
+
 }  // namespace griffin

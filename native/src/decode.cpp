@@ -166,6 +166,7 @@ class Step {
     if (experts_) {
       own.experts = experts_[l].experts, own.n_experts = experts_[l].n_experts;
       own.row_mask = experts_[l].row_mask, own.index_bytes = experts_[l].index_bytes, own.dynamic = experts_[l].dynamic;
+      own.compact = experts_[l].compact;
     }
     Inputs inputs(own, m_.d_model, memory);
     ff_meet(layer.ff, own, inputs);
@@ -332,6 +333,7 @@ bool valid(const griffin_decoder& m, const griffin_cache& cache, const griffin_e
     if (!experts) continue;
     if (!valid_experts(experts[l])) return false;
     if (experts[l].dynamic && !valid_dynamic(layer.ff, *experts[l].dynamic)) return false;
+    if (experts[l].compact && !valid_compact(layer.ff, experts[l])) return false;
   }
   for (int r = 0; r < rows; r++) {
     const int start = cache.start ? cache.start[r] : 0;

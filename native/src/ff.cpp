@@ -14,7 +14,8 @@ namespace griffin {
 namespace {
 
 bool valid(const griffin_ff_block& block, const griffin_io& io) {
-  return valid_io(io) && valid_block(block) && valid_experts(io) && (!io.dynamic || valid_dynamic(block, *io.dynamic));
+  return valid_io(io) && valid_block(block) && valid_experts(io) &&
+         (!io.dynamic || valid_dynamic(block, *io.dynamic)) && (!io.compact || valid_compact(block, io));
 }
 
 struct Call {
@@ -73,7 +74,7 @@ void ff_accumulate(const griffin_ff_block& block, const griffin_io& io, const In
   const auto mask = [&](int64_t i) { return masks ? masks[i] & all : all; };
   const int chunk = io.rows == 1 ? 4 : kExperts;  // measured: several inputs want large visits
   const uint8_t* const levels = chosen ? chosen->levels : nullptr;
-  Part part(block, x, io.rows, levels, mine);
+  Part part(io.compact ? *io.compact : block, x, io.rows, levels, io.compact != nullptr, mine);
   Visit visits[2];
   part.visit(begin, end, chunk, at, mask, levels, visits[0]);
   int64_t i = begin;

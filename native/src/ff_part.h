@@ -22,7 +22,7 @@ inline int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
 // Experts that are visited together: neurons, and which rows of input want each.
 struct Visit {
   int n = 0;
-  int64_t neuron[kVisit];
+  int64_t neuron[kVisit], row[kVisit];  // row: where its weights are
   uint32_t mask[kVisit];
   const uint8_t* levels = nullptr;  // (n, rows): planes of up and down that a row reads; null: all
   // Where a grouped down's planes are, up to those that some row of input reads, padded to whole quads.
@@ -41,9 +41,10 @@ struct Visit {
 
 class Part {
  public:
-  Part(const griffin_ff_block& block, const Inputs& inputs, int rows, bool levels, float* acc)
+  // compact: the experts' rows lie in their order (griffin_io::compact).
+  Part(const griffin_ff_block& block, const Inputs& inputs, int rows, bool levels, bool compact, float* acc)
       : block_(block), kernels_(kernels()), up_(block.up, inputs), gate_(gated() ? block.gate : block.up, inputs),
-        grouped_(in_integers(block.down)), rows_(rows), acc_(acc) {
+        grouped_(in_integers(block.down)), compact_(compact), rows_(rows), acc_(acc) {
     for (int planes = 1; planes < kMaxPlanes && levels; planes++) up_first_[planes].emplace(block.up, inputs, planes);
     const int whole = static_cast<int>(row_bytes(block.down));
     for (int planes = 1; planes <= kMaxPlanes; planes++) down_bytes_[planes] = whole;
@@ -65,17 +66,18 @@ class Part {
   void visit(int64_t i, int64_t end, int chunk, const At& at, const Mask& mask, const uint8_t* levels, Visit& out) {
     out.n = 0, out.levels = levels ? levels + i * rows_ : nullptr;
     if (!grouped_) {
-      for (; i < end && out.n < chunk; i++) out.neuron[out.n] = at(i), out.mask[out.n++] = mask(i);
+      for (; i < end && out.n < chunk; i++) out.neuron[out.n] = out.row[out.n] = at(i), out.mask[out.n++] = mask(i);
       return;
     }
     const int64_t own = i < end ? at(i) >> group_shift_ : 0;
     for (; i < end && out.n < kVisit; i++) {
       const int64_t j = at(i);
       if (j >> group_shift_ != own) break;
-      const RowAt row = (*find_down_)(j);
-      const int most = out.levels ? out.most(out.n, rows_) : kMaxPlanes;
-      for (int p = 0; p < kMaxPlanes; p++) out.down[p][out.n] = row.part[p < most ? p : 0];
-      out.neuron[out.n] = j, out.mask[out.n++] = mask(i);
+      const int s = out.n++;
+      out.neuron[s] = j, out.row[s] = compact_ ? i : j, out.mask[s] = mask(i);
+      const RowAt row = (*find_down_)(out.row[s]);
+      const int most = out.most(s, rows_);
+      for (int p = 0; p < kMaxPlanes; p++) out.down[p][s] = row.part[p < most ? p : 0];
     }
     for (int s = out.n; s % 4; s++)
       for (int p = 0; p < kMaxPlanes; p++) out.down[p][s] = out.down[p][s - 1];
@@ -214,8 +216,8 @@ class Part {
     RowAt rows[kVisit + kRowsAhead];
     const int ahead = !then.grouped() ? 0 : next.n < kRowsAhead ? next.n : kRowsAhead;
     RowFinder find = of.finder(), find_next = then.finder();
-    for (int s = 0; s < visit.n; s++) rows[s] = find(visit.neuron[s]);
-    for (int s = 0; s < ahead; s++) rows[visit.n + s] = find_next(next.neuron[s]);
+    for (int s = 0; s < visit.n; s++) rows[s] = find(visit.row[s]);
+    for (int s = 0; s < ahead; s++) rows[visit.n + s] = find_next(next.row[s]);
     if (for_all(visit)) {
       int all[GRIFFIN_MAX_ROWS];
       for (int r = 0; r < rows_; r++) all[r] = r;
@@ -365,7 +367,7 @@ class Part {
   const Kernels& kernels_;
   const Rows up_, gate_;
   std::optional<Rows> up_first_[kMaxPlanes];  // [planes]
-  const bool grouped_;
+  const bool grouped_, compact_;
   NeuronPlan down_plan_ = {};
   int down_bytes_[kMaxPlanes + 1] = {};  // of a row's first planes
   const int rows_;

@@ -15,8 +15,8 @@ struct Layout {
 #define LAYOUT(type, last) {#type, sizeof(type), offsetof(type, last)}
 constexpr Layout kLayouts[] = {
     LAYOUT(griffin_ff_block, reserved), LAYOUT(griffin_matrix, table),     LAYOUT(griffin_dynamic, first),
-    LAYOUT(griffin_io, dynamic),        LAYOUT(griffin_norm, reserved),    LAYOUT(griffin_layer, window),
-    LAYOUT(griffin_decoder, sines),     LAYOUT(griffin_cache, reserved),   LAYOUT(griffin_experts, dynamic),
+    LAYOUT(griffin_io, compact),        LAYOUT(griffin_norm, reserved),    LAYOUT(griffin_layer, window),
+    LAYOUT(griffin_decoder, sines),     LAYOUT(griffin_cache, reserved),   LAYOUT(griffin_experts, compact),
     LAYOUT(griffin_grouped, span),      LAYOUT(griffin_codes, sub_offset), LAYOUT(griffin_gguf_tensor, type),
     LAYOUT(griffin_parts, bytes),
 };

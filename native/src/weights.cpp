@@ -1,13 +1,16 @@
-// Unions of expert sets, advice on pages, and the read bandwidth.
+// Unions of expert sets, copies of their rows, advice on pages, and the read bandwidth.
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
 
+#include <string.h>
+
 #include <atomic>
 #include <chrono>
 #include <vector>
 
+#include "checks.h"
 #include "griffin_native.h"
 #include "half.h"
 #include "parallel.h"
@@ -35,6 +38,34 @@ int64_t make_union(const Index* experts, int rows, int64_t k, int64_t d_ff, int3
   return count;
 }
 
+struct Copy {
+  const griffin_matrix* matrix;
+  const void* rows;
+  int index_bytes;
+  int64_t n;
+  void* to;
+
+  int64_t row(int64_t i) const {
+    return index_bytes == 4 ? static_cast<const int32_t*>(rows)[i] : static_cast<const int64_t*>(rows)[i];
+  }
+
+  // Whole blocks of the copy for each thread.
+  template <class Plan>
+  void run(const Plan& plan, int thread, int threads) const {
+    const int64_t blocks = (n + kBlock - 1) / kBlock, end = blocks * (thread + 1) / threads * kBlock;
+    RowFinder from = plan.finder(matrix->weight), from_ahead = from, place = plan.finder(to);
+    for (int64_t i = blocks * thread / threads * kBlock; i < n && i < end; i++) {
+      const RowAt source = from(row(i)), target = place(i), ahead = from_ahead(row(i + 8 < n ? i + 8 : i));
+      for (int p = 0; p < plan.planes; p++)
+        for (int64_t at = 0; at < plan.part[p + 1] - plan.part[p]; at += 64)
+          __builtin_prefetch(ahead.part[p] + at, 0, 2);
+      for (int p = 0; p < plan.planes; p++)
+        memcpy(const_cast<uint8_t*>(target.part[p]), source.part[p],
+               static_cast<size_t>(plan.part[p + 1] - plan.part[p]));
+    }
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -46,6 +77,28 @@ int64_t griffin_union(const void* experts, int index_bytes, int rows, int64_t k,
   if (index_bytes == 4) return make_union(static_cast<const int32_t*>(experts), rows, k, d_ff, union_out, mask_out);
   if (index_bytes == 8) return make_union(static_cast<const int64_t*>(experts), rows, k, d_ff, union_out, mask_out);
   return -GRIFFIN_BAD_ARGUMENT;
+}
+
+int griffin_copy_rows(const griffin_matrix* matrix, const void* rows, int index_bytes, int64_t n, void* to,
+                      int threads) {
+  if (!matrix || !rows || !to || n < 0 || threads < 1 || (index_bytes != 4 && index_bytes != 8) ||
+      !valid_matrix(*matrix) || matrix->format != GRIFFIN_GROUPED)
+    return GRIFFIN_BAD_ARGUMENT;
+  const int64_t count = matrix->neuron_major ? matrix->d_in : matrix->d_out;
+  Copy copy{matrix, rows, index_bytes, n, to};
+  for (int64_t i = 0; i < n; i++)
+    if (copy.row(i) < 0 || copy.row(i) >= count) return GRIFFIN_BAD_EXPERT;
+  parallel(
+      threads,
+      [](void* data, int thread, int team) {
+        const Copy& c = *static_cast<const Copy*>(data);
+        if (c.matrix->neuron_major)
+          c.run(neuron_plan(c.matrix->grouped, c.matrix->d_out, c.matrix->d_in), thread, team);
+        else
+          c.run(row_plan(c.matrix->grouped, c.matrix->d_in), thread, team);
+      },
+      &copy);
+  return GRIFFIN_OK;
 }
 
 int griffin_advise_huge(void* address, int64_t bytes) {

@@ -4,6 +4,29 @@
 
 namespace {
 
+// The call once more with copies of the experts' rows: to the bit the same.
+void check_compact(const griffin_ff_block& block, Call& call, const Case& c) {
+  griffin_ff_block compact = block;
+  std::vector<uint8_t> copies[3];
+  int at = 0;
+  for (griffin_matrix* m : {&compact.gate, &compact.up, &compact.down}) {
+    if (!m->weight) continue;
+    if (m->format != GRIFFIN_GROUPED || m->table) return;
+    griffin_parts parts;
+    griffin_grouped_bytes(m, &parts);
+    const int64_t blocks = (call.io.n_experts + parts.block - 1) / parts.block;
+    copies[at].assign(static_cast<size_t>(blocks * parts.block * parts.bytes + GRIFFIN_SLACK), 0xff);
+    expect(griffin_copy_rows(m, call.io.experts, call.io.index_bytes, call.io.n_experts, copies[at].data(),
+                             c.threads) == GRIFFIN_OK,
+           "rows are not copied");
+    m->weight = copies[at++].data();
+  }
+  const std::vector<double> in_place = call.y();
+  call.io.compact = &compact;
+  expect(griffin_ff(&block, &call.io, c.threads) == GRIFFIN_OK, "ff refuses a compact block");
+  expect(call.y() == in_place, "a compact block gives something else");
+}
+
 // gate, up and down may be of different formats; c.d and c.d_ff fit them. `other`: a gate of its own of the dynamic
 // selection, with the same meaning if it is of the gate's format.
 void check_ff(const Kind& gate_kind, const Kind& up_kind, const Kind& down_kind, const Case& c) {
@@ -100,6 +123,7 @@ void check_ff(const Kind& gate_kind, const Kind& up_kind, const Kind& down_kind,
   compare("ff of " + gate_kind.name() + ", " + up_kind.name() + ", " + down_kind.name() + (selects ? ", dynamic" : "") +
               (kind ? ", experts" : ""),
           c, expected, call.y());
+  if (kind && !selects) check_compact(block, call, c);
 }
 
 void check_matvec(const Kind& kind, const Case& c, bool neuron_major) {

@@ -47,6 +47,9 @@ class GriffinConfig:
             and those in its cache.
         loss: a target instead of a density: the smallest density whose KL to the full model was at most this, in nats a
             token, when the profile was made. The selection is then `prior+dynamic+topk`.
+        compact: whether the native backend copies the experts of a selection one behind the other, where weights are
+            quantised and no token chooses among them: a step reads them faster (`docs/cpu.md`), for `density` of the FF
+            weights' memory more. Experts that differ between the sequences of a batch are read in place.
 
     Raises:
         ValueError: a field has a value outside of the above.
@@ -60,6 +63,7 @@ class GriffinConfig:
     seed: int = 0
     profile: str | None = None
     loss: float | None = None
+    compact: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", _density(self.density))
@@ -79,6 +83,8 @@ class GriffinConfig:
             raise ValueError(f"profile is {self.profile!r}; expected the path of a file, or None")
         if self.loss is not None:
             object.__setattr__(self, "loss", _loss(self))
+        if not isinstance(self.compact, bool):
+            raise ValueError(f"compact is {self.compact!r}; expected True or False")
 
     @property
     def method(self) -> Method:

@@ -331,7 +331,10 @@ class Griffin:
         return plan_for(self.model, self.blocks, config)
 
     def _backend_of(self, block: FFBlock, stack: ExitStack) -> backends.SparseFF:
-        return self.backend.make(block, stack)
+        sparse = self.backend.make(block, stack)
+        if isinstance(sparse, NativeFF):
+            sparse.compact = self.config.compact
+        return sparse
 
     def _attach_more(self, stack: ExitStack) -> None:
         """Patch `model.generate`."""

@@ -1,12 +1,12 @@
-"""Experts read in place by the native library: nothing is copied, so a new selection costs nothing."""
+"""Experts read in place by the native library, or from copies one behind the other (`GriffinConfig.compact`)."""
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from griffin.layouts import FFBlock
 from griffin.method.dynamic import Dynamic, sketch
 from griffin.method.planes import PlaneSplit
 from griffin.native import kernel, library, operands
+from griffin.native.packing import Bytes
 from griffin.weights.neuron_major import make_neuron_major
 from griffin.weights.projection import rows
 from griffin.weights.quantised import QuantisedLinear
@@ -25,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # What an operator cannot take as an argument: the blocks that are alive, by a number of their own.
-_BLOCKS: WeakValueDictionary[int, NativeFF] = WeakValueDictionary()
+_BLOCKS: weakref.WeakValueDictionary[int, NativeFF] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
@@ -36,7 +37,8 @@ def ff(x: Tensor, experts: Tensor, row_mask: Tensor | None, block: int, group: i
     Shapes: as `kernel.ff`; `block` is a number that `NativeFF.number` gives, `group` the place of a set in its `sets`.
     """
     ff = _BLOCKS[block]
-    return kernel.ff(ff.block, x, experts, row_mask, dynamic=ff.sets[group].dynamic)
+    own = ff.sets[group]
+    return kernel.ff(ff.block, x, experts, row_mask, dynamic=own.dynamic, compact=ff.copies_of(own))
 
 
 @ff.register_fake
@@ -61,6 +63,8 @@ class NativeFF(InPlace):
         _BLOCKS[self.number] = self
         self._sequences = 1
         self._sets: list[Set] = []  # for every 16 sequences
+        self.compact = False  # whether experts that all rows share are copied (`GriffinConfig.compact`)
+        self._copied: tuple[Tensor, operands.Compact] | None = None  # the last experts that were
 
     @staticmethod
     def _why_not(block: FFBlock) -> str | None:
@@ -74,7 +78,7 @@ class NativeFF(InPlace):
 
     def _close(self) -> None:
         """Let the model's weights go."""
-        self._block, self._sets, self._x = None, [], None
+        self._block, self._sets, self._x, self._copied = None, [], None, None
 
     @property
     def ff_block(self) -> FFBlock:
@@ -95,6 +99,7 @@ class NativeFF(InPlace):
 
     def select(self, experts: Sequence[Tensor], dynamic: Dynamic | None = None) -> None:
         """See `SparseFF.select`."""
+        self._sets = []  # what only they use may be used anew
         self._sequences, self._sets = len(experts), self.sets_of(experts, dynamic)
 
     def sets_of(self, experts: Sequence[Tensor], dynamic: Dynamic | None) -> list[Set]:
@@ -107,6 +112,27 @@ class NativeFF(InPlace):
             joined, row_mask = kernel.union(experts[part], self._width)
             sets.append(Set(joined, row_mask, self._dynamic(dynamic, part, experts[part], joined)))
         return sets
+
+    def copies_of(self, own: Set) -> operands.Compact | None:
+        """Copies of a set's experts, if they are wanted and the library computes with them.
+
+        They are made when a step first asks, which is after the first token.
+        """
+        experts, mask, dynamic = own
+        if not self.compact or mask is not None or dynamic is not None or len(experts) == self._width:
+            return None
+        if not operands.has_compact(self.block):
+            return None
+        if self._copied is not None and self._copied[0] is experts:
+            return self._copied[1]
+        room: tuple[Bytes, ...] = ()
+        if self._copied is not None:
+            last, room = weakref.ref(self._copied[1]), self._copied[1].copies
+            self._copied = None
+            room = () if last() is not None else room  # another selection is still computed with it
+        copies = operands.compact(self.block, experts, room)
+        self._copied = experts, copies
+        return copies
 
     def _dynamic(
         self, dynamic: Dynamic | None, rows: slice, experts: Sequence[Tensor], joined: Tensor | None = None
@@ -153,7 +179,8 @@ class NativeFF(InPlace):
         if torch.compiler.is_compiling():
             y: Tensor = ff(x, experts, mask, self.number, group)
             return y
-        return kernel.ff(self.block, x, experts, mask, dynamic=dynamic)  # without the dispatcher's overhead
+        # without the dispatcher's overhead
+        return kernel.ff(self.block, x, experts, mask, dynamic=dynamic, compact=self.copies_of(self._sets[group]))
 
 
 def _row_bits(whole: Tensor, experts: Sequence[Tensor], joined: Tensor | None) -> Tensor:

@@ -90,6 +90,10 @@ _CONFIG: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "instead of a density: the smallest whose KL to the full model, by the profile, is at most this",
     ),
 }
+_SWITCHES = {
+    "compact": "copy the experts of quantised weights one behind the other: a step reads them faster, for D of the FF "
+    "weights' memory more; not with dynamic+",
+}
 _SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "max_tokens": (int, "N", "most tokens to generate for an answer (default: 256)"),
     "temperature": (float, "T", "0 is greedy; above, logits are divided by it before drawing (default: 0.0)"),
@@ -150,17 +154,22 @@ def add_json_argument(group: argparse._ArgumentGroup, holding: str, instead_of: 
     )
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str] = (), **defaults: str) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, without: Container[str] = (), **defaults: str | bool) -> None:
     """Declare one flag for each field of `GriffinConfig` except `without`; `defaults` override the fields' defaults."""
     group = parser.add_argument_group("GRIFFIN")
     for field in fields(GriffinConfig):
         if field.name in without:
             continue
+        default = defaults.get(field.name, field.default)
+        if isinstance(default, bool):
+            group.add_argument(
+                f"--{field.name}", action=argparse.BooleanOptionalAction, default=default, help=_SWITCHES[field.name]
+            )
+            continue
         read, metavar, text = _CONFIG[field.name]
         if field.default is None or field.name == "seed":
             group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text)
         else:
-            default = defaults.get(field.name, field.default)
             text = f"{text} (default: {default})"
             group.add_argument(f"--{field.name}", type=read, metavar=metavar, help=text, default=default)
 

@@ -123,14 +123,14 @@ class ExpertsTable:
     """The experts of every layer as the native step sees them. Keeps what it points to alive.
 
     Args:
-        sets: by layer; layers that are not in it are computed whole.
+        sets: by layer, and copies of their experts; layers that are not in it are computed whole.
         layers: how many there are.
     """
 
-    def __init__(self, sets: Mapping[int, Set], layers: int) -> None:
+    def __init__(self, sets: Mapping[int, tuple[Set, operands.Compact | None]], layers: int) -> None:
         self.table = (abi.ExpertsStruct * layers)()
         self._kept = dict(sets)
-        for layer, (indices, mask, dynamic) in sets.items():
+        for layer, ((indices, mask, dynamic), compact) in sets.items():
             self.table[layer] = abi.ExpertsStruct(
                 indices.data_ptr(),
                 indices.shape[0],
@@ -138,6 +138,7 @@ class ExpertsTable:
                 indices.element_size(),
                 0,
                 None if dynamic is None else ctypes.addressof(dynamic.struct),
+                None if compact is None else ctypes.addressof(compact.struct),
             )
 
 
@@ -173,10 +174,12 @@ class NativeDecoder:
     def experts_of(self, selections: Sequence[Selection]) -> ExpertsTable:
         """The experts of every layer as the step wants them, for these sequences or for all; made once a selection."""
         batch = by_layer(selections, self._blocks)
-        return ExpertsTable(
-            {layer: self._ff[layer].sets_of(experts.sets, experts.dynamic)[0] for layer, experts in batch.items()},
-            len(self._layers),
-        )
+        sets = {}
+        for layer, experts in batch.items():
+            ff = self._ff[layer]
+            own = ff.sets_of(experts.sets, experts.dynamic)[0]
+            sets[layer] = own, ff.copies_of(own)
+        return ExpertsTable(sets, len(self._layers))
 
     def step(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-ABI = 10
+ABI = 11
 """Raise it, here and in `griffin_native.h`, with every change of a struct, a function or a number."""
 
 FORMATS = ("f32", "bf16", "f16", "grouped")
@@ -81,6 +81,7 @@ class IoStruct(ctypes.Structure):
         ("n_experts", _i64),
         ("row_mask", _pointer),
         ("dynamic", _pointer),
+        ("compact", _pointer),
     ]
 
 
@@ -133,6 +134,7 @@ class ExpertsStruct(ctypes.Structure):
         ("index_bytes", _i32),
         ("reserved", _i32),
         ("dynamic", _pointer),
+        ("compact", _pointer),
     ]
 
 
@@ -198,6 +200,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "griffin_quantise": (_int, [_pointer, _pointer, _i64, _i64, _pointer, _pointer, _int]),
     "griffin_unpack": (_int, [_pointer, _pointer, *[_i64] * 4, _pointer, _int, _i64, _int]),
     "griffin_row_norms": (_int, [_pointer, _pointer, _int]),
+    "griffin_copy_rows": (_int, [_pointer, _pointer, _int, _i64, _pointer, _int]),
     "griffin_advise_huge": (_int, [_pointer, _i64]),
     "griffin_read_bandwidth": (ctypes.c_double, [_pointer, _i64, _int]),
 }

@@ -237,6 +237,11 @@ class Reduced:
         return ((self.low.unpack(rows) + self.high.unpack(rows)) / 2).to(dtype)
 
 
+def bytes_of_rows(like: Packed, count: int) -> int:
+    """Bytes of so many rows of a packed matrix, in its layout, `SLACK` behind them included."""
+    return -(-count // int(like._layout.block)) * like.rows.shape[1] + SLACK
+
+
 def row_bytes(format: Format, d_in: int) -> int:
     """Bytes of a row of W, scales included."""
     return int(parts_of(library.loaded(), abi.MatrixStruct(d_in, 1, abi.GROUPED, 0, format.struct))[0].bytes)

@@ -32,7 +32,7 @@ def _io(x: Tensor, d_in: int, d_out: int, out: Tensor | None, most: int = MAX_RO
         raise ValueError(f"x on {x.device}, out on {out.device}: expected both on cpu")
     io = abi.IoStruct(
         x.data_ptr(), out.data_ptr(), x.stride(0) * x.element_size(), out.stride(0) * out.element_size(),
-        ROW_TYPES[x.dtype], ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None, None,
+        ROW_TYPES[x.dtype], ROW_TYPES[out.dtype], x.shape[0], 8, None, 0, None, None, None,
     )  # fmt: skip
     io.keep = x  # a copy made above lives as long as its address
     return io, out
@@ -45,6 +45,7 @@ def ff(
     row_mask: Tensor | None = None,
     *,
     dynamic: operands.Dynamic | None = None,
+    compact: operands.Compact | None = None,
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
@@ -59,6 +60,8 @@ def ff(
         returns out
 
     `dynamic`: dynamic neuron selection; each row is computed with the best of the experts only.
+
+    `compact`: copies of these experts, which are read in place of the block's rows.
 
     `threads` defaults to torch.get_num_threads(). Raises ValueError for other shapes, dtypes or devices.
     """
@@ -81,6 +84,8 @@ def ff(
         if len(weights) not in (1, x.shape[0]):
             raise ValueError(f"dynamic: weights of {len(weights)} rows, but x has {x.shape[0]}")
         io.dynamic = ctypes.addressof(dynamic.struct)
+    if compact is not None:
+        io.compact = ctypes.addressof(compact.struct)
     library.check(
         library.loaded().griffin_ff(
             ctypes.addressof(block.struct), ctypes.addressof(io), threads or torch.get_num_threads()

@@ -5,6 +5,8 @@ Words: D model width, D_ff feedforward width.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from griffin.native import abi, grouped, library
+from griffin.native.packing import Bytes, huge_pages
 
 _MOST_PLANES = 4  # of 8 bits
 _FLOAT_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -69,6 +72,15 @@ class Dynamic:
     k: int
     struct: Any = field(repr=False)
     kept: tuple[Any, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Compact:
+    """A block with copies of its experts' rows, one behind the other. Make one by `compact`."""
+
+    struct: Any = field(repr=False)
+    block: Block
+    copies: tuple[Bytes, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +167,49 @@ def _bias(bias: Tensor | None, length: int) -> Tensor | None:
     if bias.shape != (length,):
         raise ValueError(f"bias: shape {tuple(bias.shape)}, expected ({length},)")
     return bias.detach().to(device="cpu", dtype=torch.float32).contiguous()
+
+
+# -- copies of experts --------------------------------------------------------------
+
+
+def has_compact(block: Block) -> bool:
+    """Whether the library computes with copies of experts: all weights are in groups, without a table."""
+    return all(matrix.struct.format == abi.GROUPED and not matrix.struct.table for matrix in block.matrices)
+
+
+def compact(block: Block, experts: Tensor, room: Sequence[Bytes] = (), *, threads: int | None = None) -> Compact:
+    """Copy the rows of a block's experts, so that they are read one behind the other, as a dense block's are.
+
+    Args:
+        block: the block.
+        experts: its experts.
+        room: the copies of a `Compact` of this block that nobody uses any more: they are written over if they fit.
+
+    Shapes:
+        experts: (k,) int32 or int64, contiguous
+
+    Raises ValueError for an expert outside 0..D_ff-1, or a block of which `has_compact` says no.
+    """
+    if not has_compact(block):
+        raise ValueError(f"a compact block of {block.format} weights: expected weights in groups, without a table")
+    struct = abi.BlockStruct.from_buffer_copy(block.struct)
+    copies: list[Bytes] = []
+    for name, matrix in (("gate", block.gate), ("up", block.up), ("down", block.down)):
+        if matrix is None:
+            continue
+        packed: grouped.Packed = matrix.kept[0]
+        size = grouped.bytes_of_rows(packed, len(experts))
+        old = room[len(copies)] if room else None
+        copy = huge_pages(size) if old is None or len(old) != size else old
+        library.check(
+            library.loaded().griffin_copy_rows(
+                ctypes.addressof(matrix.struct), experts.data_ptr(), experts.element_size(), len(experts),
+                copy.ctypes.data, threads or torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        getattr(struct, name).weight = copy.ctypes.data
+        copies.append(copy)
+    return Compact(struct, block, tuple(copies))
 
 
 # -- dynamic neuron selection --------------------------------------------------------------

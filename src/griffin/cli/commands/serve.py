@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_model_arguments(parser)
-    add_config_arguments(parser, without=("batch",), selection=AUTO)
+    add_config_arguments(parser, without=("batch",), selection=AUTO, compact=False)
     add_lossless_argument(parser)
     group = parser.add_argument_group("server")
     group.add_argument(
