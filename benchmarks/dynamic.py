@@ -1,6 +1,7 @@
 """Time of the native FF call with dynamic neuron selection, as a ratio to plain experts that read the same bytes.
 
-Quantised weights also by planes of bits (`planes+`), with random gates and neurons.
+Quantised weights also by planes of bits (`planes+`), with random gates and neurons, and plain experts also in copies
+one behind the other (`compact`).
 
     python benchmarks/dynamic.py [--densities 0.5,0.75] [--rounds 40] [-o results/MACHINE/dynamic.csv]
 
@@ -69,16 +70,20 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
         read = (library.ff_bytes() - before) / blocks[0].weight_bytes
         seconds: dict[str, list[float]] = {"dense": [], "plain": [], "dynamic": []}
         by_planes = None if weights == "bf16" else _by_planes(ff[0], blocks, weight, density)
+        copies = []
         if by_planes is not None:
-            seconds["planes"] = []
+            seconds |= {"planes": [], "compact": []}
+            copies = [operands.compact(block, p) for block, p in zip(blocks, plain, strict=True)]
         for number in range(rounds + 3):
             for name, times in seconds.items():
                 start = time.perf_counter()
-                for block, e, p, t in zip(blocks, experts, plain, selections, strict=True):
+                for i, (block, e, p, t) in enumerate(zip(blocks, experts, plain, selections, strict=True)):
                     if name == "dynamic":
                         kernel.ff(block, x, e, dynamic=t)
                     elif name == "planes":
                         kernel.ff(block, x, by_planes[0], dynamic=by_planes[1])
+                    elif name == "compact":
+                        kernel.ff(block, x, p, compact=copies[i])
                     else:
                         kernel.ff(block, x, p if name == "plain" else None)
                 if number >= 3:  # the first rounds warm up
@@ -97,6 +102,8 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
                 "dynamic_to_plain": ratios["dynamic"],
                 "planes_us": 1e6 * statistics.median(seconds["planes"]) if by_planes else None,
                 "planes_to_plain": ratios.get("planes"),
+                "compact_us": 1e6 * statistics.median(seconds["compact"]) if by_planes else None,
+                "compact_to_plain": ratios.get("compact"),
             }
         )  # fmt: skip
         row = rows[-1]
@@ -104,6 +111,7 @@ def measure(shape: str, weights: str, densities: list[float], rounds: int) -> li
             f"{shape:15} {weights:5} {density:5g}  bytes {row['ff_bytes']:.3f}  dense {row['dense_us']:7.0f} us  plain "
             f"{row['plain_us']:7.0f} us  dynamic {row['dynamic_us']:7.0f} us  {row['dynamic_to_plain']:.3f}x"
             + ("" if by_planes is None else f"  planes {row['planes_us']:7.0f} us  {row['planes_to_plain']:.3f}x")
+            + ("" if by_planes is None else f"  copied {row['compact_us']:7.0f} us  {row['compact_to_plain']:.3f}x")
         )
     return rows
 

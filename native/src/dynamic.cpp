@@ -97,7 +97,7 @@ int64_t Dynamic::float_gates(const Rows& of, int64_t begin, int64_t end) {
   return (end - begin) * of.row_bytes();
 }
 
-// A run of neurons at a time; where inputs read only the first planes of some, input by input, those and the others.
+// A run of neurons at a time; neuron by neuron where inputs read only the first planes of some.
 int64_t Dynamic::grouped_gates(const Rows& whole, const Rows& first, int64_t begin, int64_t end) {
   constexpr int kRun = 48;
   const Experts expert{io_};
@@ -105,27 +105,26 @@ int64_t Dynamic::grouped_gates(const Rows& whole, const Rows& first, int64_t beg
   const uint32_t all = (1u << io_.rows) - 1;
   const auto wholly = [&](int64_t i) { return levels ? dynamic_.whole[i] & all : all; };
   RowFinder find_whole = whole.finder(), find_first = first.finder();
-  const auto at = [&](int64_t i) { return (wholly(i) ? find_whole : find_first)(expert[i]); };
   int64_t bytes = 0;
   RowAt rows[kRun + kGatesAhead];
-  int64_t place[kRun];
   float out[GRIFFIN_MAX_ROWS * kRun];
   for (int64_t i = begin; i < end; i += kRun) {
-    const int64_t stop = std::min(i + kRun, end);
-    for (int64_t j = i; j < stop; j++) bytes += (wholly(j) ? whole : first).row_bytes();
-    for (int r = 0; r < io_.rows; r += levels ? 1 : io_.rows) {
+    const int m = static_cast<int>(std::min(end - i, int64_t{kRun}));
+    const int next = static_cast<int>(std::min(end - i - m, int64_t{kGatesAhead}));
+    for (int p = 0; p < m + next; p++) rows[p] = (wholly(i + p) ? find_whole : find_first)(expert[i + p]);
+    for (int p = 0; p < m; p += levels ? 1 : m) {
+      bytes += (wholly(i + p) ? whole : first).row_bytes() * (levels ? 1 : m);
       for (const bool wholes : {true, false}) {
-        int m = 0, next = 0;
-        for (int64_t j = i; j < stop; j++)
-          if ((wholly(j) >> r & 1) == wholes) rows[m] = at(j), place[m++] = j;
-        if (!m) continue;
-        for (; next < kGatesAhead && stop + next < end; next++) rows[m + next] = at(stop + next);
+        const uint32_t mask = wholes ? wholly(i + p) : all & ~wholly(i + p);
         int wanted[GRIFFIN_MAX_ROWS], n = 0;
-        for (int k = r; k < (levels ? r + 1 : io_.rows); k++) wanted[n++] = k;
-        (wholes ? whole : first).dot(rows, m, next, wanted, n, out, kRun);
-        for (int k = 0; k < n; k++)
-          for (int p = 0; p < m; p++)
-            gates_[wanted[k] * stride_ + place[p]] = out[k * kRun + p] + (bias_ ? bias_[expert[place[p]]] : 0.f);
+        for (int r = 0; r < io_.rows; r++)
+          if (mask >> r & 1) wanted[n++] = r;
+        if (!n) continue;
+        const int count = levels ? 1 : m;
+        (wholes ? whole : first).dot(rows + p, count, m + next - p - count, wanted, n, out, kRun);
+        for (int r = 0; r < n; r++)
+          for (int k = p; k < p + count; k++)
+            gates_[wanted[r] * stride_ + i + k] = out[r * kRun + k - p] + (bias_ ? bias_[expert[i + k]] : 0.f);
       }
     }
   }

@@ -238,28 +238,28 @@ class Part {
   // Up's rows to their first planes.
   const Rows& up_to(int planes) const { return planes < kMaxPlanes ? *up_first_[planes] : up_; }
 
-  // Products and biases of up's rows, each to the planes that its rows of input read: level after level.
+  // Products and biases of up's rows, each to the planes that its rows of input read.
   void stream_levels(const Visit& visit, const Visit& next) {
-    for (int r = 0; r < rows_; r++) {
-      RowAt rows[kVisit + kRowsAhead];
-      int place[kVisit], end[kMaxPlanes + 1] = {}, count = 0;
-      for (int planes = 1; planes <= kMaxPlanes; planes++) {
-        RowFinder find = up_to(planes).finder();
-        for (int s = 0; s < visit.n; s++)
-          if (visit.mask[s] >> r & 1 && visit.level(s, r, rows_) == planes)
-            rows[count] = find(visit.neuron[s]), place[count++] = s;
-        end[planes] = count;
+    RowAt rows[kVisit + kRowsAhead];
+    const int ahead = next.n < kRowsAhead ? next.n : kRowsAhead;
+    RowFinder find[kMaxPlanes + 1] = {up_.finder(), up_to(1).finder(), up_to(2).finder(), up_to(3).finder(),
+                                      up_.finder()};
+    for (int s = 0; s < visit.n; s++) rows[s] = find[visit.most(s, rows_)](visit.row[s]);
+    for (int s = 0; s < ahead; s++) rows[visit.n + s] = find[next.most(s, rows_)](next.row[s]);
+    for (int s = 0; s < visit.n; s++) {
+      for (uint32_t left = visit.mask[s]; left;) {
+        int first = 0;
+        while (!(left >> first & 1)) first++;
+        const int planes = visit.level(s, first, rows_);
+        uint32_t mask = 0;
+        for (int r = first; r < rows_; r++) mask |= static_cast<uint32_t>(visit.level(s, r, rows_) == planes) << r;
+        in_passes(left & mask, [&](const int* wanted, int n) {
+          float products[kMaxRows];
+          up_to(planes).dot(rows + s, 1, visit.n - s - 1 + ahead, wanted, n, products, 1);
+          for (int i = 0; i < n; i++) second_[wanted[i]][s] = products[i] + up_.bias(visit.neuron[s]);
+        });
+        left &= ~mask;
       }
-      int ahead = 0;
-      for (; ahead < kRowsAhead && ahead < next.n && r == rows_ - 1; ahead++)
-        rows[count + ahead] = up_to(next.most(ahead, rows_)).finder()(next.neuron[ahead]);
-      float products[kVisit];
-      for (int planes = 1; planes <= kMaxPlanes; planes++) {
-        const int from = end[planes - 1];
-        if (end[planes] > from)
-          up_to(planes).dot(rows + from, end[planes] - from, count + ahead - end[planes], &r, 1, products + from, 1);
-      }
-      for (int i = 0; i < count; i++) second_[r][place[i]] = products[i] + up_.bias(visit.neuron[place[i]]);
     }
   }
 

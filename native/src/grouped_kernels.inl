@@ -108,9 +108,9 @@ GRIFFIN_INLINE void scales_at(const RowPlan& p, const uint8_t* row, int g, int l
 // a line or two at each of a chunk's steps. Measured with one input and 512 to 1,152 bytes a row, from memory: evenly
 // spread lines come 1.4 times as fast as a chunk's together; lines into the first level, or without what the hardware
 // would guess, slower still.
-template <class B, int kBits, int kGroup>
+template <class B, int kPlanes, int kGroup>
 GRIFFIN_INLINE void prefetch_at(const RowPlan& p, const RowAt& next, int64_t at, int step) {
-  constexpr int kPlanes = (kBits + 1) / 2, kEach = kGroup / 16, kLines = kPlanes * kEach + 1, kSteps = kGroup / 4;
+  constexpr int kEach = kGroup / 16, kLines = kPlanes * kEach + 1, kSteps = kGroup / 4;
 #pragma GCC unroll 10
   for (int line = 0; line < kLines; line++) {
     if (line * kSteps / kLines != step) continue;
@@ -130,6 +130,7 @@ void grouped_dot_of(const RowPlan& p, const RowAt& row, const GroupedInput* cons
   using F = typename B::F;
   constexpr int kSteps = kGroup / 4, kVectors = kSteps / 4, kParts = 64 / B::kBytes, kPlanes = (kBits + 1) / 2;
   constexpr int kOf = kHigh && !B::kByteInputs ? 1 : 2;  // bytes of a value from one step to the next
+  constexpr int kAhead = kHigh ? kMaxPlanes : kPlanes;   // planes of the row that comes next, which may have more
   const uint8_t* at[4];
   F acc[N];
   for (int i = 0; i < kPlanes; i++) at[i] = row.part[i] + (i ? 0 : p.codes);
@@ -154,7 +155,7 @@ void grouped_dot_of(const RowPlan& p, const RowAt& row, const GroupedInput* cons
 #pragma GCC unroll 4
         for (int f = 0; f < 4; f++) {
           const int64_t from = kOf * (int64_t{g} * kGroup + 64 * (v + f * kVectors)) + part * B::kBytes;
-          if (part == 0) prefetch_at<B, kBits, kGroup>(p, next, int64_t{g} * kGroup / 4, 4 * v + f);
+          if (part == 0) prefetch_at<B, kAhead, kGroup>(p, next, int64_t{g} * kGroup / 4, 4 * v + f);
 #pragma GCC unroll 4
           for (int n = 0; n < N; n++) {
             const uint8_t* const q = (const uint8_t*)(kHigh ? x[n]->high : x[n]->q) + from;
@@ -191,14 +192,14 @@ void grouped_dot_of(const RowPlan& p, const RowAt& row, const GroupedInput* cons
   for (int n = 0; n < N; n++) out[n] = acc[n];
 }
 
-constexpr int kAhead = 8;  // rows from one to that which is prefetched
+constexpr int kRowAhead = 8;  // rows from one to that which is prefetched
 
 template <class B, int kBits, int kGroup, bool kHigh = false>
 void grouped_dot(const RowPlan& p, const RowAt* row, int m, int next, const GroupedInput* const* x, int n, float* out,
                  int64_t stride) {
   constexpr int kMost = 48;
   typename B::F sums[kMost];
-  const auto ahead = [&](int i) -> const RowAt& { return row[i + kAhead < m + next ? i + kAhead : i]; };
+  const auto ahead = [&](int i) -> const RowAt& { return row[i + kRowAhead < m + next ? i + kRowAhead : i]; };
   for (int first = 0; first < m && n == 1; first += kMost) {
     const int count = m - first < kMost ? m - first : kMost;
     for (int i = first; i < first + count; i++)

@@ -79,7 +79,7 @@ void grouped_rows(const RowPlan& p, const RowAt* row, int m, const GroupedInput*
             at[k] = own[i]->part[k] + (k ? 0 : p.codes) + (kBits % 2 && k == kPlanes - 1 ? bit : pairs);
           unpack_steps<B, kBits, kSteps>(at, 4 * lanes, (lanes + 1) / 2, part, codes);
           for (int t = 0; t < kSteps; t++) {
-            if (part == 0 && i < n_next) prefetch_at<B, kBits, kGroup>(p, next[i], int64_t{g} * kGroup / 4, t);
+            if (part == 0 && i < n_next) prefetch_at<B, kPlanes, kGroup>(p, next[i], int64_t{g} * kGroup / 4, t);
             tile.code[vectors][t][i][0] = B::first_operand(codes[t]);
             if (B::kOperands == 2) tile.code[vectors][t][i][B::kOperands - 1] = B::second_operand(codes[t]);
           }
