@@ -4,8 +4,9 @@
     python benchmarks/evaluate_tasks.py MODEL-Q3_K_M.gguf DATA --task gsm8k --points full --label Q3_K_M -o tasks.csv
     python benchmarks/evaluate_tasks.py --summary -o tasks.csv
 
-A point is `full`, or a selection and its density. Every answer is appended to the file as a row when it is there, so
-the command can be stopped and started again, and several models can fill one file. Answers are greedy.
+A point is `full`, or a selection and its density. Several problems are answered together, each with experts of its own.
+Every answer is appended to the file as a row when it is there, so the command can be stopped and started again, and
+several models can fill one file. Answers are greedy.
 
 Tasks: gsm8k (the last number of the answer), humaneval (pass@1; the code runs in a process of its own with limits of
 time, memory and file size, in a folder that is deleted; it is not kept from the network) and long (1,000 tokens drawn
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import re
 import resource
 import subprocess
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,34 +141,52 @@ def likelihoods(model: PreTrainedModel, prompt: list[int], ids: tuple[int, ...])
 def run(args: argparse.Namespace) -> None:
     model, tokenizer = griffin.load(args.model)
     there = {(row["task"], row["item"], row["label"], row["point"]) for row in rows_of(args.output)}
-    for index, item in enumerate(items(args.task, args.data, tokenizer)):
-        if index >= args.limit:
-            break
+    chosen = list(itertools.islice(enumerate(items(args.task, args.data, tokenizer)), args.limit))
+    size = 1 if args.task == "long" else args.batch  # each long text is drawn with a seed of its own
+    for at in range(0, len(chosen), size):
         for point in args.points.split(","):
-            if (args.task, str(index), args.label, point) in there:
-                continue
-            sampling = {"temperature": 1.0, "seed": item.row["seed"], "stop": ()} if args.task == "long" else {}
-            begin = time.perf_counter()
-            result = griffin.generate(
-                model, tokenizer, item.prompt, griffin=config_of(point), max_tokens=TOKENS[args.task], **sampling
-            )
-            seconds = time.perf_counter() - begin
-            nll: list[float] = []
-            if args.task == "long" and result.tokens:
-                nll = likelihoods(model, tokenizer(item.prompt)["input_ids"], result.tokens)
-            row = {
-                "task": args.task,
-                "item": index,
-                "label": args.label,
-                "point": point,
-                "score": score(args.task, result.text, result.tokens, item.row),
-                "tokens": len(result.tokens),
-                "seconds": round(seconds, 2),
-                "ids": " ".join(map(str, result.tokens)),
-                "nll": " ".join(f"{value:.4f}" for value in nll),
-            }
-            append(args.output, row)
-            print(f"{args.task} {index} {args.label} {point}: {row['score']:g}, {row['tokens']} tokens", flush=True)
+            part = [
+                (index, item)
+                for index, item in chosen[at : at + size]
+                if (args.task, str(index), args.label, point) not in there
+            ]
+            if part:
+                answer(args, model, tokenizer, point, part)
+
+
+def answer(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    point: str,
+    part: list[tuple[int, Item]],
+) -> None:
+    """Answer some problems together and append the rows."""
+    first = part[0][1]
+    sampling = {"temperature": 1.0, "seed": first.row["seed"], "stop": ()} if args.task == "long" else {}
+    begin = time.perf_counter()
+    results = griffin.generate(
+        model, tokenizer, [item.prompt for _, item in part],
+        griffin=replace(config_of(point), batch="per_sequence"), max_tokens=TOKENS[args.task], **sampling,
+    )  # fmt: skip
+    seconds = (time.perf_counter() - begin) / len(part)
+    for (index, item), result in zip(part, results, strict=True):
+        nll: list[float] = []
+        if args.task == "long" and result.tokens:
+            nll = likelihoods(model, tokenizer(item.prompt)["input_ids"], result.tokens)
+        row = {
+            "task": args.task,
+            "item": index,
+            "label": args.label,
+            "point": point,
+            "score": score(args.task, result.text, result.tokens, item.row),
+            "tokens": len(result.tokens),
+            "seconds": round(seconds, 2),
+            "ids": " ".join(map(str, result.tokens)),
+            "nll": " ".join(f"{value:.4f}" for value in nll),
+        }
+        append(args.output, row)
+        print(f"{args.task} {index} {args.label} {point}: {row['score']:g}, {row['tokens']} tokens", flush=True)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -220,6 +240,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TOKENS, default="gsm8k")
     parser.add_argument("--points", default="full,topk@0.5,dynamic+topk@0.75,dynamic+topk@0.5")
     parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="problems answered together (default: %(default)s)")
     parser.add_argument("--label", default="source", help="what the rows call the model's file")
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
