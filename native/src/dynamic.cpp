@@ -97,7 +97,7 @@ int64_t Dynamic::float_gates(const Rows& of, int64_t begin, int64_t end) {
   return (end - begin) * of.row_bytes();
 }
 
-// A run of neurons at a time; neuron by neuron where inputs read only the first planes of some.
+// A run of neurons at a time whose gates the same inputs read whole.
 int64_t Dynamic::grouped_gates(const Rows& whole, const Rows& first, int64_t begin, int64_t end) {
   constexpr int kRun = 48;
   const Experts expert{io_};
@@ -112,15 +112,15 @@ int64_t Dynamic::grouped_gates(const Rows& whole, const Rows& first, int64_t beg
     const int m = static_cast<int>(std::min(end - i, int64_t{kRun}));
     const int next = static_cast<int>(std::min(end - i - m, int64_t{kGatesAhead}));
     for (int p = 0; p < m + next; p++) rows[p] = (wholly(i + p) ? find_whole : find_first)(expert[i + p]);
-    for (int p = 0; p < m; p += levels ? 1 : m) {
-      bytes += (wholly(i + p) ? whole : first).row_bytes() * (levels ? 1 : m);
+    for (int p = 0, count; p < m; p += count) {
+      for (count = 1; p + count < m && wholly(i + p + count) == wholly(i + p);) count++;
+      bytes += (wholly(i + p) ? whole : first).row_bytes() * count;
       for (const bool wholes : {true, false}) {
         const uint32_t mask = wholes ? wholly(i + p) : all & ~wholly(i + p);
         int wanted[GRIFFIN_MAX_ROWS], n = 0;
         for (int r = 0; r < io_.rows; r++)
           if (mask >> r & 1) wanted[n++] = r;
         if (!n) continue;
-        const int count = levels ? 1 : m;
         (wholes ? whole : first).dot(rows + p, count, m + next - p - count, wanted, n, out, kRun);
         for (int r = 0; r < n; r++)
           for (int k = p; k < p + count; k++)
@@ -152,7 +152,9 @@ Chosen Dynamic::choose(int thread) const {
   int32_t* const places = reinterpret_cast<int32_t*>(room + stride_);
   uint16_t* const masks = reinterpret_cast<uint16_t*>(room + 2 * stride_);
   uint8_t* const levels = reinterpret_cast<uint8_t*>(room + 2 * stride_ + stride_ / 2);
-  const int more = dynamic_.n_levels > 1 ? dynamic_.n_levels - 1 : 0;
+  // Levels that all chosen neurons have are not told apart.
+  const bool leveled = dynamic_.n_levels && (dynamic_.n_levels < kMaxPlanes || dynamic_.levels[3] < dynamic_.k);
+  const int more = leveled ? dynamic_.n_levels - 1 : 0;
   Edge edges[GRIFFIN_MAX_ROWS], higher[GRIFFIN_MAX_ROWS][3];
   for (int r = 0; r < io_.rows; r++) {
     const Edges own(scores_ + r * stride_, n_);
@@ -169,12 +171,12 @@ Chosen Dynamic::choose(int thread) const {
       count += above | (equal & (equals > 0));
       equals -= equal;
     }
-    if (dynamic_.n_levels) {
+    if (leveled) {
       memset(levels, 1, static_cast<size_t>(count));
       for (int l = 0; l < more; l++)
         for (int64_t c = 0; c < count; c++) levels[c] += higher[0][l].takes(scores_[places[c]]);
     }
-    return {places, nullptr, count, gates_, stride_, dynamic_.n_levels ? levels : nullptr};
+    return {places, nullptr, count, gates_, stride_, leveled ? levels : nullptr};
   }
   for (int64_t i = 0; i < n_; i++) {
     uint32_t mask = 0;
@@ -182,7 +184,7 @@ Chosen Dynamic::choose(int thread) const {
       const float score = scores_[r * stride_ + i];
       const bool takes = edges[r].takes(score);
       mask |= static_cast<uint32_t>(takes) << r;
-      if (!dynamic_.n_levels) continue;
+      if (!leveled) continue;
       levels[count * io_.rows + r] = takes;
       for (int l = 0; takes && l < more; l++) levels[count * io_.rows + r] += higher[r][l].takes(score);
     }
@@ -190,7 +192,7 @@ Chosen Dynamic::choose(int thread) const {
     masks[count] = static_cast<uint16_t>(mask);
     count += mask != 0;
   }
-  return {places, masks, count, gates_, stride_, dynamic_.n_levels ? levels : nullptr};
+  return {places, masks, count, gates_, stride_, leveled ? levels : nullptr};
 }
 
 }  // namespace griffin

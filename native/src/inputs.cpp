@@ -94,7 +94,7 @@ void Rows::dot(const RowAt* at, int m, int next, const int* rows, int n, float* 
   const bool wide = matrix_.grouped.group == 32;
   const GroupedInput* x[kManyInputs];
   for (int i = 0; i < n; i++) x[i] = &inputs_[rows[i]].grouped[wide];
-  if (n < kMany || m == 1) {
+  if (n < kMany || m == 1 || plan_.left) {
     grouped_(plan_, at, m, next, x, n, out, stride);
     return;
   }

@@ -28,6 +28,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What an operator cannot take as an argument: the blocks that are alive, by a number of their own.
 _BLOCKS: weakref.WeakValueDictionary[int, NativeFF] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
+# Memory of experts' copies that nothing uses, by output projection: new memory costs several times what copying does.
+_ROOM: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Bytes, ...]] = weakref.WeakKeyDictionary()
 
 
 @torch.library.custom_op("griffin::ff", mutates_args=())
@@ -78,7 +80,9 @@ class NativeFF(InPlace):
 
     def _close(self) -> None:
         """Let the model's weights go."""
-        self._block, self._sets, self._x, self._copied = None, [], None, None
+        self._sets = []
+        self._let_copies_go()
+        self._block, self._x = None, None
 
     @property
     def ff_block(self) -> FFBlock:
@@ -123,16 +127,19 @@ class NativeFF(InPlace):
             return None
         if not operands.has_compact(self.block):
             return None
-        if self._copied is not None and self._copied[0] is experts:
-            return self._copied[1]
-        room: tuple[Bytes, ...] = ()
-        if self._copied is not None:
-            last, room = weakref.ref(self._copied[1]), self._copied[1].copies
-            self._copied = None
-            room = () if last() is not None else room  # another selection is still computed with it
-        copies = operands.compact(self.block, experts, room)
-        self._copied = experts, copies
-        return copies
+        if self._copied is None or self._copied[0] is not experts:
+            self._let_copies_go()
+            self._copied = experts, operands.compact(self.block, experts, _ROOM.pop(self._ff.output, ()))
+        return self._copied[1]
+
+    def _let_copies_go(self) -> None:
+        """Keep their memory for the next ones, unless another selection is still computed with them."""
+        if self._copied is None:
+            return
+        last, room = weakref.ref(self._copied[1]), self._copied[1].copies
+        self._copied = None
+        if last() is None:
+            _ROOM[self._ff.output] = room
 
     def _dynamic(
         self, dynamic: Dynamic | None, rows: slice, experts: Sequence[Tensor], joined: Tensor | None = None
