@@ -80,9 +80,7 @@ class NativeFF(InPlace):
 
     def _close(self) -> None:
         """Let the model's weights go."""
-        self._sets = []
-        self._let_copies_go()
-        self._block, self._x = None, None
+        self._block, self._sets, self._x, self._copied = None, [], None, None
 
     @property
     def ff_block(self) -> FFBlock:
@@ -128,18 +126,11 @@ class NativeFF(InPlace):
         if not operands.has_compact(self.block):
             return None
         if self._copied is None or self._copied[0] is not experts:
-            self._let_copies_go()
-            self._copied = experts, operands.compact(self.block, experts, _ROOM.pop(self._ff.output, ()))
+            self._copied = None
+            copies = operands.compact(self.block, experts, _ROOM.pop(self._ff.output, ()))
+            weakref.finalize(copies, _keep_room, weakref.ref(self._ff.output), copies.copies).atexit = False
+            self._copied = experts, copies
         return self._copied[1]
-
-    def _let_copies_go(self) -> None:
-        """Keep their memory for the next ones, unless another selection is still computed with them."""
-        if self._copied is None:
-            return
-        last, room = weakref.ref(self._copied[1]), self._copied[1].copies
-        self._copied = None
-        if last() is None:
-            _ROOM[self._ff.output] = room
 
     def _dynamic(
         self, dynamic: Dynamic | None, rows: slice, experts: Sequence[Tensor], joined: Tensor | None = None
@@ -188,6 +179,12 @@ class NativeFF(InPlace):
             return y
         # without the dispatcher's overhead
         return kernel.ff(self.block, x, experts, mask, dynamic=dynamic, compact=self.copies_of(self._sets[group]))
+
+
+def _keep_room(output: weakref.ref[torch.nn.Module], copies: tuple[Bytes, ...]) -> None:
+    """Nothing is computed with these copies any more: their memory is for the next ones."""
+    if (module := output()) is not None:
+        _ROOM[module] = copies
 
 
 def _row_bits(whole: Tensor, experts: Sequence[Tensor], joined: Tensor | None) -> Tensor:
