@@ -109,9 +109,10 @@ typedef struct {
   int64_t n_experts;
   const uint16_t* row_mask;       /* (n_experts,) or NULL: bit r of entry i says that row r wants expert i */
   const griffin_dynamic* dynamic; /* or NULL: every expert is computed. Ignored by matvec. */
-  const griffin_ff_block* compact; /* or NULL. The block with copies of the experts' rows (griffin_copy_rows) in place of
-                                      its weights: the rows of experts[i] are the i-th ones, so that they are read like
-                                      a dense block's. Grouped weights without a table, no dynamic selection. */
+  /* Or NULL. The block with copies of the experts' rows (griffin_copy_rows) in place of its weights: the rows of
+   * experts[i] are the i-th ones, so that they are read like a dense block's. Grouped weights without a table, no
+   * dynamic selection. */
+  const griffin_ff_block* compact;
 } griffin_io;
 
 /* -- set-up ------------------------------------------------------------------------------------------------------- */
