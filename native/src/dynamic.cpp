@@ -12,7 +12,6 @@
 namespace griffin {
 namespace {
 
-constexpr int kGatesAhead = 8;                          // grouped rows to the one that is prefetched
 constexpr int kShift = 20, kBins = 1 << (31 - kShift);  // a float's exponent and 3 bits of its fraction
 
 // Of n scores those above `least` are chosen, and of those equal to it the first `equals`: k together, or all of them
@@ -99,18 +98,17 @@ int64_t Dynamic::float_gates(const Rows& of, int64_t begin, int64_t end) {
 
 // A run of neurons at a time whose gates the same inputs read whole.
 int64_t Dynamic::grouped_gates(const Rows& whole, const Rows& first, int64_t begin, int64_t end) {
-  constexpr int kRun = 48;
   const Experts expert{io_};
   const bool levels = dynamic_.n_levels > 0;
   const uint32_t all = (1u << io_.rows) - 1;
   const auto wholly = [&](int64_t i) { return levels ? dynamic_.whole[i] & all : all; };
   RowFinder find_whole = whole.finder(), find_first = first.finder();
   int64_t bytes = 0;
-  RowAt rows[kRun + kGatesAhead];
-  float out[GRIFFIN_MAX_ROWS * kRun];
-  for (int64_t i = begin; i < end; i += kRun) {
-    const int m = static_cast<int>(std::min(end - i, int64_t{kRun}));
-    const int next = static_cast<int>(std::min(end - i - m, int64_t{kGatesAhead}));
+  RowAt rows[kManyRows + kRowsAhead];
+  float out[GRIFFIN_MAX_ROWS * kManyRows];
+  for (int64_t i = begin; i < end; i += kManyRows) {
+    const int m = static_cast<int>(std::min(end - i, int64_t{kManyRows}));
+    const int next = static_cast<int>(std::min(end - i - m, int64_t{kRowsAhead}));
     for (int p = 0; p < m + next; p++) rows[p] = (wholly(i + p) ? find_whole : find_first)(expert[i + p]);
     for (int p = 0, count; p < m; p += count) {
       for (count = 1; p + count < m && wholly(i + p + count) == wholly(i + p);) count++;
@@ -121,10 +119,10 @@ int64_t Dynamic::grouped_gates(const Rows& whole, const Rows& first, int64_t beg
         for (int r = 0; r < io_.rows; r++)
           if (mask >> r & 1) wanted[n++] = r;
         if (!n) continue;
-        (wholes ? whole : first).dot(rows + p, count, m + next - p - count, wanted, n, out, kRun);
+        (wholes ? whole : first).dot(rows + p, count, m + next - p - count, wanted, n, out, kManyRows);
         for (int r = 0; r < n; r++)
           for (int k = p; k < p + count; k++)
-            gates_[wanted[r] * stride_ + i + k] = out[r * kRun + k - p] + (bias_ ? bias_[expert[i + k]] : 0.f);
+            gates_[wanted[r] * stride_ + i + k] = out[r * kManyRows + k - p] + (bias_ ? bias_[expert[i + k]] : 0.f);
       }
     }
   }
@@ -152,9 +150,7 @@ Chosen Dynamic::choose(int thread) const {
   int32_t* const places = reinterpret_cast<int32_t*>(room + stride_);
   uint16_t* const masks = reinterpret_cast<uint16_t*>(room + 2 * stride_);
   uint8_t* const levels = reinterpret_cast<uint8_t*>(room + 2 * stride_ + stride_ / 2);
-  // Levels that all chosen neurons have are not told apart.
-  const bool leveled = dynamic_.n_levels && (dynamic_.n_levels < kMaxPlanes || dynamic_.levels[3] < dynamic_.k);
-  const int more = leveled ? dynamic_.n_levels - 1 : 0;
+  const int more = dynamic_.n_levels > 1 ? dynamic_.n_levels - 1 : 0;
   Edge edges[GRIFFIN_MAX_ROWS], higher[GRIFFIN_MAX_ROWS][3];
   for (int r = 0; r < io_.rows; r++) {
     const Edges own(scores_ + r * stride_, n_);
@@ -171,12 +167,12 @@ Chosen Dynamic::choose(int thread) const {
       count += above | (equal & (equals > 0));
       equals -= equal;
     }
-    if (leveled) {
+    if (dynamic_.n_levels) {
       memset(levels, 1, static_cast<size_t>(count));
       for (int l = 0; l < more; l++)
         for (int64_t c = 0; c < count; c++) levels[c] += higher[0][l].takes(scores_[places[c]]);
     }
-    return {places, nullptr, count, gates_, stride_, leveled ? levels : nullptr};
+    return {places, nullptr, count, gates_, stride_, dynamic_.n_levels ? levels : nullptr};
   }
   for (int64_t i = 0; i < n_; i++) {
     uint32_t mask = 0;
@@ -184,7 +180,7 @@ Chosen Dynamic::choose(int thread) const {
       const float score = scores_[r * stride_ + i];
       const bool takes = edges[r].takes(score);
       mask |= static_cast<uint32_t>(takes) << r;
-      if (!leveled) continue;
+      if (!dynamic_.n_levels) continue;
       levels[count * io_.rows + r] = takes;
       for (int l = 0; takes && l < more; l++) levels[count * io_.rows + r] += higher[r][l].takes(score);
     }
@@ -192,7 +188,7 @@ Chosen Dynamic::choose(int thread) const {
     masks[count] = static_cast<uint16_t>(mask);
     count += mask != 0;
   }
-  return {places, masks, count, gates_, stride_, leveled ? levels : nullptr};
+  return {places, masks, count, gates_, stride_, dynamic_.n_levels ? levels : nullptr};
 }
 
 }  // namespace griffin

@@ -14,7 +14,6 @@ namespace griffin {
 constexpr int kExperts = 8;     // whose float down rows are added together
 constexpr int kColumns = 1024;  // of kExperts down rows: they stay in the first-level cache for all rows of input
 constexpr int kVisit = 32;      // experts of a visit at most: kExperts, or those of a group of neurons
-constexpr int kRowsAhead = 8;   // rows to the grouped one that is prefetched
 
 // Off the 4096-byte multiples that share a cache set.
 inline int64_t accumulator_stride(int d) { return round_up(d, kPad) + 16; }
@@ -273,7 +272,7 @@ class Part {
     for (int s = 0; s < visit.n && room_; s++)
       if (some & ~any_ & 1u << s) unpack_row(block_.down, visit.neuron[s], unpacked(s));
     any_ |= some;
-    if (shared_ || (grouped_ && !visit.levels && some == (visit.n < 32 ? (1u << visit.n) - 1 : ~0u))) {
+    if (shared_ || (grouped_ && !visit.levels && some == ~0u >> (32 - visit.n))) {
       memcpy(z_[r], z, sizeof(float) * visit.n);
       listed_[r] = visit.n, rows_of_[r] = visit.down[0];
       return;

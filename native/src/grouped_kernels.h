@@ -91,6 +91,8 @@ struct ManyZ {
 // As GroupedDownFn, group after group, for many rows: the codes are unpacked once.
 using GroupedDownManyFn = void (*)(const NeuronPlan&, const GroupsOfNeurons&, int begin, int end, const ManyZ&);
 
+constexpr int kRowsAhead = 8;  // from a row to the one that is prefetched meanwhile
+
 constexpr int kManyInputs = 32;  // that a block of weight rows meets at most
 
 // out[r * stride + i] = <row[i], x[r]> for i < m <= tile, r < n <= kManyInputs: to the bit what GroupedDotFn gives.

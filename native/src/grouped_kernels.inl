@@ -105,9 +105,8 @@ GRIFFIN_INLINE void scales_at(const RowPlan& p, const uint8_t* row, int g, int l
 }
 
 // What is fetched meanwhile of a row that is wanted soon, for the chunk at `at` of its planes: into the second-level cache,
-// a line or two at each of a chunk's steps. Measured with one input and 512 to 1,152 bytes a row, from memory: evenly
-// spread lines come 1.4 times as fast as a chunk's together; lines into the first level, or without what the hardware
-// would guess, slower still.
+// a line or two at each of a chunk's steps. Evenly spread lines come faster than a chunk's together, and either comes
+// faster than into the first level.
 template <class B, int kPlanes, int kGroup>
 GRIFFIN_INLINE void prefetch_at(const RowPlan& p, const RowAt& next, int64_t at, int step) {
   constexpr int kEach = kGroup / 16, kLines = kPlanes * kEach + 1, kSteps = kGroup / 4;
@@ -192,14 +191,12 @@ void grouped_dot_of(const RowPlan& p, const RowAt& row, const GroupedInput* cons
   for (int n = 0; n < N; n++) out[n] = acc[n];
 }
 
-constexpr int kRowAhead = 8;  // rows from one to that which is prefetched
-
 template <class B, int kBits, int kGroup, bool kHigh = false>
 void grouped_dot(const RowPlan& p, const RowAt* row, int m, int next, const GroupedInput* const* x, int n, float* out,
                  int64_t stride) {
   constexpr int kMost = 48;
   typename B::F sums[kMost];
-  const auto ahead = [&](int i) -> const RowAt& { return row[i + kRowAhead < m + next ? i + kRowAhead : i]; };
+  const auto ahead = [&](int i) -> const RowAt& { return row[i + kRowsAhead < m + next ? i + kRowsAhead : i]; };
   for (int first = 0; first < m && n == 1; first += kMost) {
     const int count = m - first < kMost ? m - first : kMost;
     for (int i = first; i < first + count; i++)

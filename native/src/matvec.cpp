@@ -11,7 +11,7 @@
 namespace griffin {
 namespace {
 
-constexpr int kRowsAhead = 2;  // rows of W to the one that is prefetched
+constexpr int kFloatsAhead = 2;  // rows of W to the one that is prefetched, of floats
 
 void store(void* y, bool bf16, int64_t at, float value) {
   if (!bf16) {
@@ -34,7 +34,7 @@ void multiply_floats(const Product& product, const Rows& w, int rows, int64_t be
   for (int r = 0; r < rows; r++) all[r] = r;
   for (int64_t o = begin; o < end; o += 2) {
     const int m = end - o >= 2 ? 2 : 1;
-    const int64_t ahead = o + kRowsAhead + 2 <= end ? o + kRowsAhead : o;
+    const int64_t ahead = o + kFloatsAhead + 2 <= end ? o + kFloatsAhead : o;
     const int64_t own[2] = {o, o + m - 1}, next[2] = {ahead, ahead + m - 1};
     for (int first = 0; first < rows; first += kMaxRows) {  // inputs beyond the first ones find the rows in the cache
       const int n = rows - first < kMaxRows ? rows - first : kMaxRows;
@@ -50,9 +50,8 @@ void multiply_floats(const Product& product, const Rows& w, int rows, int64_t be
 
 // The same for a grouped matrix: a block of its rows stays in the second-level cache for all inputs.
 void multiply_grouped(const Product& product, const Rows& w, int rows, int64_t begin, int64_t end) {
-  constexpr int kNext = 8;
   float out[kManyInputs * kManyRows];
-  RowAt at[kManyRows + kNext];
+  RowAt at[kManyRows + kRowsAhead];
   int all[kMaxInputs];
   for (int r = 0; r < rows; r++) all[r] = r;
   const float* const bias = product.matrix->bias;
@@ -60,7 +59,7 @@ void multiply_grouped(const Product& product, const Rows& w, int rows, int64_t b
   int held = 0;  // of `at`
   for (int64_t from = begin; from < end; from += kManyRows) {
     const int m = static_cast<int>(end - from < kManyRows ? end - from : kManyRows);
-    const int next = static_cast<int>(end - from - m < kNext ? end - from - m : kNext);
+    const int next = static_cast<int>(end - from - m < kRowsAhead ? end - from - m : kRowsAhead);
     for (int i = held; i < m + next; i++) at[i] = find(from + i);
     for (int first = 0; first < rows; first += kManyInputs) {
       const int n = rows - first < kManyInputs ? rows - first : kManyInputs;

@@ -69,7 +69,9 @@ class Griffin:
                 "GRIFFIN is attached to this model already; call detach() on the first handle, or leave its with-block"
             )
         self.plan = self._plan(config)
-        self.backend = backends.resolve(config.backend, self.blocks, dynamic=self.plan.config.dynamic)
+        self.backend = backends.resolve(
+            config.backend, self.blocks, dynamic=self.plan.config.dynamic, compact=config.compact
+        )
         self.selection_s = 0.0  # seconds that the last selection took, copying included
         self._gathered = Statistics()
         self._collector: Collector | None = None  # of the prompt phase that runs, if it gathers
@@ -331,10 +333,7 @@ class Griffin:
         return plan_for(self.model, self.blocks, config)
 
     def _backend_of(self, block: FFBlock, stack: ExitStack) -> backends.SparseFF:
-        sparse = self.backend.make(block, stack)
-        if isinstance(sparse, NativeFF):
-            sparse.compact = self.config.compact
-        return sparse
+        return self.backend.make(block, stack)
 
     def _attach_more(self, stack: ExitStack) -> None:
         """Patch `model.generate`."""

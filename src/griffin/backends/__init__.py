@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -85,21 +86,23 @@ _NOT_DYNAMIC = {
 }
 
 
-def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False) -> Backend:
+def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False, compact: bool = False) -> Backend:
     """The backend that a name means for these blocks.
 
     Args:
         name: `auto`, or a backend's.
         blocks: the blocks.
         dynamic: whether dynamic neuron selection is wanted, which `gather` and `triton` do not have.
+        compact: whether `native` copies the experts of quantised weights (`GriffinConfig.compact`).
 
     Raises:
         ValueError: there is none of that name, or it cannot compute these blocks.
     """
+    native_ff = partial(native.NativeFF, compact=compact)
     if name == "auto":
         reason = next((reason for block in blocks if (reason := native.why_not(block)) is not None), None)
         if reason is None:
-            return Backend("native", f"auto: experts are read in place ({library.isa()})", native.NativeFF)
+            return Backend("native", f"auto: experts are read in place ({library.isa()})", native_ff)
         if dynamic:
             why = f"auto: all experts are computed and some are left out, which saves no time, since {reason}"
             return Backend("reference", why, reference.ReferenceFF)
@@ -114,7 +117,7 @@ def resolve(name: str, blocks: Sequence[FFBlock], *, dynamic: bool = False) -> B
         raise ValueError(f"backend is {name!r}; expected auto or one of {', '.join(_BACKENDS)}")
     if dynamic and (reason := why_not_dynamic(name)) is not None:
         raise ValueError(f"{reason}; use backend native, or a selection without dynamic+")
-    return Backend(name, "asked for by name", _BACKENDS[name])
+    return Backend(name, "asked for by name", native_ff if name == "native" else _BACKENDS[name])
 
 
 def why_not_dynamic(name: str) -> str | None:

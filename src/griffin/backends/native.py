@@ -57,15 +57,23 @@ class Set(NamedTuple):
 
 
 class NativeFF(InPlace):
-    """One FF block over the model's own weights, its output projection stored neuron-major."""
+    """One FF block over the model's own weights, its output projection stored neuron-major.
 
-    def __init__(self, block: FFBlock, undo: ExitStack) -> None:
+    Args:
+        block, undo: as for `InPlace`.
+        compact: whether experts that all rows share are copied (`GriffinConfig.compact`).
+
+    Raises:
+        ValueError: as `InPlace`.
+    """
+
+    def __init__(self, block: FFBlock, undo: ExitStack, *, compact: bool = False) -> None:
         super().__init__(block, undo, "native")
         self.number = next(_NUMBERS)
         _BLOCKS[self.number] = self
         self._sequences = 1
         self._sets: list[Set] = []  # for every 16 sequences
-        self.compact = False  # whether experts that all rows share are copied (`GriffinConfig.compact`)
+        self._compact = compact
         self._copied: tuple[Tensor, operands.Compact] | None = None  # the last experts that were
 
     @staticmethod
@@ -121,9 +129,9 @@ class NativeFF(InPlace):
         They are made when a step first asks, which is after the first token.
         """
         experts, mask, dynamic = own
-        if not self.compact or mask is not None or dynamic is not None or len(experts) == self._width:
+        if not self._compact or mask is not None or dynamic is not None or len(experts) == self._width:
             return None
-        if not operands.has_compact(self.block):
+        if not self.block.in_planes:
             return None
         if self._copied is None or self._copied[0] is not experts:
             self._copied = None
@@ -173,12 +181,13 @@ class NativeFF(InPlace):
     def _run(self, x: Tensor, group: int) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             return self._run(x.float(), group).to(x.dtype)
-        experts, mask, dynamic = self._sets[group]
+        own = self._sets[group]
+        experts, mask, dynamic = own
         if torch.compiler.is_compiling():
             y: Tensor = ff(x, experts, mask, self.number, group)
             return y
         # without the dispatcher's overhead
-        return kernel.ff(self.block, x, experts, mask, dynamic=dynamic, compact=self.copies_of(self._sets[group]))
+        return kernel.ff(self.block, x, experts, mask, dynamic=dynamic, compact=self.copies_of(own))
 
 
 def _keep_room(output: weakref.ref[torch.nn.Module], copies: tuple[Bytes, ...]) -> None:

@@ -60,6 +60,11 @@ class Block:
         return "+".join(dict.fromkeys(matrix.format for matrix in self.matrices))
 
     @property
+    def in_planes(self) -> bool:
+        """Whether all weights are in groups without a table, as planes of bits and copies of experts need them."""
+        return all(matrix.struct.format == abi.GROUPED and not matrix.struct.table for matrix in self.matrices)
+
+    @property
     def weight_bytes(self) -> int:
         """Of gate, up and down, scales included: what a dense call reads."""
         return sum(matrix.weight_bytes for matrix in self.matrices)
@@ -76,7 +81,16 @@ class Dynamic:
 
 @dataclass(frozen=True, eq=False)
 class Compact:
-    """A block with copies of its experts' rows, one behind the other. Make one by `compact`."""
+    """A block with copies of its experts' rows, one behind the other. Make one by `compact`.
+
+    Args:
+        struct: the block as the library sees it, the copies in place of its weights.
+        block: the block itself, whose scales and biases are read.
+        copies: of gate (if there is one), up and down.
+
+    Shapes:
+        copies: each (bytes,) uint8: k rows in the layout of the matrix, in blocks of 32, and `SLACK`
+    """
 
     struct: Any = field(repr=False)
     block: Block
@@ -172,11 +186,6 @@ def _bias(bias: Tensor | None, length: int) -> Tensor | None:
 # -- copies of experts --------------------------------------------------------------
 
 
-def has_compact(block: Block) -> bool:
-    """Whether the library computes with copies of experts: all weights are in groups, without a table."""
-    return all(matrix.struct.format == abi.GROUPED and not matrix.struct.table for matrix in block.matrices)
-
-
 def compact(block: Block, experts: Tensor, room: Sequence[Bytes] = (), *, threads: int | None = None) -> Compact:
     """Copy the rows of a block's experts, so that they are read one behind the other, as a dense block's are.
 
@@ -188,9 +197,9 @@ def compact(block: Block, experts: Tensor, room: Sequence[Bytes] = (), *, thread
     Shapes:
         experts: (k,) int32 or int64, contiguous
 
-    Raises ValueError for an expert outside 0..D_ff-1, or a block of which `has_compact` says no.
+    Raises ValueError for an expert outside 0..D_ff-1, or a block of other weights than in groups, or with a table.
     """
-    if not has_compact(block):
+    if not block.in_planes:
         raise ValueError(f"a compact block of {block.format} weights: expected weights in groups, without a table")
     struct = abi.BlockStruct.from_buffer_copy(block.struct)
     copies: list[Bytes] = []
@@ -256,7 +265,7 @@ def dynamic(
             raise ValueError(f"levels {counts}: expected k = {k} first, and none above the one before it")
         if planes.whole.dtype != torch.uint16 or planes.whole.dim() != 1 or not planes.whole.is_contiguous():
             raise ValueError(f"whole: {tuple(planes.whole.shape)} {planes.whole.dtype}, expected uint16, one an expert")
-        if any(matrix.struct.format != abi.GROUPED or matrix.struct.table for matrix in block.matrices):
+        if not block.in_planes:
             raise ValueError(f"planes of {block.format} weights: expected weights in groups, without a table")
         struct.whole, struct.n_levels, struct.first = planes.whole.data_ptr(), len(counts), planes.first
         struct.levels[: len(counts)] = counts
